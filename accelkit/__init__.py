@@ -1,0 +1,58 @@
+"""accelkit makes pretrained diffusion models faster: compute follows the noise level.
+
+    pipe = DiTPipeline.from_pretrained(...)
+    accelkit.enable(pipe, "D4")
+
+Importing it loads neither torch nor diffusers; what needs them is imported at first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from accelkit import presets  # noqa: F401 - makes the published schedules known by name
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.schedule import Compute, Schedule
+
+if TYPE_CHECKING:
+    from accelkit.artifact import from_pretrained, load, save
+    from accelkit.assets import builtin
+    from accelkit.backbones.original import load_original
+    from accelkit.enable import disable, enable
+    from accelkit.noise import NoiseAxis
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "NoiseAxis": "accelkit.noise",
+    "builtin": "accelkit.assets",
+    "disable": "accelkit.enable",
+    "enable": "accelkit.enable",
+    "from_pretrained": "accelkit.artifact",
+    "load": "accelkit.artifact",
+    "load_original": "accelkit.backbones.original",
+    "save": "accelkit.artifact",
+}
+
+__all__ = [
+    "AccelkitError",
+    "AccelkitWarning",
+    "Compute",
+    "NoiseAxis",
+    "Schedule",
+    "__version__",
+    "builtin",
+    "disable",
+    "enable",
+    "from_pretrained",
+    "load",
+    "load_original",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'accelkit' has no attribute {name!r}")

@@ -1,0 +1,205 @@
+"""What a retrofit leaves behind: tuned weights, the schedule they were tuned for, a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelkit.assets import BUILTIN, builtin
+from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.enable import Enabled, enable, enabled_on
+from accelkit.errors import AccelkitError
+from accelkit.files import explain_full_disk, read_json, write_json
+from accelkit.loading import open_pipeline, reading
+from accelkit.schedule import Schedule
+
+CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
+FORMAT = 1
+
+
+def save(
+    pipe: Any,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    training: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write the denoiser's weights, its schedule and where both come from.
+
+    Args:
+        pipe: a pipeline with a schedule in force.
+        directory: where ``accelkit.safetensors``, ``accelkit.json`` and ``README.md`` go; made if
+            missing, files of these names are replaced.
+        base_model: what the rest of the pipeline is loaded from: ``builtin``, a directory or hub
+            id. Default: where ``pipe`` was loaded from.
+        revision: of the base model.
+        training: settings worth keeping, plain data.
+        metrics: results worth keeping, plain data.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AccelkitError: no schedule is in force, or the base model is not known.
+    """
+    from safetensors.torch import save_file
+
+    state = enabled_on(pipe)
+    if state is None:
+        raise AccelkitError("this pipeline runs no schedule; accelkit.enable one, then save")
+    base = base_model or getattr(pipe, "name_or_path", None) or pipe.config.get("_name_or_path")
+    if not base:
+        raise AccelkitError(
+            "this pipeline was not loaded from anywhere; say with base_model= what "
+            "accelkit.from_pretrained should load it from"
+        )
+    if Path(base) == builtin():
+        base = BUILTIN
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / (WEIGHTS + ".partial")
+    tensors = {k: v.detach().cpu().clone() for k, v in state.backbone.model.state_dict().items()}
+    with explain_full_disk(part):
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(directory / WEIGHTS)
+    from accelkit import __version__
+
+    config = {
+        "format": FORMAT,
+        "accelkit": __version__,
+        "family": state.backbone.family,
+        "schedule": state.schedule.to_dict(),
+        "base_model_name_or_path": str(base),
+        "revision": revision,
+        "training": training or {},
+        "metrics": metrics or {},
+    }
+    write_json(directory / CONFIG, config)
+    (directory / CARD).write_text(_card(config, directory.name, state.schedule), encoding="utf-8")
+    return directory
+
+
+def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabled:
+    """Give ``pipe`` the tuned weights and the schedule of an artifact.
+
+    Disabling the schedule later leaves the tuned weights in place.
+
+    Args:
+        pipe: a pipeline of the artifact's base model, without a schedule.
+        source: a directory that :func:`save` wrote, or a hub id.
+        revision: of a hub id.
+
+    Returns:
+        The handle that :func:`accelkit.enable` gives.
+
+    Raises:
+        AccelkitError: nothing is there, it is broken, or it was made for another model; ``pipe``
+            is then as it was.
+    """
+    folder, config = _fetch(source, revision)
+    model = denoiser_of(pipe)
+    if enabled_on(model) is not None:
+        raise AccelkitError("this pipeline runs a schedule already; call accelkit.disable first")
+    backbone = backbone_of(model)
+    schedule = Schedule.from_dict(config["schedule"])
+    if (config["family"], schedule.layers) != (backbone.family, backbone.depth):
+        raise AccelkitError(
+            f"{source} was made for a {config['family']} of {schedule.layers} blocks, this is a "
+            f"{backbone.family} of {backbone.depth}"
+        )
+    with reading(str(source)):
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / WEIGHTS)
+    own = model.state_dict()
+    strange = {k for k in weights.keys() ^ own.keys()}
+    strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
+    if strange:
+        raise AccelkitError(
+            f"the weights in {source} do not fit this model: {len(strange)} keys differ, e.g. "
+            f"{', '.join(sorted(strange)[:3])}"
+        )
+    model.load_state_dict(weights)
+    return enable(pipe, schedule)
+
+
+def from_pretrained(source: str | Path, *, revision: str | None = None) -> Any:
+    """Return a ready pipeline: base model, tuned weights and schedule in force.
+
+    Args:
+        source: an artifact's directory or hub id. A plain pipeline (``builtin``, a directory, an
+            original-layout file, a hub id) is returned as it is, without a schedule, with the
+            original DiT's numerics restored where its config records them.
+        revision: of a hub id.
+
+    Raises:
+        AccelkitError: as :func:`load`, or the base model cannot be read.
+    """
+    if not _is_artifact(source, revision):
+        return open_pipeline(source, revision=revision)
+    _, config = _fetch(source, revision)
+    pipe = open_pipeline(config["base_model_name_or_path"], revision=config.get("revision"))
+    load(pipe, source, revision=revision)
+    return pipe
+
+
+def _is_artifact(source: str | Path, revision: str | None) -> bool:
+    path = Path(source)
+    if path.exists() or str(source) == BUILTIN:
+        return (path / CONFIG).is_file() and str(source) != BUILTIN
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return file_exists(str(source), CONFIG, revision=revision)
+    except (OSError, HFValidationError):
+        return False  # opening it as a pipeline says what is wrong
+
+
+def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    folder = Path(source)
+    if not folder.is_dir():
+        with reading(str(source)):
+            from huggingface_hub import snapshot_download
+
+            folder = Path(
+                snapshot_download(
+                    str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS, CARD]
+                )
+            )
+    if not (folder / CONFIG).is_file():
+        raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
+    config = read_json(folder / CONFIG)
+    known = isinstance(config, dict) and config.get("format") == FORMAT
+    if not known or not {"family", "schedule", "base_model_name_or_path"} <= config.keys():
+        raise AccelkitError(
+            f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
+        )
+    return folder, config
+
+
+def _card(config: dict[str, Any], name: str, schedule: Schedule) -> str:
+    base = config["base_model_name_or_path"]
+    header = ["library_name: accelkit", "pipeline_tag: unconditional-image-generation"]
+    if "/" in base and not Path(base).exists():
+        header.append(f"base_model: {base}")
+    bounds = zip((0.0, *schedule.edges), schedule.edges, schedule.computes, strict=False)
+    rows = [f"| {a:g} – {b:g} | {c.depth} of {schedule.layers} |" for a, b, c in bounds]
+    sections = [
+        "---\n" + "\n".join([*header, "tags: [diffusion, early-exit, accelkit]"]) + "\n---",
+        f"# {name}: {schedule.name or 'a schedule'} on {base}",
+        "Made with accelkit: the number of transformer blocks that run follows the noise level, "
+        "and the weights were fine-tuned for it.",
+        "| noise level | blocks run |\n|---|---|\n" + "\n".join(rows),
+        f"Mean depth {schedule.mean_depth():.2f}, ideal saving {schedule.ideal_saving():.1%}.",
+        f'```python\nimport accelkit\n\npipe = accelkit.from_pretrained("{name}")\n'
+        "images = pipe(class_labels=[0, 1, 2]).images\n```",
+    ]
+    for title in ("metrics", "training"):
+        if config[title]:
+            body = json.dumps(config[title], indent=2)
+            sections.append(f"## {title.capitalize()}\n\n```json\n{body}\n```")
+    return "\n\n".join(sections) + "\n"

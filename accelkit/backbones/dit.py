@@ -1,0 +1,137 @@
+"""DiT in diffusers: ``DiTTransformer2DModel``.
+
+A skipped block runs nothing. The exit needs no head of its own: the final norm, modulation and
+projection run on the hidden states of the last block kept (Moon et al. 2024, section 3.2). The
+final modulation takes its conditioning from block 0's embedder, which every depth keeps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelkit.backbones import original
+from accelkit.backbones.base import Backbone
+from accelkit.errors import AccelkitWarning
+
+
+class DiT(Backbone):
+    """The 28 (or however many) adaLN-Zero blocks of a class-conditional DiT."""
+
+    family = "dit"
+    batched = ("hidden_states", "class_labels")
+    block_batched = ("timestep", "class_labels")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All transformer blocks."""
+        return self.model.transformer_blocks  # type: ignore[return-value]
+
+    @property
+    def exit(self) -> nn.Module:
+        """The final layer norm."""
+        return self.model.norm_out  # type: ignore[return-value]
+
+    @property
+    def _embedders(self) -> list[Any]:
+        return [block.norm1.emb for block in self.blocks]  # type: ignore[union-attr]
+
+    def restore(self) -> None:
+        """Apply the original DiT's timestep frequencies if the config records them."""
+        original.restore_numerics(self.model)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Warn if the config records the original's frequencies but diffusers' are in use."""
+        recorded = self.model.config.get("timestep_freq_shift")  # type: ignore[union-attr, operator]
+        used = {e.time_proj.downscale_freq_shift for e in self._embedders}
+        if recorded is not None and used != {recorded}:
+            warnings.warn(
+                "this DiT was converted from an original checkpoint and needs its timestep "
+                "frequencies, which plain diffusers does not restore: load it with "
+                "accelkit.from_pretrained",
+                AccelkitWarning,
+                stacklevel=3,
+            )
+
+    def notes(self) -> dict[str, Any]:
+        """Return which timestep frequencies and norm epsilon are in use, and if embedders agree."""
+        return {
+            **original.numerics(self.model),  # type: ignore[arg-type]
+            "embedders_equal": self.embedders_equal,
+        }
+
+    def initialize(self, seed: int) -> None:
+        """Initialise for training from scratch as published.
+
+        Linear layers Xavier-uniform with zero bias, embedders N(0, 0.02^2), every modulation and
+        the final projection zero, so that the untrained network returns exactly 0
+        (Peebles and Xie 2023, section 3.2, adaLN-Zero).
+        """
+        torch.manual_seed(seed)
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches: Any = self.model.pos_embed.proj  # type: ignore[union-attr]
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        nn.init.zeros_(patches.bias)
+        for embedder in self._embedders:
+            time = embedder.timestep_embedder
+            for weight in (
+                time.linear_1.weight,
+                time.linear_2.weight,
+                embedder.class_embedder.embedding_table.weight,
+            ):
+                nn.init.normal_(weight, std=0.02)
+        modulations = [block.norm1.linear for block in self.blocks]  # type: ignore[union-attr]
+        for zero in (*modulations, self.model.proj_out_1, self.model.proj_out_2):
+            nn.init.zeros_(zero.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(zero.bias)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def embedders_equal(self) -> bool:
+        """Whether all blocks' timestep and label embedders hold the same weights, bit for bit."""
+        first, *others = (list(e.parameters()) for e in self._embedders)
+        return all(
+            a is b or torch.equal(a, b)
+            for other in others
+            for a, b in zip(first, other, strict=True)
+        )
+
+    @contextmanager
+    def training(self, freeze_time: bool = False) -> Iterator[None]:
+        """Make the model trainable as the original network is, for as long as it is entered.
+
+        diffusers gives every block its own copy of one embedder. Left alone the copies drift apart
+        and each draws its own label dropout, so that a sample is half conditional. Inside, equal
+        copies are one shared module and their dropout is off: labels are dropped once, outside.
+
+        Args:
+            freeze_time: keep the timestep embedders out of the training.
+        """
+        embedders = self._embedders
+        drops = [e.class_embedder.dropout_prob for e in embedders]
+        parts = [(e.timestep_embedder, e.class_embedder) for e in embedders]
+        shared = self.embedders_equal
+        for embedder in embedders:
+            if shared:
+                embedder.timestep_embedder, embedder.class_embedder = parts[0]
+            embedder.class_embedder.dropout_prob = 0.0
+            embedder.timestep_embedder.requires_grad_(not freeze_time)
+        try:
+            yield
+        finally:
+            for embedder, (time, label), drop in zip(embedders, parts, drops, strict=True):
+                if shared:
+                    with torch.no_grad():
+                        for own, common in zip((time, label), parts[0], strict=True):
+                            if own is not common:
+                                own.load_state_dict(common.state_dict())
+                embedder.timestep_embedder = time.requires_grad_()
+                embedder.class_embedder = label
+                label.dropout_prob = drop

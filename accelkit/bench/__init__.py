@@ -1,0 +1,1 @@
+"""Measuring schedules against full depth: time, quality and cost."""

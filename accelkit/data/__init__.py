@@ -1,0 +1,1 @@
+"""Images to train on and to measure against: sources, transforms and cached latents."""

@@ -1,0 +1,166 @@
+"""Switch a schedule on and off, on a user's own model or pipeline."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from accelkit import routing
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.noise import NoiseAxis
+from accelkit.schedule import Schedule
+
+_STATE = "_accelkit"
+
+
+class Enabled:
+    """A schedule in force on a model: what :func:`enable` returns, usable in a ``with``.
+
+    Attributes:
+        schedule: the schedule, scaled to the model's depth.
+        backbone: the model as accelkit sees it.
+    """
+
+    def __init__(self, router: routing.Router) -> None:
+        self._router = router
+        self.schedule: Schedule = router.schedule
+        self.backbone: Backbone = router.backbone
+
+    @property
+    def axis(self) -> NoiseAxis:
+        """The noise axis of the scheduler in use."""
+        return self._router.axis
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if enabled_on(self.backbone.model) is self:
+            disable(self.backbone.model)
+
+    def __repr__(self) -> str:
+        name = self.schedule.name or "schedule"
+        return f"<{name} on {type(self.backbone.model).__name__}: {self.schedule}>"
+
+
+def enable(target: Any, schedule: str | Schedule, *, scheduler: Any = None) -> Enabled:
+    """Let the noise level decide how many blocks each call of ``target`` runs.
+
+    The model's weights, class and state_dict keys stay as they are. A batch may mix noise levels:
+    every sample gets the depth of its own.
+
+    Args:
+        target: a diffusers pipeline, or the network itself.
+        schedule: a preset's name, a literal, a file's path (:meth:`Schedule.parse`), or a
+            :class:`Schedule` made for a model of this depth.
+        scheduler: what tells the noise level of a timestep. Default: the pipeline's scheduler,
+            also when it is exchanged later; for a bare network the linear betas of DiT.
+
+    Returns:
+        A handle that can be used in a ``with``, which disables at its end.
+
+    Raises:
+        AccelkitError: the model has a schedule already, no backbone is known for its class, the
+            schedule does not fit, or the scheduler cannot be placed on the noise axis.
+        TypeError: ``target`` or ``schedule`` is of another type.
+    """
+    model = denoiser_of(target)
+    if (old := enabled_on(model)) is not None:
+        raise AccelkitError(
+            f"this {type(model).__name__} runs {old.schedule.name or old.schedule} already; "
+            "call accelkit.disable first"
+        )
+    backbone = backbone_of(model)
+    backbone.check()
+    router = routing.Router(
+        backbone, _fitting(schedule, backbone), _scheduler_getter(target, scheduler)
+    )
+    state = Enabled(router)
+    _ = state.axis  # fails here rather than at the first step
+    _install(state)
+    return state
+
+
+def disable(target: Any) -> None:
+    """Take the schedule off: ``target`` is again exactly what it was.
+
+    Warns with AccelkitWarning if none is in force. Fine-tuned weights stay.
+    """
+    model = denoiser_of(target)
+    if enabled_on(model) is None:
+        warnings.warn(
+            f"this {type(model).__name__} runs no schedule, there is nothing to disable",
+            AccelkitWarning,
+            stacklevel=2,
+        )
+        return
+    routing.detach(model)
+    delattr(model, _STATE)
+    del model.__deepcopy__
+
+
+def enabled_on(target: Any) -> Enabled | None:
+    """Return the schedule in force on a pipeline or network, or None."""
+    return denoiser_of(target).__dict__.get(_STATE)
+
+
+def _install(state: Enabled) -> None:
+    routing.attach(state._router)
+    model = state.backbone.model
+    setattr(model, _STATE, state)
+    # diffusers' hooks keep running the original's weights in a deep copy, silently
+    model.__deepcopy__ = _Copier(state)  # type: ignore[assignment]
+
+
+class _Copier:
+    """Deep-copies a model with its schedule: both run, each on its own weights."""
+
+    def __init__(self, state: Enabled) -> None:
+        self._state = weakref.ref(state)
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        state = self._state()
+        assert state is not None  # it lives as long as the model being copied
+        model, router = state.backbone.model, state._router
+        disable(model)
+        try:
+            twin = copy.deepcopy(model, memo)
+        finally:
+            _install(state)
+        _install(Enabled(routing.Router(backbone_of(twin), state.schedule, router.scheduler)))
+        return twin
+
+
+def _fitting(schedule: str | Schedule, backbone: Backbone) -> Schedule:
+    if isinstance(schedule, str):
+        return Schedule.parse(schedule, backbone.depth, backbone.family)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"a schedule is a name or a Schedule, not {type(schedule).__name__}")
+    if schedule.layers != backbone.depth:
+        raise AccelkitError(
+            f"the schedule {schedule.name or schedule} is made for {schedule.layers} blocks, this "
+            f"{type(backbone.model).__name__} has {backbone.depth}; use "
+            f"schedule.rescaled({backbone.depth})"
+        )
+    return schedule
+
+
+def _scheduler_getter(target: Any, scheduler: Any) -> Callable[[], Any]:
+    if scheduler is not None:
+        return lambda: scheduler
+    if isinstance(target, nn.Module) or getattr(target, "scheduler", None) is None:
+        return lambda: None
+    pipeline = weakref.ref(target)
+    last = target.scheduler
+
+    def current() -> Any:
+        owner = pipeline()
+        return last if owner is None else owner.scheduler
+
+    return current

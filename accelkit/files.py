@@ -1,0 +1,44 @@
+"""Small files that are whole or absent, and what to say when there is no room for them."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelkit.errors import AccelkitError
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content; AccelkitError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AccelkitError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` beside ``path`` and rename it into place."""
+    with explain_full_disk(path):
+        part = path.with_name(path.name + ".partial")
+        part.write_text(json.dumps(data, indent=2) + "\n")
+        part.replace(path)
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a write that found no room into an AccelkitError that names the place."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise errors of their own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        words = ("no space left", "quota exceeded", "file write failed", "unexpected pos")
+        if full or any(word in str(error).lower() for word in words):
+            raise AccelkitError(
+                f"no room to write {path} ({error}); free some space and go on with "
+                "--resume latest: what was written before is intact"
+            ) from error
+        raise

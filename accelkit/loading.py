@@ -1,0 +1,126 @@
+"""Finds and opens the pipeline that a user names: built in, a directory, a file or on the hub."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelkit.assets import BUILTIN, builtin
+from accelkit.errors import AccelkitError
+
+ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
+ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
+"""The autoencoder DiT was evaluated with (Peebles and Xie 2023, section 4)."""
+
+
+def open_pipeline(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    vae: str | None = None,
+    num_heads: int | None = None,
+) -> Any:
+    """Return the pipeline that ``model`` names, in float32 on the CPU.
+
+    Args:
+        model: ``builtin``, a pipeline's directory, an original-layout DiT checkpoint (``.pt``,
+            ``.safetensors``) or a hub id. The original's numerics are restored where recorded.
+        revision: of a hub id: branch, tag or commit.
+        vae: directory or hub id of the autoencoder that goes with an original-layout checkpoint.
+        num_heads: attention heads of an original-layout checkpoint of unpublished size.
+
+    Raises:
+        AccelkitError: nothing is there, it is no pipeline, or it cannot be read.
+    """
+    name = str(model)
+    path = builtin() if name == BUILTIN else Path(name)
+    if path.suffix in ORIGINAL_SUFFIXES or path.is_file():
+        return _around_original(path, vae, num_heads)
+    with reading(name):
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(located(name), revision=revision)
+    return _ready(pipe)
+
+
+def located(name: str | Path, index: str = "model_index.json") -> str:
+    """Return the directory that ``name`` means, or the hub id that it must be.
+
+    Raises:
+        AccelkitError: a directory without ``index``, or neither a directory nor of a hub id's form.
+    """
+    path = builtin() if str(name) == BUILTIN else Path(name)
+    if path.is_dir():
+        if not (path / index).is_file():
+            raise AccelkitError(f"{path} is no pipeline directory: it has no {index}")
+        return str(path)
+    text = str(name)
+    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1
+    if looks_local:
+        raise AccelkitError(
+            f"no model at {text}; give {BUILTIN!r}, a pipeline's directory, an original-layout "
+            "file or a hub id such as facebook/DiT-XL-2-256"
+        )
+    return text
+
+
+@contextmanager
+def reading(name: str) -> Any:
+    """Turn what a library raises over a missing or broken model into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except AccelkitError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise AccelkitError(
+            f"{name} is neither a directory here nor to be had from the hub: {_first_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
+        raise AccelkitError(f"cannot read the model {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _around_original(path: Path, vae: str | None, num_heads: int | None) -> Any:
+    from accelkit.backbones.original import load_original
+
+    transformer = load_original(path, num_heads=num_heads)
+    with reading(vae or ORIGINAL_VAE):
+        from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+        autoencoder = AutoencoderKL.from_pretrained(vae or ORIGINAL_VAE)
+    scheduler = DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
+    )
+    return _ready(DiTPipeline(transformer.float(), autoencoder, scheduler))
+
+
+def _ready(pipe: Any) -> Any:
+    """Check that a pipeline is one accelkit can drive, and quieten its progress bar."""
+    from accelkit.backbones import backbone_of, denoiser_of
+
+    backbone_of(denoiser_of(pipe)).restore()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(dtype=_float32())
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def quiet() -> None:
+    """Silence the libraries' notices that say nothing about the task at hand."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module="huggingface_hub")

@@ -1,0 +1,1 @@
+"""Sampling with per-image seeds, for the command line and for measuring."""

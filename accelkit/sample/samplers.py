@@ -1,0 +1,53 @@
+"""The samplers accelkit offers by name, all of them diffusers' schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from accelkit.errors import AccelkitError
+
+SAMPLERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+}
+"""Ancestral sampling (Ho et al. 2020), DDIM (Song et al. 2021), DPM-Solver++ (Lu et al. 2022)."""
+
+
+def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool = False) -> Any:
+    """Return a sampler for the process that ``scheduler`` describes, set to ``steps`` steps.
+
+    Args:
+        name: a key of :data:`SAMPLERS`.
+        scheduler: a pipeline's scheduler; it is left as it is.
+        steps: network calls per image without guidance.
+        learned_variance: the network predicts a variance, which ancestral sampling then uses.
+
+    Raises:
+        AccelkitError: unknown sampler, or a number of steps the process does not have.
+    """
+    if name not in SAMPLERS:
+        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    longest = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= longest:
+        raise AccelkitError(f"{steps} sampling steps asked for; give 1 to {longest}")
+    options = {"variance_type": "learned_range"} if name == "ddpm" and learned_variance else {}
+    if name == "ddpm" and not learned_variance:
+        options["variance_type"] = "fixed_small"
+    if name == "dpm":
+        options["final_sigmas_type"] = "zero"
+    sampler = getattr(diffusers, SAMPLERS[name]).from_config(scheduler.config, **options)
+    sampler.set_timesteps(steps)
+    return sampler
+
+
+def parse_sampler(text: str, default_steps: int = 50) -> tuple[str, int]:
+    """Return name and steps of ``"ddim"``, ``"ddim:50"`` or the like."""
+    name, _, steps = text.partition(":")
+    if steps and not steps.isdecimal():
+        raise AccelkitError(f"cannot read the sampler {text!r}; write name:steps, e.g. ddim:50")
+    if name not in SAMPLERS:
+        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    return name, int(steps or default_steps)

@@ -1,0 +1,240 @@
+"""The one idea: a schedule maps the noise level to what one network call may spend."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelkit.errors import AccelkitError
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What one call of the network spends.
+
+    Attributes:
+        depth: how many of the counted blocks run, the first ones; at least 1.
+    """
+
+    depth: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
+            raise TypeError(f"a depth is a whole number of blocks, not {self.depth!r}")
+        if self.depth < 1:
+            raise AccelkitError(f"depth {self.depth} runs no block; the least is 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A piecewise-constant map from noise level to :class:`Compute`.
+
+    The noise level t runs from 0 (data) to 1 (noise) on the linear-beta variance-preserving axis
+    of :mod:`accelkit.noise`. Interval i is ``[edges[i-1], edges[i])``, the first one starts at 0
+    and the last one is closed. Neighbours of equal compute are merged, so two schedules that do
+    the same are equal; the name takes no part in the comparison.
+
+    Attributes:
+        edges: upper ends of the intervals, rising, the last one 1.
+        computes: what is spent in each interval.
+        layers: how many blocks the model has, i.e. the depth of a full call.
+        name: how it was asked for, e.g. ``"D4"``.
+    """
+
+    edges: tuple[float, ...]
+    computes: tuple[Compute, ...]
+    layers: int
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        edges, computes = tuple(float(e) for e in self.edges), tuple(self.computes)
+        if not edges or len(edges) != len(computes):
+            raise AccelkitError(
+                f"a schedule needs one upper edge per interval, got {len(edges)} edges for "
+                f"{len(computes)} intervals"
+            )
+        if not all(low < high for low, high in zip((0.0, *edges), edges, strict=False)):
+            shown = ", ".join(f"{e:g}" for e in edges)
+            raise AccelkitError(f"the edges of a schedule must rise from above 0, got {shown}")
+        if edges[-1] != 1:
+            raise AccelkitError(
+                f"the last edge of a schedule must be 1 (pure noise), got {edges[-1]:g}"
+            )
+        for compute in computes:
+            if compute.depth > self.layers:
+                raise AccelkitError(
+                    f"depth {compute.depth} is above the model's {self.layers} blocks; "
+                    f"give depths from 1 to {self.layers}"
+                )
+        keep = [i for i in range(len(edges)) if computes[i : i + 1] != computes[i + 1 : i + 2]]
+        object.__setattr__(self, "edges", tuple(edges[i] for i in keep))
+        object.__setattr__(self, "computes", tuple(computes[i] for i in keep))
+
+    @classmethod
+    def parse(cls, text: str | Path, depth: int = 28, family: str = "dit") -> Schedule:
+        """Read a schedule for a model of ``depth`` blocks.
+
+        Args:
+            text: a preset (``"D4"``), ``"full"``, ``"uniform:K"``, a literal of depths at upper
+                edges (``"28@0.2,24@0.4,20@0.6,16@0.8,12@1"``) or the path of a TOML or JSON file
+                as :meth:`to_dict` writes it. A literal's depths are absolute; presets and files
+                made for another depth are scaled (:meth:`rescaled`).
+            depth: how many blocks the model has.
+            family: which backbone family's presets are meant.
+
+        Raises:
+            AccelkitError: an unknown name, a malformed literal or file, a depth the model lacks.
+        """
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise AccelkitError(f"depth is the model's number of blocks, at least 1, not {depth!r}")
+        word = str(text).strip()
+        if word.lower() == "full":
+            return cls.uniform(depth, depth, name="full")
+        if match := re.fullmatch(r"uniform:(-?\d+)", word, re.IGNORECASE):
+            return cls.uniform(int(match[1]), depth, name=word)
+        if Path(word).suffix.lower() in {".toml", ".json"}:
+            return cls.load(word).rescaled(depth)
+        if "@" in word:
+            return cls._literal(word, depth)
+        return _preset(word, family).rescaled(depth)
+
+    @classmethod
+    def uniform(cls, depth: int, layers: int, name: str = "") -> Schedule:
+        """Return the schedule that spends ``depth`` of ``layers`` blocks at every noise level."""
+        return cls((1.0,), (Compute(depth),), layers, name or f"uniform:{depth}")
+
+    @classmethod
+    def _literal(cls, text: str, layers: int) -> Schedule:
+        pairs = [re.fullmatch(r"\s*(-?\d+)\s*@\s*(\S+?)\s*", part) for part in text.split(",")]
+        try:
+            edges = [float(m[2]) for m in pairs if m]
+        except ValueError:
+            edges = []
+        if len(edges) != len(pairs) or not all(math.isfinite(e) for e in edges):
+            raise AccelkitError(
+                f"cannot read the schedule {text!r}; write depth@upper-edge pairs, "
+                "e.g. 28@0.2,24@0.4,20@0.6,16@0.8,12@1"
+            )
+        return cls(tuple(edges), tuple(Compute(int(m[1])) for m in pairs if m), layers, text)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Schedule:
+        """Build from :meth:`to_dict`'s form; unknown or missing keys raise AccelkitError."""
+        if not isinstance(data, dict) or set(data) - {"name"} != {"layers", "intervals"}:
+            raise AccelkitError(
+                "a schedule is a table with 'layers', 'intervals' and optionally 'name', got "
+                f"{sorted(data) if isinstance(data, dict) else type(data).__name__}"
+            )
+        try:
+            rows = [dict(row) for row in data["intervals"]]
+            edges = tuple(float(row.pop("until")) for row in rows)
+            computes = tuple(Compute(**row) for row in rows)
+            return cls(edges, computes, int(data["layers"]), str(data.get("name", "")))
+        except (KeyError, TypeError) as error:
+            raise AccelkitError(
+                f"each interval of a schedule holds 'until' and 'depth', numbers both ({error})"
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: ``name``, ``layers`` and ``intervals`` of ``until`` and ``depth``."""
+        rows = zip(self.edges, self.computes, strict=True)
+        intervals = [{"until": edge, **asdict(compute)} for edge, compute in rows]
+        return {"name": self.name, "layers": self.layers, "intervals": intervals}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a TOML or JSON file that holds :meth:`to_dict`'s form."""
+        path = Path(path)
+        if not path.is_file():
+            raise AccelkitError(f"no schedule file at {path}")
+        reader = tomllib.loads if path.suffix.lower() == ".toml" else json.loads
+        try:
+            return cls.from_dict(reader(path.read_text(encoding="utf-8")))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise AccelkitError(f"cannot read the schedule file {path}: {error}") from error
+
+    def rescaled(self, layers: int) -> Schedule:
+        """Return it for a model of ``layers`` blocks: equal fractions, halves up, at least 1."""
+        if layers == self.layers:
+            return self
+        depths = ((2 * c.depth * layers + self.layers) // (2 * self.layers) for c in self.computes)
+        computes = tuple(Compute(max(1, d)) for d in depths)
+        return Schedule(self.edges, computes, layers, self.name)
+
+    def at(self, t: float) -> Compute:
+        """Return what is spent at noise level ``t`` in [0, 1]."""
+        if not 0 <= t <= 1:
+            raise AccelkitError(f"a noise level lies between 0 (data) and 1 (noise), got {t!r}")
+        return self.computes[bisect_right(self.edges, t, hi=len(self.edges) - 1)]
+
+    def depth_at(self, t: float) -> int:
+        """Return the number of blocks run at noise level ``t`` in [0, 1]."""
+        return self.at(t).depth
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The distinct depths, rising: one specialised forward pass each."""
+        return tuple(sorted({c.depth for c in self.computes}))
+
+    def mean_depth(self, timesteps: Iterable[float] | None = None) -> float:
+        """Return the mean number of blocks run.
+
+        Args:
+            timesteps: noise levels in [0, 1], or whole timesteps of the 1,000-step linear-beta
+                process (then any of them is above 1), as a sequence or tensor. None takes the
+                exact integral over noise levels spread evenly, which is what training costs.
+                For another process convert first: :meth:`accelkit.noise.NoiseAxis.levels`.
+        """
+        if timesteps is None:
+            widths = (b - a for a, b in zip((0.0, *self.edges), self.edges, strict=False))
+            return sum(w * c.depth for w, c in zip(widths, self.computes, strict=True))
+        levels = [float(t) for t in getattr(timesteps, "tolist", lambda: timesteps)()]
+        if not levels:
+            raise AccelkitError("mean_depth needs at least one timestep, got none")
+        if max(levels) > 1 and all(t.is_integer() for t in levels):
+            levels = [t / 1000 for t in levels]
+        return sum(map(self.depth_at, levels)) / len(levels)
+
+    def ideal_saving(self, timesteps: Iterable[float] | None = None) -> float:
+        """Return the share of block time saved against full depth, of 1."""
+        return 1 - self.mean_depth(timesteps) / self.layers
+
+    def __str__(self) -> str:
+        rows = zip(self.computes, self.edges, strict=True)
+        return ",".join(f"{compute.depth}@{edge:g}" for compute, edge in rows)
+
+
+Presets = dict[str, Callable[[], Schedule]]
+_presets: dict[str, Presets] = {}
+
+
+def register_presets(family: str, presets: Presets) -> None:
+    """Make named schedules of a backbone family known to :meth:`Schedule.parse`."""
+    _presets.setdefault(family, {}).update(presets)
+
+
+def preset_names(family: str = "dit") -> tuple[str, ...]:
+    """Return the names of a family's presets."""
+    return tuple(_presets.get(family, ()))
+
+
+def _preset(word: str, family: str) -> Schedule:
+    known = {name.lower(): make for name, make in _presets.get(family, {}).items()}
+    if word.lower() in known:
+        return known[word.lower()]()
+    names = list(preset_names(family))
+    near = {n.lower(): n for n in [*names, "full", "uniform:K"]}
+    ranked = difflib.get_close_matches(word.lower(), near, n=len(near), cutoff=0.0)
+    shown = ", ".join(near[n] for n in ranked)
+    raise AccelkitError(
+        f"unknown schedule {word!r} for the {family} family; known, nearest first: {shown}; "
+        "or depths at upper edges such as 28@0.5,14@1, or a .toml or .json file"
+    )

@@ -1,0 +1,1 @@
+"""Training: the objectives, the ragged loop with its EMA teacher, and the run directory."""

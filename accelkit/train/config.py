@@ -1,0 +1,94 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from accelkit.errors import AccelkitError
+
+LR_SCHEDULES = ("constant", "cosine")
+LOSS_WEIGHTS = ("ones", "ramp")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what weights a run ends with, and how it is watched.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples per step over all processes and accumulated parts.
+        learning_rate: peak rate of AdamW.
+        lr_schedule: ``constant`` or ``cosine`` (to 0), after ``lr_warmup_steps``.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: of the teacher, approached as (1 + n) / (10 + n).
+        label_dropout: share of samples trained without their label, for guidance.
+        loss_weight: lambda(t) of Moon et al. 2024, algorithm 1, whose form the paper leaves open:
+            ``ones`` as in its authors' code; ``ramp`` grows from 0.1 at the data to 1 at noise.
+        loss_weight_until: share of the run after which the weight is 1 everywhere (cycle C).
+        freeze_time_embedder: keep it out of the optimiser, as the authors' command does.
+        gradient_accumulation: parts that a step's batch is run in.
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        seed: of everything drawn. A step's draws depend on the seed and the step alone, neither on
+            the number of processes nor on whether the run was resumed.
+    """
+
+    steps: int = 200
+    batch_size: int = 64
+    learning_rate: float = 2e-5
+    lr_schedule: str = "constant"
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    label_dropout: float = 0.1
+    loss_weight: str = "ones"
+    loss_weight_until: float = 1 / 3
+    freeze_time_embedder: bool = True
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
+        for name in ("lr_warmup_steps", "seed", "weight_decay"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        for name in ("label_dropout", "loss_weight_until"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name, known in (
+            ("lr_schedule", LR_SCHEDULES),
+            ("loss_weight", LOSS_WEIGHTS),
+            ("mixed_precision", PRECISIONS),
+        ):
+            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise AccelkitError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
+        """Build from a dictionary; unknown names raise AccelkitError."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise AccelkitError(f"unknown training settings: {', '.join(sorted(unknown))}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return asdict(self)
+
+    def weight_at(self, step: int, level: Any) -> Any:
+        """Return lambda at 0-based ``step`` for noise levels (a tensor) in [0, 1]."""
+        if self.loss_weight == "ones" or step >= self.loss_weight_until * self.steps:
+            return level * 0 + 1
+        return 0.1 + 0.9 * level

@@ -1,0 +1,74 @@
+"""The random numbers of a step, as a function of the seed and the step alone.
+
+So a resumed run needs no generator's state, and a batch is the same however many processes share
+it: every process draws the whole batch (latents are small) and takes its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ORDER, _STEP = 0, 1  # what a stream of random numbers is for
+
+
+def generator(*keys: int) -> torch.Generator:
+    """Return a CPU generator for a tuple of whole numbers; different tuples are independent."""
+    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, _ORDER, epoch))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a step draws for a batch of B samples of shape S.
+
+    Attributes:
+        rows: (B,) int64, which samples; every sample once an epoch.
+        timestep: (B,) int64, uniform over the process.
+        posterior: (B, *S) float32, standard normal, for the autoencoder's posterior.
+        noise: (B, *S) float32, standard normal.
+        drop: (B,) bool, whose label is dropped.
+    """
+
+    rows: Tensor
+    timestep: Tensor
+    posterior: Tensor
+    noise: Tensor
+    drop: Tensor
+
+    def part(self, index: int, count: int) -> Draw:
+        """Return every ``count``-th sample from ``index`` on."""
+        return Draw(**{name: value[index::count] for name, value in vars(self).items()})
+
+
+def draw(
+    seed: int,
+    step: int,
+    batch: int,
+    *,
+    size: int,
+    shape: tuple[int, ...],
+    timesteps: int,
+    dropout: float,
+) -> Draw:
+    """Return the draw of a 0-based ``step`` from a data set of ``size`` samples."""
+    first = step * batch
+    places = [divmod(first + i, size) for i in range(batch)]
+    rows = torch.stack([_epoch(seed, epoch, size)[place] for epoch, place in places])
+    rng = generator(seed, _STEP, step)
+    return Draw(
+        rows=rows,
+        timestep=torch.randint(timesteps, (batch,), generator=rng),
+        posterior=torch.randn(batch, *shape, generator=rng),
+        noise=torch.randn(batch, *shape, generator=rng),
+        drop=torch.rand(batch, generator=rng) < dropout,
+    )

@@ -1,0 +1,312 @@
+"""The training loop: a student on its schedule, followed by its EMA teacher.
+
+Algorithm 1 of Moon et al. 2024 (ASE): every sample draws a timestep, runs as many blocks as the
+schedule gives its noise level, and the weights' moving average is what is kept. All depths of a
+batch share one pass in which samples leave as they exit, so a step costs the schedule's mean depth.
+With a full schedule the same loop trains from scratch.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from accelkit.backbones import backbone_of
+from accelkit.enable import enable
+from accelkit.errors import AccelkitError
+from accelkit.noise import NoiseAxis
+from accelkit.schedule import Schedule
+from accelkit.train.config import TrainConfig
+from accelkit.train.draws import Draw, draw
+from accelkit.train.objectives import DiscreteProcess, denoising_loss
+from accelkit.train.rundir import RunDirectory
+
+
+class Samples(Protocol):
+    """What the loop trains on: latents that are drawn from their posteriors."""
+
+    labels: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W)."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
+        """Return latents (B, C, H, W) of the samples ``indices`` for standard normal ``noise``."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports: steps done, its loss, gradient norm, rate and samples per second."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    samples_per_second: float
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the run can go on
+    """The run was asked to end by a signal, and left a checkpoint."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; "
+            "go on with --resume latest"
+        )
+        self.signum = signum
+
+
+@dataclass
+class Watch:
+    """How a run is watched and saved; none of it changes the weights.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints, 0 for one at the end only.
+        keep: newest checkpoints kept, 0 for all.
+        on_step: called by the main process after each step.
+        preview: called by the main process with the steps done and the model, in eval mode with the
+            teacher's weights, every ``preview_every`` steps.
+        preview_every: steps between previews, 0 for none.
+    """
+
+    checkpoint_every: int = 0
+    keep: int = 2
+    on_step: Callable[[Progress], None] = lambda progress: None
+    preview: Callable[[int, nn.Module], None] = lambda step, model: None
+    preview_every: int = 0
+
+
+def train(
+    model: nn.Module,
+    scheduler: Any,
+    schedule: Schedule,
+    samples: Samples,
+    config: TrainConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    watch: Watch,
+) -> None:
+    """Train ``model`` in place and leave it in eval mode with the teacher's weights.
+
+    Goes on from the run directory's latest checkpoint if it has one. On one CPU process the final
+    weights are the same, bit for bit, whether or not the run was ever interrupted.
+
+    Args:
+        model: the denoiser, without a schedule, in float32.
+        scheduler: what defines the forward process and the noise axis.
+        schedule: how deep each noise level runs.
+        samples: the data.
+        config: the settings.
+        run: the run's open directory.
+        accelerator: from :func:`make_accelerator`.
+        watch: progress, checkpoints and previews.
+
+    Raises:
+        AccelkitError: the loss is not finite (the last checkpoint stays good), the batch cannot be
+            shared evenly, or the data and the model do not fit.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+    """
+    parts = accelerator.num_processes * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise AccelkitError(
+            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} "
+            f"processes in {config.gradient_accumulation} parts each; "
+            f"give a multiple of {parts}"
+        )
+    backbone = backbone_of(model)
+    model.to(accelerator.device)
+    with ExitStack() as stack:
+        stack.enter_context(backbone.training(freeze_time=config.freeze_time_embedder))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, config.learning_rate, weight_decay=config.weight_decay
+        )
+        rates = get_scheduler(
+            "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup",
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.steps,
+        )
+        ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+        accelerator.register_for_checkpointing(ema, rates)
+        stack.enter_context(enable(model, schedule, scheduler=scheduler))
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+            stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
+        stack.callback(accelerator.free_memory)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        step = _Step(wrapped, scheduler, samples, config, accelerator)
+        done = _restore(run, accelerator)
+        stop = stack.enter_context(_signals())
+
+        def save() -> None:
+            main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
+            with run.writing(done, watch.keep, main, barrier) as folder:
+                accelerator.save_state(str(folder))
+
+        model.train()
+        while done < config.steps:
+            began = time.perf_counter()
+            loss = step.backward(done, watch_signal=bool(stop))
+            if not math.isfinite(loss):
+                raise AccelkitError(_diverged(loss, done + 1, run))
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            rates.step()
+            ema.step(parameters)
+            done += 1
+            if accelerator.is_main_process:
+                rate = config.batch_size / (time.perf_counter() - began)
+                watch.on_step(Progress(done, loss, float(norm), rates.get_last_lr()[0], rate))
+            due = watch.checkpoint_every and done % watch.checkpoint_every == 0
+            if due or step.stopping or done == config.steps:
+                save()
+            if step.stopping and done < config.steps:
+                raise Stopped(stop[0] if stop else signal.SIGTERM, done)
+            if watch.preview_every and done % watch.preview_every == 0:
+                if accelerator.is_main_process:
+                    with _teacher(ema, parameters, model):
+                        watch.preview(done, model)
+                accelerator.wait_for_everyone()
+        ema.copy_to(parameters)
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    model.eval()
+
+
+def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    """Return the Accelerator a run is made with.
+
+    A batch share without a single full-depth sample leaves the deepest blocks without a gradient,
+    so the distributed reducer is told to look for unused parameters.
+    """
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        **options,
+    )
+
+
+class _Step:
+    """Runs the forward and backward passes of one step on this process's share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        samples: Samples,
+        config: TrainConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.samples, self.config = model, samples, config
+        self.accelerator = accelerator
+        self.process = DiscreteProcess.of(scheduler, accelerator.device)
+        self.levels = torch.tensor(NoiseAxis.of(scheduler).levels(range(self.process.steps)))
+        self.null = accelerator.unwrap_model(model).config.num_embeds_ada_norm
+        self.stopping = False
+
+    def backward(self, step: int, watch_signal: bool) -> float:
+        """Accumulate the gradients of a 0-based step; return its loss over all processes."""
+        config, accelerator = self.config, self.accelerator
+        whole = draw(
+            config.seed,
+            step,
+            config.batch_size,
+            size=len(self.samples),
+            shape=self.samples.shape,
+            timesteps=self.process.steps,
+            dropout=config.label_dropout,
+        )
+        count = config.gradient_accumulation
+        mine = whole.part(accelerator.process_index, accelerator.num_processes)
+        total = torch.zeros((), device=accelerator.device)
+        for index in range(count):
+            last = index == count - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self._loss(step, mine.part(index, count)) / count
+                accelerator.backward(loss)
+            total += loss.detach()
+        report = torch.stack([total.float(), torch.full_like(total, watch_signal)])
+        loss, signalled = accelerator.reduce(report, "mean").tolist()
+        self.stopping = signalled > 0  # on any process: all of them stop at the same step
+        return loss
+
+    def _loss(self, step: int, share: Draw) -> Tensor:
+        device = self.accelerator.device
+        x0 = self.samples.sample(share.rows, share.posterior).to(device)
+        eps, t = share.noise.to(device), share.timestep.to(device)
+        labels = self.samples.labels
+        kept = torch.full_like(share.rows, self.null) if labels is None else labels[share.rows]
+        y = torch.where(share.drop, self.null, kept).to(device)
+        xt = self.process.add_noise(x0, eps, t)
+        output = self.model(xt, timestep=t, class_labels=y, return_dict=False)[0]
+        weight = self.config.weight_at(step, self.levels[share.timestep]).to(device)
+        losses = denoising_loss(self.process, output, x0, eps, xt, t)
+        return (weight.float() * losses).mean()
+
+
+def _restore(run: RunDirectory, accelerator: Accelerator) -> int:
+    latest = run.latest()
+    if latest is None:
+        return 0
+    step, folder = latest
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:
+        raise AccelkitError(
+            f"cannot read the checkpoint {folder}: {error}; remove it to go on from the one before"
+        ) from error
+    return step
+
+
+def _diverged(loss: float, step: int, run: RunDirectory) -> str:
+    latest = run.latest()
+    kept = f"the checkpoint of step {latest[0]} is kept" if latest else "no checkpoint was reached"
+    return (
+        f"the loss is {loss} at step {step}; {kept}. Lower --learning-rate, "
+        "or train with --mixed-precision no"
+    )
+
+
+@contextmanager
+def _teacher(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Put the teacher's weights into the student, for as long as it is entered."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        model.train()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them, where signals can be caught at all."""
+    caught: list[int] = []
+    previous = {}
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        try:
+            previous[signum] = signal.signal(signum, lambda number, frame: caught.append(number))
+        except ValueError:  # not in the main thread
+            break
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

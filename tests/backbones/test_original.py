@@ -1,0 +1,540 @@
+"""Original DiT checkpoints: against recorded outputs, and every way a file can be wrong."""
+
+import argparse
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from accelkit.backbones.original import (
+    PATCH_SIZES,
+    PUBLISHED,
+    load_original,
+    numerics,
+    read_state_dict,
+    restore_numerics,
+    save_original,
+    to_original,
+)
+from accelkit.errors import AccelkitError
+
+GOLDEN = os.environ.get("ACCELKIT_GOLDEN")
+needs_golden = pytest.mark.skipif(
+    GOLDEN is None, reason="ACCELKIT_GOLDEN does not name the folder of recorded outputs"
+)
+TOLERANCE = 2e-5  # maximum absolute difference in float32 on CPU
+
+
+def position_table(width, grid):
+    """Integer grid, [sin, cos] per axis; the first half of the features is the column."""
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angles = [np.outer(position, frequencies) for position in (column, row)]
+    halves = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float()[None]
+
+
+def original_state(width=32, depth=2, patch=2, channels=3, out=6, classes=5, grid=3):
+    """Random weights under the original's names, written out as its modules have them."""
+    random = torch.Generator().manual_seed(0)
+
+    def linear(name, rows, columns):
+        shapes = {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+        return {key: torch.randn(shape, generator=random) * 0.1 for key, shape in shapes.items()}
+
+    state = {
+        "pos_embed": position_table(width, grid),
+        "x_embedder.proj.weight": torch.randn(width, channels, patch, patch, generator=random),
+        "x_embedder.proj.bias": torch.randn(width, generator=random),
+        **linear("t_embedder.mlp.0", width, 256),
+        **linear("t_embedder.mlp.2", width, width),
+        "y_embedder.embedding_table.weight": torch.randn(classes + 1, width, generator=random),
+    }
+    for i in range(depth):
+        state |= linear(f"blocks.{i}.attn.qkv", 3 * width, width)
+        state |= linear(f"blocks.{i}.attn.proj", width, width)
+        state |= linear(f"blocks.{i}.mlp.fc1", 4 * width, width)
+        state |= linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
+        state |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
+    state |= linear("final_layer.linear", patch * patch * out, width)
+    state |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    return state
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkpoint of random weights; returns a function that writes a changed copy of it."""
+
+    def write(suffix=".safetensors", **changes):
+        state = original_state()
+        for name, value in changes.items():
+            if value is None:
+                del state[name]
+            else:
+                state[name] = value
+        path = tmp_path / f"small{suffix}"
+        if suffix == ".safetensors":
+            save_file(state, path)
+        else:
+            torch.save(state, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def golden():
+    path = Path(GOLDEN) / "dit_public.safetensors"
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    return load_file(path), config
+
+
+@pytest.fixture
+def golden_file(golden, tmp_path):
+    tensors, _ = golden
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k[:7] == "weight."}
+    path = tmp_path / "golden.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@torch.no_grad()
+def difference(model, golden, output, prefix=""):
+    tensors, _ = golden
+    x, t, y = (tensors[f"input.{prefix}{name}"] for name in "xty")
+    return (model(x, t, y).sample - tensors[f"output.{output}"]).abs().max().item()
+
+
+# Parity with the original's recorded outputs
+
+
+@needs_golden
+def test_config_is_read_off_the_shapes(golden, golden_file):
+    model = load_original(golden_file, num_heads=4)
+    _, want = golden
+    assert model.config.num_layers == want["depth"]
+    assert model.config.sample_size == want["input_size"]
+    assert model.config.patch_size == want["patch_size"]
+    assert model.config.in_channels == want["in_channels"]
+    assert model.config.out_channels == 2 * want["in_channels"]
+    assert model.config.num_embeds_ada_norm == want["num_classes"]
+    assert not model.training
+
+
+@needs_golden
+def test_full_output(golden, golden_file):
+    assert difference(load_original(golden_file, num_heads=4), golden, "full") < TOLERANCE
+
+
+@needs_golden
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_exit_output(golden, golden_file, blocks):
+    model = load_original(golden_file, num_heads=4)
+    model.transformer_blocks = model.transformer_blocks[:blocks]
+    assert difference(model, golden, f"exit{blocks}") < TOLERANCE
+
+
+@needs_golden
+@torch.no_grad()
+def test_guided_output(golden, golden_file):
+    tensors, _ = golden
+    x, t, y = (tensors[f"input.cfg_{name}"] for name in "xty")
+    half = x[: len(x) // 2]
+    model = load_original(golden_file, num_heads=4)
+    out = model(torch.cat([half, half]), t, y).sample
+    conditional, unconditional = out[:, :3].chunk(2)
+    guided = unconditional + 3.0 * (conditional - unconditional)
+    out = torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
+    assert (out - tensors["output.cfg3"]).abs().max() < TOLERANCE
+
+
+@needs_golden
+def test_saved_folder_keeps_the_numerics(golden, golden_file, tmp_path):
+    load_original(golden_file, num_heads=4).save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["timestep_freq_shift"] == 0
+
+    plain = DiTTransformer2DModel.from_pretrained(tmp_path / "folder")
+    assert numerics(plain) == {"timestep_frequencies": "diffusers", "norm_eps": 1e-6}
+    assert difference(plain, golden, "full") > 1e-3  # what goes wrong without them
+
+    for _ in range(2):
+        restore_numerics(plain)
+        assert numerics(plain) == {"timestep_frequencies": "original", "norm_eps": 1e-6}
+        assert difference(plain, golden, "full") < TOLERANCE
+
+
+@needs_golden
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_round_trip_is_bit_equal(golden_file, tmp_path, suffix):
+    want = load_file(golden_file)
+    save_original(load_original(golden_file, num_heads=4), tmp_path / f"back{suffix}")
+    got = read_state_dict(tmp_path / f"back{suffix}")
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert torch.equal(got[key], value), key
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["golden.safetensors", f"back{suffix}"]
+    )
+
+
+# The published sizes
+
+
+# Parameters of the original models at 32x32 latents, frozen position table included.
+COUNTS = {
+    "S": (32_963_360, 32_945_024, 33_148_160),
+    "B": (130_512_416, 130_475_648, 130_881_536),
+    "L": (458_102_816, 458_053_760, 458_594_816),
+    "XL": (675_129_632, 675_074_432, 675_683_072),
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_published_parameter_counts(size):
+    depth, width, heads = PUBLISHED[size]
+    for patch, original in zip(PATCH_SIZES, COUNTS[size], strict=True):
+        with torch.device("meta"):
+            model = DiTTransformer2DModel(
+                num_attention_heads=heads,
+                attention_head_dim=width // heads,
+                num_layers=depth,
+                patch_size=patch,
+                out_channels=8,
+            )
+        # diffusers' layout: no table, and the embedders once more for every block but one
+        embedders = width**2 + 258 * width + 1001 * width
+        want = original - (32 // patch) ** 2 * width + (depth - 1) * embedders
+        assert sum(p.numel() for p in model.parameters()) == want
+        if (size, patch) == ("XL", 2):
+            assert want == 749_826_464
+
+
+def test_head_count_of_a_published_width(tmp_path):
+    save_file(original_state(width=384, depth=1), tmp_path / "s.safetensors")
+    config = load_original(tmp_path / "s.safetensors").config
+    assert (config.num_attention_heads, config.attention_head_dim) == (6, 64)
+
+
+# Loading
+
+
+def test_files_and_wrappings_give_the_same_model(tmp_path):
+    state = original_state()
+    older = {key: value + 1 for key, value in state.items()}
+    run = {"model": older, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(seed=0)}
+    save_file(state, tmp_path / "flat.safetensors")
+    torch.save(state, tmp_path / "flat.pt")
+    torch.save(run, tmp_path / "training.pt")
+    torch.save({"model": state}, tmp_path / "no_ema.pt")
+    torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for path in tmp_path.iterdir():
+        got = read_state_dict(path)
+        assert got.keys() == state.keys(), path
+        assert all(torch.equal(got[key], value) for key, value in state.items()), path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_one_dtype_is_kept_through_a_round_trip(tmp_path, dtype):
+    state = {key: value.to(dtype) for key, value in original_state().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    model = load_original(tmp_path / "x.safetensors", num_heads=4)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    if dtype != torch.float64:  # whose table here was rounded to float32 first
+        back = to_original(model)
+        assert all(torch.equal(back[key], value) for key, value in state.items())
+
+
+def test_mixed_dtypes_become_float32(small):
+    path = small(**{"x_embedder.proj.bias": torch.ones(32, dtype=torch.float16)})
+    model = load_original(path, num_heads=4)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.pos_embed.proj.bias.tolist() == [1.0] * 32
+
+
+def test_weights_are_independent_of_the_file_and_of_each_other(small):
+    path = small(".pt")
+    model = load_original(path, num_heads=4)
+    path.write_bytes(b"gone")
+    pointers = [p.data_ptr() for p in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+
+
+def test_loading_and_converting_draw_no_random_numbers(small):
+    before = torch.get_rng_state()
+    to_original(load_original(small(), num_heads=4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_position_table_sample_size_is_needed(small):
+    path = small(pos_embed=None)
+    with pytest.raises(AccelkitError, match="no pos_embed; give sample_size"):
+        load_original(path, num_heads=4)
+    with pytest.raises(AccelkitError, match="sample_size=7 is not a multiple of the patch size 2"):
+        load_original(path, num_heads=4, sample_size=7)
+    with pytest.raises(TypeError, match="sample_size must be an integer"):
+        load_original(path, num_heads=4, sample_size="6")
+    model = load_original(path, num_heads=4, sample_size=6)
+    assert torch.equal(to_original(model)["pos_embed"], position_table(32, 3))
+
+
+def test_settings_the_file_leaves_open(small):
+    model = load_original(small(), family="dit", num_heads=4, dropout=0.25, sample_size=6)
+    assert model.config.dropout == 0.25
+    assert (
+        load_original(small(), num_heads=4, norm_eps=1e-5).transformer_blocks[0].norm3.eps == 1e-5
+    )
+
+
+# What is refused, each in one line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "width 32, which no published DiT has; give num_heads"),
+        ({"num_heads": 5}, "num_heads=5 does not divide the width 32"),
+        ({"num_heads": 0}, "num_heads=0; expected at least 1"),
+        ({"num_heads": 4, "family": "unet"}, "family='unet' is unknown; known: dit"),
+        ({"num_heads": 4, "depth": 3}, "depth=3 is unknown; known: .*num_layers"),
+        ({"num_heads": 4, "num_layers": 3}, "num_layers=3 contradicts .*: it has 2"),
+        ({"num_heads": 4, "sample_size": 32}, "sample_size=32 contradicts .*: it has 6"),
+        ({"num_heads": 4, "attention_bias": False}, "attention_bias=False contradicts"),
+    ],
+)
+def test_wrong_settings(small, settings, message):
+    with pytest.raises(AccelkitError, match=message):
+        load_original(small(), **settings)
+
+
+@pytest.mark.parametrize("heads", [4.0, "4", True])
+def test_head_count_of_a_wrong_type(small, heads):
+    with pytest.raises(TypeError, match="num_heads must be an integer"):
+        load_original(small(), num_heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.mlp.fc1.bias": None}, r"missing: blocks\.0\.mlp\.fc1\.bias; unexpected: none"),
+        ({"extra": torch.ones(1)}, "missing: none; unexpected: extra"),
+        ({"blocks.2.attn.proj.bias": torch.ones(32)}, "unexpected: blocks.2.attn.proj.bias"),
+        (
+            {"blocks.5.adaLN_modulation.1.weight": torch.ones(192, 32)},
+            r"nearest: DiT-S/2\); missing: (\S+, ){9}\S+ and 29 more; unexpected: none",
+        ),
+        (
+            {"blocks.1.attn.qkv.weight": torch.ones(32, 96)},
+            r"qkv\.weight \[32, 96\] \(expected \[96",
+        ),
+        ({"final_layer.linear.weight": torch.ones(25, 32)}, "wrong shapes: .*expected .24, 32."),
+        ({"x_embedder.proj.weight": torch.ones(32, 3, 2, 4)}, "wrong shapes: x_embedder"),
+        ({"x_embedder.proj.weight": torch.ones(32, 12)}, r"expected \(D, C, p, p\)"),
+        ({"x_embedder.proj.weight": torch.ones(30, 3, 2, 2)}, "multiple of 4"),
+        ({"pos_embed": position_table(32, 3)[:, :8]}, "wrong shapes: pos_embed"),
+        ({"pos_embed": position_table(32, 3) + 1e-3}, "pos_embed is not DiT's sine-cosine table"),
+        ({"pos_embed": torch.full((1, 9, 32), torch.nan)}, "pos_embed is not DiT's"),
+        (
+            {"t_embedder.mlp.0.bias": torch.ones(32, dtype=torch.int64)},
+            "torch.int64; expected float",
+        ),
+    ],
+)
+def test_wrong_weights(small, changes, message):
+    with pytest.raises(AccelkitError, match=message) as error:
+        load_original(small(**changes), num_heads=2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((28, 1152, 2), "DiT-XL/2"), ((23, 1024, 4), "DiT-L/4"), ((12, 768, 8), "DiT-B/8")],
+)
+def test_nearest_published_configuration(tmp_path, shape, name):
+    depth, width, patch = shape
+    state = {f"blocks.{i}.adaLN_modulation.1.weight": torch.ones(1, width) for i in range(depth)}
+    state["x_embedder.proj.weight"] = torch.ones(1, 1, patch, patch)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(AccelkitError, match=rf"nearest: {name}\)"):
+        load_original(tmp_path / "x.safetensors")
+
+
+def test_other_layouts(tmp_path):
+    save_file({"transformer_blocks.0.norm1.linear.bias": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        AccelkitError, match=r"no known family \(dit\); it holds transformer_blocks"
+    ):
+        load_original(tmp_path / "x.safetensors")
+    with pytest.raises(AccelkitError, match="no original DiT"):
+        load_original(tmp_path / "x.safetensors", family="dit")
+
+
+class Payload:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, kind):
+    trace, path = tmp_path / "trace", tmp_path / "bad.pt"
+    content = {"model": original_state(depth=1), "args": Payload(trace)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"args": Payload(trace)}, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(
+        AccelkitError, match=r"bad\.pt (is refused: .*could run code|cannot be read)"
+    ):
+        read_state_dict(path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Payload(trace)))
+    assert trace.exists()  # so the payload was live
+
+
+def test_refusal_names_what_was_found(tmp_path):
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "x.pt")
+    with pytest.raises(AccelkitError, match=r"holds a torch\.nn\.modules\.linear\.Linear") as error:
+        read_state_dict(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list; expected a state dict"),
+        ({}, "holds no tensors"),
+        ({"ema": {}}, "holds no tensors"),
+        ({"weight": [1.0]}, "'weight' is a list; expected tensors by name"),
+        ({"steps": 3, "weights": {"a": torch.ones(1)}}, "'steps' is a int"),
+        ({0: torch.ones(1)}, "not a state dict: 0 is"),
+    ],
+)
+def test_pickles_of_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(AccelkitError, match=message):
+        read_state_dict(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_files(small, suffix):
+    path = small(suffix)
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0).bytes(1000)
+    for content in (whole[: len(whole) // 2], whole[:-100], whole[:40], noise, b"<html></html>"):
+        path.write_bytes(content)
+        with pytest.raises(AccelkitError, match="cannot be read as a checkpoint: trunc") as error:
+            read_state_dict(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(b"")
+    with pytest.raises(AccelkitError, match="is empty"):
+        read_state_dict(path)
+    path.unlink()
+    with pytest.raises(AccelkitError, match="does not exist"):
+        read_state_dict(path)
+    with pytest.raises(AccelkitError, match="is a folder; give one checkpoint file"):
+        read_state_dict(path.parent)
+
+
+# Numerics and the way back
+
+
+def diffusers_dit(**changes):
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "sample_size": 4}
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(**config | {"num_embeds_ada_norm": 5} | changes)
+
+
+def share_embedders(model):
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+def test_numerics_are_read_off_the_modules():
+    model = diffusers_dit()
+    restore_numerics(model)  # nothing recorded, nothing done
+    assert numerics(model) == {"timestep_frequencies": "diffusers", "norm_eps": 1e-5}
+    model.register_to_config(timestep_freq_shift=0)
+    assert numerics(model)["timestep_frequencies"] == "diffusers"
+    restore_numerics(model)
+    assert numerics(model)["timestep_frequencies"] == "original"
+    model.transformer_blocks[1].norm1.emb.time_proj.downscale_freq_shift = 1
+    model.transformer_blocks[2].norm3.eps = 1e-6
+    assert numerics(model) == {"timestep_frequencies": "mixed", "norm_eps": "mixed"}
+    model.register_to_config(timestep_freq_shift=0.5)
+    with pytest.raises(AccelkitError, match=r"timestep_freq_shift=0\.5 in the config"):
+        restore_numerics(model)
+
+
+def test_other_numerics_are_not_converted_silently(small, tmp_path):
+    model = share_embedders(diffusers_dit())
+    with pytest.raises(AccelkitError, match="allow_inexact=True"):
+        to_original(model)
+    save_original(model, tmp_path / "x.pt", allow_inexact=True)
+    assert read_state_dict(tmp_path / "x.pt").keys() == original_state(depth=3).keys()
+    with pytest.raises(AccelkitError, match="'norm_eps': 1e-05"):
+        to_original(load_original(small(), num_heads=4, norm_eps=1e-5))
+
+
+def test_rows_of_the_converted_attention():
+    model = share_embedders(diffusers_dit())
+    state = to_original(model, allow_inexact=True)
+    attention = model.transformer_blocks[1].attn1
+    for rows, linear in ((0, attention.to_q), (16, attention.to_k), (32, attention.to_v)):
+        assert torch.equal(state["blocks.1.attn.qkv.weight"][rows : rows + 16], linear.weight)
+
+
+def test_embedders_that_drifted_apart(small):
+    model = load_original(small(), num_heads=4)
+    drifted = copy.deepcopy(model)
+    to_original(drifted)
+    with torch.no_grad():
+        drifted.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias[3] += 1e-6
+    with pytest.raises(AccelkitError, match=r"t_embedder\.mlp\.2\.bias .* block 1's copy differs"):
+        to_original(drifted)
+
+
+def test_models_without_an_original_layout(tmp_path):
+    with pytest.raises(AccelkitError, match="attention_bias=False"):
+        to_original(diffusers_dit(attention_bias=False), allow_inexact=True)
+    with pytest.raises(TypeError, match="expected a DiTTransformer2DModel, got Linear"):
+        to_original(torch.nn.Linear(1, 1))
+
+
+def test_save_refuses_before_writing(small, tmp_path):
+    model = load_original(small(), num_heads=4)
+    with pytest.raises(AccelkitError, match=r"suffix '\.bin'; give \.safetensors or \.pt"):
+        save_original(model, tmp_path / "x.bin")
+    with pytest.raises(AccelkitError, match="is not a folder; create it first"):
+        save_original(model, tmp_path / "none" / "x.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(small, tmp_path, monkeypatch):
+    model = load_original(small(), num_heads=4)
+    (tmp_path / "x.pt").write_bytes(b"old")
+
+    def full_disk(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_original(model, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.safetensors", "x.pt"]
