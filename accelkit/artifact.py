@@ -146,6 +146,15 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Any:
     return pipe
 
 
+def config_of(source: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """Return the ``accelkit.json`` of an artifact, None if ``source`` is no artifact.
+
+    Raises:
+        AccelkitError: it is one, but broken or of another format.
+    """
+    return _fetch(source, revision)[1] if _is_artifact(source, revision) else None
+
+
 def _is_artifact(source: str | Path, revision: str | None) -> bool:
     path = Path(source)
     if path.exists() or str(source) == BUILTIN:

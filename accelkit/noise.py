@@ -70,7 +70,7 @@ class NoiseAxis:
         if scheduler is None:
             return REFERENCE
         for reads in _PROCESSES:
-            axis = reads(scheduler)
+            axis = reads(scheduler) if hasattr(scheduler, "config") else None
             if axis is not None:
                 return axis
         raise AccelkitError(
@@ -125,16 +125,17 @@ def _edm(scheduler: Any) -> NoiseAxis | None:
     # x = x_0 + sigma noise with timestep = log(sigma) / 4 (Karras et al. 2022, table 1); the data's
     # deviation is part of the SNR, since the reference process assumes unit variance.
     sigma_data = scheduler.config.get("sigma_data")
-    if sigma_data is None or hasattr(scheduler, "betas"):
+    if sigma_data is None or not type(scheduler).__name__.startswith("EDM"):
         return None
     return NoiseAxis(lambda timesteps: 2 * (np.log(sigma_data) - 4 * timesteps), "EDM")
 
 
 def _discrete(scheduler: Any) -> NoiseAxis | None:
-    betas = getattr(scheduler, "betas", None)
-    if betas is None:
+    betas, config = getattr(scheduler, "betas", None), scheduler.config
+    timesteps_are_log_sigma = config.get("timestep_type") == "continuous"
+    if betas is None or "beta_schedule" not in config or timesteps_are_log_sigma:
         return None
-    kind = f"discrete VP, {scheduler.config.get('beta_schedule', 'given')} betas"
+    kind = f"discrete VP, {config['beta_schedule']} betas"
     return NoiseAxis(_Knots(betas.double().cpu().numpy()), kind)
 
 

@@ -99,7 +99,7 @@ class Router:
     def plan_of(self, timestep: Any) -> Plan:
         """Return the plan of the call that a block is run for."""
         assert self.current is not None  # a block's hook runs inside its model's
-        if self.current.grad and isinstance(timestep, Tensor):
+        if torch.is_grad_enabled() and isinstance(timestep, Tensor):
             return self._plans.get(timestep, self.current)
         return self.current
 
@@ -107,7 +107,7 @@ class Router:
         if not isinstance(timestep, Tensor):
             return [float(timestep)]
         if timestep.numel() > 1 and any(timestep.stride()):
-            return timestep.tolist()
+            return timestep.flatten().tolist()
         return [self._single(timestep)]
 
     def _single(self, timestep: Tensor) -> float:
@@ -259,4 +259,5 @@ class _ExitHook(_Hook):
 
 def _rows(value: Any, index: Tensor | slice) -> Any:
     """Return the rows of a per-sample argument; None and what all samples share pass through."""
-    return value[index] if isinstance(value, Tensor) and value.ndim > 0 else value
+    per_sample = isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1
+    return value[index] if per_sample else value

@@ -55,6 +55,8 @@ class Schedule:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int):
+            raise TypeError(f"layers is the model's number of blocks, not {self.layers!r}")
         edges, computes = tuple(float(e) for e in self.edges), tuple(self.computes)
         if not edges or len(edges) != len(computes):
             raise AccelkitError(
@@ -137,8 +139,10 @@ class Schedule:
             rows = [dict(row) for row in data["intervals"]]
             edges = tuple(float(row.pop("until")) for row in rows)
             computes = tuple(Compute(**row) for row in rows)
-            return cls(edges, computes, int(data["layers"]), str(data.get("name", "")))
-        except (KeyError, TypeError) as error:
+            return cls(edges, computes, data["layers"], str(data.get("name", "")))
+        except AccelkitError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise AccelkitError(
                 f"each interval of a schedule holds 'until' and 'depth', numbers both ({error})"
             ) from error

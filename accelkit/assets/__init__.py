@@ -7,6 +7,8 @@ from accelkit.errors import AccelkitError
 ASSETS = Path(__file__).parent
 BUILTIN = "builtin"
 """The name by which the built-in model is asked for."""
+FINETUNE_RECIPE = ASSETS / "finetune.toml"
+"""Settings that suit the built-in model, where a command and its recipe give none."""
 
 
 def builtin() -> Path:

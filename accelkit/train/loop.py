@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from accelkit.backbones import backbone_of
 from accelkit.enable import enable
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.train.config import TrainConfig
@@ -57,17 +57,6 @@ class Progress:
     grad_norm: float
     learning_rate: float
     samples_per_second: float
-
-
-class Stopped(Exception):  # noqa: N818 - no error: the run can go on
-    """The run was asked to end by a signal, and left a checkpoint."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; "
-            "go on with --resume latest"
-        )
-        self.signum = signum
 
 
 @dataclass

@@ -1,0 +1,186 @@
+"""What the jobs share: settings of a run, opening model and data, the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from accelkit import artifact
+from accelkit.assets import BUILTIN
+from accelkit.backbones import denoiser_of
+from accelkit.data.latents import Latents, encode_latents
+from accelkit.data.sources import ImageSource, open_source
+from accelkit.enable import disable, enabled_on
+from accelkit.errors import AccelkitError
+from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.train.config import TrainConfig
+from accelkit.train.loop import Progress, Watch, make_accelerator
+from accelkit.train.rundir import RunDirectory
+
+MAY_DIFFER = frozenset({"evaluation"})
+"""Settings of a run that its resumption may change: they do not touch the weights."""
+
+
+class Reporter(Protocol):
+    """Where a job tells what it does; the command line draws it."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+    def advance(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Show that ``done`` of ``total`` parts of ``task`` are finished."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model and data a job works on.
+
+    Attributes:
+        model: as :func:`accelkit.from_pretrained` takes it.
+        data: ``digits``, a folder or a zip.
+        revision: of a hub id.
+        skip_bad: go on without images that cannot be read, and count them.
+        flip: train on mirrored images as well.
+    """
+
+    model: str = BUILTIN
+    data: str = "digits"
+    revision: str | None = None
+    skip_bad: bool = False
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How variants are compared: images, batch size, first seed, sampler."""
+
+    images: int = 1000
+    batch_size: int = 250
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run goes and how it is watched."""
+
+    output: Path
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_every: int = 100
+    keep: int = 2
+    preview_every: int = 0
+    report_to: str | None = None
+
+
+def open_model(model: str, revision: str | None = None) -> Any:
+    """Return the pipeline a job works on, on the GPU if there is one, without a schedule."""
+    pipe = artifact.from_pretrained(model, revision=revision)
+    if enabled_on(pipe) is not None:
+        disable(pipe)
+    return on_device(pipe)
+
+
+def on_device(pipe: Any) -> Any:
+    """Return the pipeline on the GPU if there is one."""
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_images(source: Source, model: Any) -> ImageSource:
+    """Return the data, refusing more classes than the model has."""
+    images = open_source(source.data, skip_bad=source.skip_bad)
+    known = model.config.num_embeds_ada_norm
+    if len(images.classes) > known:
+        raise AccelkitError(
+            f"{source.data} has {len(images.classes)} classes, the model has {known}; "
+            "leave some out or give another model"
+        )
+    return images
+
+
+def image_size(pipe: Any) -> int:
+    """Return height and width in pixels of a pipeline's images."""
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return denoiser_of(pipe).config.sample_size * factor  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def claimed(
+    settings: dict[str, Any], config: TrainConfig, where: Run
+) -> Iterator[tuple[RunDirectory, Any]]:
+    """Open the run's directory and its accelerator; close both whatever happens."""
+    accelerator = make_accelerator(
+        config, log_with=where.report_to, project_dir=str(where.output)
+    )
+    run = RunDirectory(where.output)
+    try:
+        if accelerator.is_main_process:
+            run.open(
+                settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER
+            )
+        accelerator.wait_for_everyone()
+        if where.report_to:
+            accelerator.init_trackers("tracking", config=config.to_dict())
+        yield run, accelerator
+    finally:
+        run.close()
+        accelerator.end_training()
+
+
+def encoded(
+    pipe: Any, images: ImageSource, flip: bool, accelerator: Any, reporter: Reporter
+) -> Latents:
+    """Return the data's latents, computed by one process and read by all."""
+    with accelerator.main_process_first():
+        latents = encode_latents(
+            images,
+            pipe.vae.to(accelerator.device),
+            size=image_size(pipe),
+            device=accelerator.device,
+            flip=flip,
+            progress=lambda done, total: reporter.advance("encoding images", done, total),
+        )
+    if latents.skipped:
+        reporter.say(f"skipped {latents.skipped} images that cannot be read")
+    return latents
+
+
+def watch(
+    pipe: Any,
+    classes: int,
+    config: TrainConfig,
+    where: Run,
+    accelerator: Any,
+    reporter: Reporter,
+) -> Watch:
+    """Return what the loop calls back: progress, trackers and preview pictures."""
+
+    def on_step(progress: Progress) -> None:
+        note = f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s"
+        reporter.advance("training", progress.step, config.steps, note)
+        if where.report_to:
+            values = {k: v for k, v in vars(progress).items() if k != "step"}
+            accelerator.log(values, step=progress.step)
+
+    def preview(step: int, model: Any) -> None:
+        labels = [i % max(1, classes) for i in range(16)]
+        path = where.output / "previews" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_picture(grid(generate(pipe, labels, list(range(16)), Sampling(steps=20))), path)
+
+    return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)
+
+
+def save_picture(pixels: Any, path: Path) -> None:
+    """Write uint8 (H, W, 3) as a PNG, beside and renamed into place."""
+    part = path.with_name(path.name + ".partial")
+    Image.fromarray(pixels).save(part, format="png")
+    part.replace(path)
+
+

@@ -1,0 +1,49 @@
+"""Convert DiT checkpoints between the original layout and diffusers' directories."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelkit.backbones.original import load_original, restore_numerics, save_original
+from accelkit.errors import AccelkitError
+from accelkit.loading import ORIGINAL_SUFFIXES, reading
+
+
+def convert(
+    source: Path, target: Path, num_heads: int | None, allow_inexact: bool, overwrite: bool
+) -> Path:
+    """Write ``source`` in the other layout to ``target`` and return it.
+
+    A file becomes a directory that ``DiTTransformer2DModel.from_pretrained`` reads; a directory, of
+    a transformer or of a pipeline, becomes a file. Every key is accounted for.
+
+    Raises:
+        AccelkitError: nothing to read, no DiT, the target exists, or the conversion is inexact.
+    """
+    if target.exists() and not overwrite:
+        raise AccelkitError(f"{target} exists; replace it with --overwrite")
+    if not source.is_dir():
+        if target.suffix in ORIGINAL_SUFFIXES:
+            raise AccelkitError(
+                f"{source} is read as an original-layout file, so the target is a directory, "
+                f"not {target.name}"
+            )
+        model = load_original(source, num_heads=num_heads)
+        part = target.with_name(target.name + ".partial")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part)
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.rename(target)
+        return target
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    folder = source / "transformer" if (source / "model_index.json").is_file() else source
+    if not (folder / "config.json").is_file():
+        raise AccelkitError(f"{source} is no model directory: it has no config.json")
+    with reading(str(source)):
+        model = DiTTransformer2DModel.from_pretrained(folder)
+    restore_numerics(model)
+    save_original(model, target, allow_inexact=allow_inexact)
+    return target

@@ -1,0 +1,106 @@
+"""Sample images to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelkit import artifact
+from accelkit.backbones import denoiser_of
+from accelkit.enable import disable, enable, enabled_on
+from accelkit.errors import AccelkitError
+from accelkit.files import write_json
+from accelkit.jobs.common import Reporter, on_device, save_picture
+from accelkit.sample.generate import Sampling, generate, grid
+
+GRID, INDEX = "grid.png", "samples.json"
+
+
+def sample(
+    model: str,
+    revision: str | None,
+    schedule: str | None,
+    labels: str | None,
+    number: int,
+    seed: int,
+    batch_size: int,
+    how: Sampling,
+    output: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> list[Path]:
+    """Write ``number`` PNG files, a grid and an index; return the files of the images.
+
+    Args:
+        model: as :func:`accelkit.from_pretrained` takes it.
+        revision: of a hub id.
+        schedule: runs instead of the one the model was tuned for, if any.
+        labels: classes to go round, such as ``3,1,4`` or ``0-9``; None for all the model names.
+        number: how many images; image i has seed ``seed + i``.
+        seed: of the first image.
+        batch_size: images per batch.
+        how: sampler, steps and guidance.
+        output: directory.
+        overwrite: replace images there.
+        reporter: told how far it is.
+
+    Raises:
+        AccelkitError: any input that does not fit.
+    """
+    if number < 1 or batch_size < 1:
+        raise AccelkitError(f"give at least 1 image and a batch of 1, got {number}, {batch_size}")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
+        raise AccelkitError(
+            f"the output {output} is not an empty directory; use --overwrite or another -o"
+        )
+    pipe = on_device(artifact.from_pretrained(model, revision=revision))
+    if schedule is not None:
+        if enabled_on(pipe) is not None:
+            disable(pipe)
+        enable(pipe, schedule)
+    classes = parse_labels(labels) if labels else known_labels(pipe)
+    output.mkdir(parents=True, exist_ok=True)
+    images, rows, files = [], [], []
+    for start in range(0, number, batch_size):
+        places = range(start, min(start + batch_size, number))
+        chosen = [classes[i % len(classes)] for i in places]
+        batch = generate(pipe, chosen, [seed + i for i in places], how)
+        images.append(batch)
+        for place, label, image in zip(places, chosen, batch, strict=True):
+            files.append(output / f"{place:06d}-class{label}.png")
+            save_picture(image, files[-1])
+            rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
+        reporter.advance("sampling", places.stop, number)
+    save_picture(grid(np.concatenate(images)), output / GRID)
+    state = enabled_on(pipe)
+    write_json(
+        output / INDEX,
+        {
+            "model": model,
+            "schedule": state and state.schedule.to_dict(),
+            "sampling": vars(how),
+            "images": rows,
+        },
+    )
+    return files
+
+
+def parse_labels(text: str) -> list[int]:
+    """Return the classes that ``"3,1,4"`` or ``"0-9"`` means."""
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise AccelkitError(f"cannot read the labels {text!r}; write e.g. 3,1,4 or 0-9")
+        labels += range(int(first), int(last or first) + 1)
+    if not labels:
+        raise AccelkitError(f"the labels {text!r} name no class; write e.g. 3,1,4 or 0-9")
+    return labels
+
+
+def known_labels(pipe: Any) -> list[int]:
+    """Return the classes a pipeline has names for, or all that its model has."""
+    named = sorted(set(getattr(pipe, "labels", {}).values()))
+    return named or list(range(denoiser_of(pipe).config.num_embeds_ada_norm))  # type: ignore

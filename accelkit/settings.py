@@ -1,0 +1,71 @@
+"""Where a command's settings come from: the command line, a recipe, the run being resumed."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from accelkit.errors import AccelkitError
+
+
+def read_recipe(path: str | Path, tables: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a recipe's settings: a TOML file of options, dashes as underscores.
+
+    Args:
+        path: the file.
+        tables: names of tables that stay tables; every other table only groups options.
+
+    Raises:
+        AccelkitError: missing or no valid TOML.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AccelkitError(f"no recipe at {path}") from None
+    except (OSError, ValueError) as error:
+        raise AccelkitError(f"cannot read the recipe {path}: {error}") from error
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        grouped = value if isinstance(value, dict) and key not in tables else {key: value}
+        flat |= {name.replace("-", "_"): v for name, v in grouped.items()}
+    return flat
+
+
+def resolve(context: Any, *layers: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's settings: given on the command line, else the first layer's, else default.
+
+    Args:
+        context: the command's click context.
+        layers: settings by option name, the most important first.
+
+    Raises:
+        AccelkitError: a layer holds an unknown name or a value of the wrong kind.
+    """
+    known = {parameter.name: parameter for parameter in context.command.params}
+    settings = dict(context.params)
+    for layer in reversed(layers):
+        for name, value in layer.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise AccelkitError(f"unknown setting {name!r} in the recipe{hint}")
+            source = context.get_parameter_source(name)
+            if source is None or source.name in ("DEFAULT", "DEFAULT_MAP"):
+                settings[name] = _cast(context, known[name], value)
+    return settings
+
+
+def _cast(context: Any, parameter: Any, value: Any) -> Any:
+    plain = isinstance(value, (str, int, float, bool))
+    flags = getattr(parameter, "is_flag", False)
+    if not plain or isinstance(value, bool) != bool(flags):
+        kind = "true or false" if flags else "one value"
+        raise AccelkitError(f"{parameter.name} takes {kind}, the recipe has {value!r}")
+    try:
+        return value if flags else parameter.process_value(context, str(value))
+    except Exception as error:  # click's own BadParameter, wherever typer keeps it
+        message = getattr(error, "message", str(error))
+        raise AccelkitError(f"{parameter.name} in the recipe: {message}") from error

@@ -1,0 +1,71 @@
+"""Small models without a zero weight, so that every block and the exit show in the output."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_dit() -> Callable:
+    """Builds a DiT of 2x2 patches on (4, 8, 8) latents, learned variance, eval mode."""
+    from diffusers import DiTTransformer2DModel
+
+    def make(layers: int = 6, width: int = 32, seed: int = 0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = DiTTransformer2DModel(
+                num_attention_heads=2,
+                attention_head_dim=width // 2,
+                in_channels=4,
+                out_channels=8,
+                num_layers=layers,
+                sample_size=8,
+            )
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def dit(make_dit):
+    """Six blocks."""
+    return make_dit()
+
+
+@pytest.fixture
+def make_pipe(make_dit) -> Callable:
+    """Builds a DiTPipeline around a small DiT and a small autoencoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    def make(layers: int = 6, seed: int = 0, scheduler=None):
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+        pipe = DiTPipeline(make_dit(layers, seed=seed), vae, scheduler or DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipe):
+    """Six blocks, DDIM with linear betas."""
+    return make_pipe()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of outputs recorded from the original implementations."""
+    folder = os.environ.get("ACCELKIT_GOLDEN")
+    if not folder:
+        pytest.skip("ACCELKIT_GOLDEN does not name the folder of recorded outputs")
+    return Path(folder)

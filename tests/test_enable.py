@@ -1,0 +1,741 @@
+"""Schedules on real diffusers models: what runs, what it gives, and that nothing stays behind."""
+
+import copy
+import gc
+import inspect
+import json
+import warnings
+import weakref
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook as AccelerateHook
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SCMScheduler,
+)
+from diffusers.hooks import HookRegistry, ModelHook
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from accelkit.backbones.original import load_original
+from accelkit.enable import disable, enable, enabled_on
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.routing import place_in
+from accelkit.schedule import Schedule
+
+SCHEDULE = "6@0.3,4@0.6,2@1"  # of the six blocks of `dit`
+DEPTH_OF = {100: 6, 299: 6, 300: 4, 500: 4, 600: 2, 900: 2}
+MIXED = [900, 100, 500, 100]  # depths 2, 6, 4, 6
+
+
+def inputs(timesteps, seed=1):
+    """Latents, timesteps and labels, one row for each timestep."""
+    draw = torch.Generator().manual_seed(seed)
+    latents = torch.randn(len(timesteps), 4, 8, 8, generator=draw)
+    labels = torch.randint(1000, (len(timesteps),), generator=draw)
+    return latents, torch.tensor(timesteps), labels
+
+
+@torch.no_grad()
+def run(model, latents, timesteps, labels):
+    return model(latents, timestep=timesteps, class_labels=labels).sample
+
+
+def truncated(model, depth):
+    """The network with its first ``depth`` blocks, cut by hand."""
+    short = copy.deepcopy(model)
+    short.transformer_blocks = short.transformer_blocks[:depth]
+    return short
+
+
+def by_hand(model, latents, timesteps, labels):
+    """Every row alone through the network cut to its depth."""
+    cut = {depth: truncated(model, depth) for depth in set(DEPTH_OF.values())}
+    rows = zip(latents.split(1), timesteps.split(1), labels.split(1), strict=True)
+    return torch.cat([run(cut[DEPTH_OF[int(t)]], x, t, y) for x, t, y in rows])
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+def traces(model):
+    """Everything in every sub-module's ``__dict__``, one level deep."""
+    return {
+        name: {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in vars(module).items()
+        }
+        for name, module in model.named_modules()
+    }
+
+
+def hooked(model):
+    return [n for n, m in model.named_modules() if "_diffusers_hook" in vars(m)]
+
+
+# --- on and off ------------------------------------------------------------------------------
+
+
+def test_disabled_again_nothing_is_left(dit):
+    call = inputs(MIXED)
+    before, keys, output = traces(dit), list(dit.state_dict()), run(dit, *call)
+    enable(dit, SCHEDULE)
+    assert list(dit.state_dict()) == keys
+    assert not torch.equal(run(dit, *call), output)
+    disable(dit)
+    assert traces(dit) == before
+    assert list(dit.state_dict()) == keys
+    assert torch.equal(run(dit, *call), output)
+    assert torch.equal(run(copy.deepcopy(dit), *call), output)
+
+
+# BUG, left failing: detach deletes a hook registry that was there before
+def test_disabled_again_a_registry_that_was_there_stays(dit):
+    HookRegistry.check_if_exists_or_initialize(dit)  # as diffusers' cache contexts leave it
+    HookRegistry.check_if_exists_or_initialize(dit.transformer_blocks[5])
+    before = traces(dit)
+    enable(dit, SCHEDULE)
+    disable(dit)
+    assert traces(dit) == before
+
+
+def test_full_hooks_nothing_and_changes_no_bit(dit):
+    call = inputs(MIXED)
+    output = run(dit, *call)
+    with enable(dit, "full"):
+        assert not hooked(dit)
+        assert not any("forward" in vars(module) for module in dit.modules())
+        assert torch.equal(run(dit, *call), output)
+    assert enabled_on(dit) is None
+
+
+def test_blocks_that_always_run_carry_no_hook(dit):
+    with enable(dit, SCHEDULE):
+        blocks = [f"transformer_blocks.{i}" for i in (2, 3, 4, 5)]
+        assert sorted(hooked(dit)) == sorted(["", "norm_out", *blocks])
+
+
+def test_leaving_the_with_block_disables_whatever_happens(dit):
+    state = enable(dit, SCHEDULE)
+    with pytest.raises(KeyError), state as entered:
+        _ = {}[entered is enabled_on(dit) is state]
+    assert enabled_on(dit) is None
+    with enable(dit, SCHEDULE):
+        disable(dit)  # early: the end of the block is then silent
+    with enable(dit, SCHEDULE):
+        disable(dit)
+        later = enable(dit, "uniform:3")
+    assert enabled_on(dit) is later  # not this block's to end
+
+
+def test_a_failed_call_leaves_nothing_for_the_next_one(dit):
+    call = inputs(MIXED)
+    expected = by_hand(dit, *call)
+
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with enable(dit, SCHEDULE):
+        handle = dit.transformer_blocks[5].attn1.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="mine"):
+            run(dit, *call)
+        handle.remove()
+        close(run(dit, *call), expected)
+
+
+def test_enabling_twice_raises_and_changes_nothing(dit):
+    call = inputs(MIXED)
+    state = enable(dit, SCHEDULE)
+    output = run(dit, *call)
+    with pytest.raises(AccelkitError, match=r"runs 6@0\.3.* already; call accelkit\.disable"):
+        enable(dit, "full")
+    assert enabled_on(dit) is state
+    assert torch.equal(run(dit, *call), output)
+
+
+def test_disabling_when_off_warns(dit):
+    with pytest.warns(AccelkitWarning, match="nothing to disable"):
+        disable(dit)
+
+
+def test_a_model_is_freed_with_its_schedule(dit):
+    twin = copy.deepcopy(dit)
+    enable(twin, SCHEDULE)
+    run(twin, *inputs(MIXED))
+    gone = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [None, "D4", 28, object()])
+def test_targets_of_other_types(target):
+    for function in (lambda t: enable(t, "D4"), disable, enabled_on):
+        with pytest.raises(TypeError, match=f"torch module, got {type(target).__name__}"):
+            function(target)
+
+
+def test_models_of_no_known_family():
+    with pytest.raises(AccelkitError, match="no backbone for Linear; it knows DiTTransformer2D"):
+        enable(torch.nn.Linear(2, 2), "full")
+
+
+@pytest.mark.parametrize("schedule", [None, 4, ("D4",), {"D4": 1}])
+def test_schedules_of_other_types(dit, schedule):
+    with pytest.raises(TypeError, match="schedule is a name"):
+        enable(dit, schedule)
+    assert enabled_on(dit) is None
+
+
+# BUG, left failing: a pathlib.Path is refused with TypeError
+def test_schedule_files_are_taken_as_text_and_as_path(dit, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(Schedule.parse(SCHEDULE, 6).to_dict()))
+    for given in (str(path), path):
+        with enable(dit, given) as state:
+            assert state.schedule == Schedule.parse(SCHEDULE, 6)
+
+
+def test_schedules_for_another_depth(dit):
+    with pytest.raises(AccelkitError, match=r"D4 is made for 28 blocks.*has 6.*rescaled\(6\)"):
+        enable(dit, Schedule.parse("D4"))
+    with pytest.raises(AccelkitError, match="above the model's 6 blocks"):
+        enable(dit, "7@0.5,6@1")
+    assert enabled_on(dit) is None
+    with enable(dit, "D4") as state:  # a name is scaled
+        assert state.schedule == Schedule.parse("D4", 6)
+
+
+def test_schedulers_that_cannot_be_placed_leave_the_model_as_it_was(make_pipe, dit):
+    before = traces(dit)
+    for scheduler in (SCMScheduler(), "ddim"):
+        with pytest.raises(AccelkitError, match="cannot place"):
+            enable(dit, SCHEDULE, scheduler=scheduler)
+    assert traces(dit) == before
+    pipe = make_pipe(scheduler=SCMScheduler())
+    with pytest.raises(AccelkitError, match="cannot place"):
+        enable(pipe, SCHEDULE)
+    with enable(pipe, SCHEDULE, scheduler=DDIMScheduler()) as state:
+        assert state.axis.level(500) == 0.5
+
+
+def test_calls_that_name_no_noise_level(dit):
+    latents, timesteps, labels = inputs(MIXED)
+    enable(dit, SCHEDULE)
+    for call in ((latents, None, labels), (latents,)):
+        with pytest.raises(AccelkitError, match="needs its timestep"):
+            dit(*call)
+    with pytest.raises(AccelkitError, match="between 0"):
+        dit(latents, torch.full((4,), torch.nan), labels)
+    with pytest.raises(AccelkitError, match="3 timesteps for a batch of 4"):
+        dit(latents, timesteps[:3], labels)
+    with pytest.raises(AccelkitError, match="4 timesteps for a batch of 2"):
+        dit(latents[:2], timesteps, labels[:2])
+
+
+# BUG, left failing: surplus and doubled arguments are swallowed, a missing one is a KeyError
+def test_calls_the_plain_model_refuses_are_refused(dit):
+    latents, timesteps, labels = inputs(MIXED)
+    wrong = [
+        ((latents, timesteps, labels, None, True, "one too many"), {}),
+        ((latents, timesteps, labels), {"timestep": timesteps}),
+        ((latents,), {"timestep": timesteps, "class_labels": labels, "no_such": 1}),
+        ((), {"timestep": timesteps, "class_labels": labels}),
+    ]
+    enable(dit, SCHEDULE)
+    for args, kwargs in wrong:
+        with pytest.raises(TypeError):
+            inspect.signature(type(dit).forward).bind(dit, *args, **kwargs)
+        with pytest.raises(TypeError):
+            dit(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([[900], [100]]), torch.tensor([[900, 100]])])
+def test_timesteps_in_two_dimensions_are_the_models_to_refuse(dit, wrong):
+    latents, _, labels = inputs([900, 100])
+    with pytest.raises(AssertionError, match="1d-array"):
+        dit(latents, wrong, labels)
+    enable(dit, SCHEDULE)
+    with pytest.raises(AssertionError, match="1d-array"):
+        dit(latents, wrong, labels)
+
+
+# --- what runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 6])
+def test_an_exit_is_the_network_cut_there(dit, depth):
+    call = inputs(MIXED)
+    expected, full = run(truncated(dit, depth), *call), run(dit, *call)
+    with enable(dit, f"uniform:{depth}"):
+        assert torch.equal(run(dit, *call), expected)
+    assert depth == 6 or (full - expected).abs().max() > 1e-2  # the blocks matter
+
+
+def test_exits_are_the_original_implementations(golden, tmp_path):
+    with safe_open(golden / "dit_public.safetensors", "pt") as file:
+        recorded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        heads = json.loads(file.metadata()["config"])["num_heads"]
+    weights = {key[7:]: value for key, value in recorded.items() if key.startswith("weight.")}
+    save_file(weights, tmp_path / "dit.safetensors")
+    model = load_original(tmp_path / "dit.safetensors", num_heads=heads)
+    call = [recorded[f"input.{name}"] for name in "xty"]
+    depths = [int(key[11:]) for key in recorded if key.startswith("output.exit")]
+    assert depths
+    for depth in depths:
+        with enable(model, f"uniform:{depth}"):
+            output = run(model, *call)
+        torch.testing.assert_close(output, recorded[f"output.exit{depth}"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("timestep", DEPTH_OF)
+def test_the_noise_level_decides_the_depth(dit, timestep):
+    call = inputs([timestep] * 3)
+    expected = run(truncated(dit, DEPTH_OF[timestep]), *call)
+    with enable(dit, SCHEDULE):
+        assert torch.equal(run(dit, *call), expected)
+
+
+def test_skipped_blocks_are_not_run_and_the_others_on_their_rows_only(dit):
+    rows = [[] for _ in dit.transformer_blocks]
+    for index, block in enumerate(dit.transformer_blocks):
+        block.attn1.register_forward_hook(
+            lambda module, args, output, index=index: rows[index].append(len(args[0]))
+        )
+    with enable(dit, SCHEDULE):
+        run(dit, *inputs(MIXED))
+        assert rows == [[4], [4], [3], [3], [2], [2]]
+        run(dit, *inputs([900, 900]))
+        assert rows == [[4, 2], [4, 2], [3], [3], [2], [2]]
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        MIXED,
+        [100, 299, 300, 500, 600, 900],  # deepest first already
+        [900, 600, 500, 300, 299, 100],
+        [100, 900],
+        [900, 100, 900],
+        [500, 900, 500],  # nothing runs to the last block
+        [600, 900, 900],
+        [100],
+    ],
+)
+def test_a_rows_output_does_not_depend_on_its_batch(dit, timesteps):
+    call = inputs(timesteps)
+    expected = by_hand(dit, *call)
+    with enable(dit, SCHEDULE):
+        output = run(dit, *call)
+        close(output, expected)
+        alone = zip(*(part.split(1) for part in call), strict=True)
+        close(output, torch.cat([run(dit, *row) for row in alone]))
+
+
+def test_random_batches(make_dit):
+    dit = make_dit(layers=12, width=16)
+    draw = torch.Generator().manual_seed(0)
+    schedule = Schedule.parse("D6", 12)
+    cut = {depth: truncated(dit, depth) for depth in schedule.depths}
+    enable(dit, schedule)
+    for size in (2, 5, 9):
+        latents, timesteps, labels = inputs(torch.randint(1000, (size,), generator=draw).tolist())
+        rows = zip(latents.split(1), timesteps.split(1), labels.split(1), strict=True)
+        alone = [run(cut[schedule.depth_at(t.item() / 1000)], x, t, y) for x, t, y in rows]
+        close(run(dit, latents, timesteps, labels), torch.cat(alone))
+
+
+@pytest.mark.parametrize("timesteps", [MIXED, [900] * 4])
+def test_call_styles(dit, timesteps):
+    latents, t, labels = inputs(timesteps)
+    enable(dit, SCHEDULE)
+    with torch.no_grad():
+        named = dit(hidden_states=latents, timestep=t, class_labels=labels, return_dict=False)
+        placed = dit(latents, t, labels, None, False)
+        held = dit(latents, t, class_labels=labels)
+    assert type(named) is type(placed) is tuple
+    assert len(named) == len(placed) == 1
+    assert torch.equal(named[0], placed[0])
+    assert torch.equal(named[0], held.sample)
+    assert type(held).__name__ == "Transformer2DModelOutput"
+
+
+def test_one_timestep_or_label_for_all(dit):
+    latents, timesteps, labels = inputs([900] * 4)
+    one_label = by_hand(dit, latents, torch.tensor(MIXED), labels[:1].expand(4))
+    expected = run(truncated(dit, 2), latents, timesteps, labels)
+    with enable(dit, SCHEDULE):
+        for shared in (timesteps[:1], timesteps[:1].expand(4), timesteps.float()):
+            close(run(dit, latents, shared, labels), expected)
+        close(run(dit, latents, torch.tensor(MIXED), labels[:1]), one_label)
+
+
+def test_the_callers_tensors_are_left_alone(dit):
+    call = inputs(MIXED)
+    before = [part.clone() for part in call]
+    with enable(dit, SCHEDULE):
+        run(dit, *call)
+    assert all(map(torch.equal, call, before))
+
+
+def test_place_in_finds_an_element_by_its_storage():
+    whole = torch.arange(10)
+    assert [place_in(step, whole) for step in whole] == list(range(10))
+    assert place_in(whole[3][None].expand(5), whole) == 3
+    even = whole[2::2]
+    assert [place_in(whole[i], even) for i in (0, 1, 2, 3, 8)] == [None, None, 0, None, 3]
+    assert place_in(whole[9], whole[:9]) is None  # beyond its end
+    assert place_in(whole[3].clone(), whole) is None
+    assert place_in(whole[3].int(), whole) is None
+    assert place_in(whole.view(torch.int32)[6], whole) is None  # same bytes, other type
+    assert place_in(whole[3], whole[:0]) is None
+
+
+def test_compiled_wrappers_are_seen_through(dit):
+    call = inputs(MIXED)
+    expected = by_hand(dit, *call)
+    wrapped = torch.compile(dit, backend="eager")
+    with enable(wrapped, SCHEDULE) as state:
+        assert state.backbone.model is dit
+        assert enabled_on(dit) is enabled_on(wrapped) is state
+        assert not vars(wrapped).get("_accelkit")
+        close(run(dit, *call), expected)
+    with pytest.warns(AccelkitWarning):
+        disable(wrapped)
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+def backward(model, *calls):
+    """Gradients by name of the summed losses; all forwards are run before the backward."""
+    model.zero_grad(set_to_none=True)
+    losses = [
+        model(x, timestep=t, class_labels=y).sample.square().sum(dim=(1, 2, 3)).sum()
+        for x, t, y in calls
+    ]
+    sum(losses).backward()
+    return gradients(model)
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(a, b):
+    assert a.keys() == b.keys()
+    largest = max(g.abs().max() for g in b.values())
+    for name, gradient in a.items():
+        torch.testing.assert_close(gradient, b[name], atol=float(2e-6 * largest), rtol=1e-4)
+
+
+def test_ragged_gradients_are_the_sum_of_the_rows(dit):
+    call = inputs(MIXED)
+    total = {}
+    for x, t, y in zip(*(part.split(1) for part in call), strict=True):
+        depth = DEPTH_OF[int(t)]
+        for name, gradient in backward(truncated(dit, depth), (x, t, y)).items():
+            total[name] = total.get(name, 0) + gradient
+    with enable(dit, SCHEDULE):
+        same_gradients(backward(dit, call), total)
+
+
+def test_latents_get_their_own_rows_gradient(dit):
+    latents, t, y = inputs(MIXED)
+
+    def gradient(rows):
+        x = latents[rows].clone().requires_grad_()
+        dit(x, timestep=t[rows], class_labels=y[rows]).sample.square().sum().backward()
+        return x.grad
+
+    with enable(dit, SCHEDULE):
+        close(gradient(slice(None)), torch.cat([gradient(slice(i, i + 1)) for i in range(4)]))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [MIXED],
+        [[900, 900]],
+        [[100, 500], [900, 900]],
+        [[900, 900], [100, 100]],
+        [MIXED, [500, 100, 900]],
+    ],
+)
+def test_checkpointing_changes_no_gradient(dit, batches):
+    calls = [inputs(batch, seed) for seed, batch in enumerate(batches)]
+    enable(dit, SCHEDULE)
+    expected = backward(dit, *calls)
+    dit.enable_gradient_checkpointing()
+    same_gradients(backward(dit, *calls), expected)
+
+
+def test_checkpointing_survives_an_inference_call_before_the_backward(dit):
+    enable(dit, SCHEDULE)
+    call = inputs([100, 500])
+    expected = backward(dit, call)
+    dit.enable_gradient_checkpointing()
+    dit.zero_grad(set_to_none=True)
+    loss = dit(call[0], timestep=call[1], class_labels=call[2]).sample.square().sum()
+    run(dit, *inputs([900, 900]))  # a validation step, say
+    loss.backward()
+    same_gradients(gradients(dit), expected)
+
+
+# BUG, left failing: recomputation fills Router.left again, until the next call
+def test_checkpointing_keeps_no_activation_after_the_backward(dit):
+    state = enable(dit, SCHEDULE)
+    dit.enable_gradient_checkpointing()
+    backward(dit, inputs(MIXED))
+    assert not state._router.left
+
+
+@pytest.mark.parametrize("batches", [[MIXED], [[900, 900], [100, 100]]])
+# BUG, left failing: two uniform batches give wrong gradients, silently
+def test_reentrant_checkpointing_raises_rather_than_lose_gradients(dit, batches):
+    enable(dit, SCHEDULE)
+    dit.enable_gradient_checkpointing(
+        lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=True)
+    )
+    calls = [(x.requires_grad_(), t, y) for x, t, y in map(inputs, batches)]
+    with pytest.raises(AccelkitError, match="use_reentrant=False"):
+        backward(dit, *calls)
+
+
+# --- copies and pipelines --------------------------------------------------------------------
+
+
+def test_a_deep_copy_runs_its_own_weights_under_its_own_schedule(dit):
+    call = inputs(MIXED)
+    before = traces(dit)
+    state = enable(dit, SCHEDULE)
+    output = run(dit, *call)
+    twin = copy.deepcopy(dit)
+    assert enabled_on(dit) is state
+    assert enabled_on(twin) is not state
+    assert enabled_on(twin).schedule == state.schedule
+    assert enabled_on(twin).backbone.model is twin
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.zero_()
+    assert not run(dit, *call).any()
+    assert torch.equal(run(twin, *call), output)
+    disable(dit)
+    assert traces(dit) == before
+    assert torch.equal(run(twin, *call), output)
+    again = copy.deepcopy(twin)  # of a copy
+    disable(twin)
+    assert not hooked(twin)
+    assert torch.equal(run(again, *call), output)
+    assert not torch.equal(run(twin, *call), output)
+
+
+# BUG, left failing: the copy asks the original pipeline for its scheduler
+def test_a_copied_pipeline_follows_its_own_scheduler(pipe):
+    enable(pipe, SCHEDULE)
+    twin = copy.deepcopy(pipe)
+    twin.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert enabled_on(twin).axis.kind == "flow matching"
+    assert enabled_on(pipe).axis.level(500) == 0.5
+    pipe.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    assert enabled_on(twin).axis.kind == "flow matching"
+
+
+def test_pipelines_do_not_affect_each_other(make_pipe):
+    one, other = make_pipe(), make_pipe()
+    call = inputs(MIXED)
+    plain = run(other.transformer, *call)
+    enable(one, SCHEDULE)
+    assert enabled_on(other) is None
+    assert torch.equal(run(other.transformer, *call), plain)
+    enable(other, "uniform:3")
+    assert torch.equal(
+        run(other.transformer, *call), run(truncated(make_pipe().transformer, 3), *call)
+    )
+    ragged = run(one.transformer, *call)
+    disable(other)
+    assert torch.equal(run(one.transformer, *call), ragged)
+    assert torch.equal(run(other.transformer, *call), plain)
+
+
+def test_exchanging_the_scheduler_moves_the_axis(pipe):
+    model, call = pipe.transformer, inputs([500, 500])
+    expected = {depth: run(truncated(model, depth), *call) for depth in (2, 4, 6)}
+    state = enable(pipe, SCHEDULE)
+    assert torch.equal(run(model, *call), expected[4])
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # sigma 0.5 is level 0.26
+    assert state.axis.level(500) == pytest.approx(0.258, abs=1e-3)
+    assert torch.equal(run(model, *call), expected[6])
+    pipe.scheduler = DDIMScheduler()
+    assert torch.equal(run(model, *call), expected[4])
+
+
+# BUG, left failing: falls back to the scheduler of the time it was enabled
+def test_a_network_outlives_its_pipeline(make_pipe):
+    pipe = make_pipe()
+    model, gone = pipe.transformer, weakref.ref(pipe)
+    state = enable(pipe, SCHEDULE)
+    assert run(model, *inputs([500])).isfinite().all()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert state.axis.kind == "flow matching"
+    del pipe
+    gc.collect()
+    assert gone() is None
+    assert state.axis.kind == "flow matching"
+
+
+def test_a_given_scheduler_wins(pipe):
+    state = enable(pipe, SCHEDULE, scheduler=FlowMatchEulerDiscreteScheduler())
+    assert state.axis.kind == "flow matching"
+    pipe.scheduler = DDIMScheduler()
+    assert state.axis.kind == "flow matching"
+
+
+def test_sampling_is_the_cut_network_step_by_step(make_pipe):
+    def images(pipe):
+        return pipe(
+            [3, 7],
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=4,
+            output_type="pt",
+        ).images
+
+    pipe = make_pipe()
+    cut = {depth: truncated(pipe.transformer, depth) for depth in (2, 4, 6)}
+    plain = images(pipe)
+    with enable(pipe, SCHEDULE):
+        routed = images(pipe)
+    assert torch.equal(images(pipe), plain)
+
+    class ByHand(torch.nn.Module):
+        config, dtype, device = pipe.transformer.config, torch.float32, torch.device("cpu")
+
+        def forward(self, latents, timestep, class_labels):
+            depth = Schedule.parse(SCHEDULE, 6).depth_at(timestep[0].item() / 1000)
+            return cut[depth](latents, timestep=timestep, class_labels=class_labels)
+
+    expected = make_pipe()
+    expected.vae = pipe.vae
+    expected.register_modules(transformer=ByHand())
+    assert torch.equal(routed, images(expected))
+    assert not torch.equal(routed, plain)
+
+
+def test_a_saved_pipeline_is_a_plain_one(pipe, tmp_path):
+    call = inputs(MIXED)
+    plain = run(pipe.transformer, *call)
+    pipe.save_pretrained(tmp_path / "off")
+    enable(pipe, SCHEDULE)
+    pipe.save_pretrained(tmp_path / "on")
+    files = [
+        sorted(f.relative_to(tmp_path / n) for f in (tmp_path / n).rglob("*"))
+        for n in ("on", "off")
+    ]
+    assert files[0] == files[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccelkitWarning)
+        loaded = DiTPipeline.from_pretrained(tmp_path / "on")
+    assert list(loaded.transformer.state_dict()) == list(pipe.transformer.state_dict())
+    assert enabled_on(loaded) is None
+    assert torch.equal(run(loaded.transformer.eval(), *call), plain)
+
+
+# --- hooks of others -------------------------------------------------------------------------
+
+
+class Counting(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+class Around(ModelHook):
+    """Replaces the forward, as diffusers' caches and layer skipping do."""
+
+    calls = 0
+
+    def new_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class Places:
+    """One hook of a kind on every place where accelkit puts its own."""
+
+    def __init__(self, model, kind):
+        self.modules = [model, model.norm_out, *model.transformer_blocks]
+        self.hooks = [kind() for _ in self.modules]
+        for module, hook in zip(self.modules, self.hooks, strict=True):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, "foreign")
+
+    def remove(self):
+        for module in self.modules:
+            module._diffusers_hook.remove_hook("foreign", recurse=False)
+
+    @property
+    def calls(self):
+        calls = [hook.calls for hook in self.hooks]
+        for hook in self.hooks:
+            hook.calls = 0
+        return calls
+
+
+@pytest.mark.parametrize("kind", [Counting, Around])
+@pytest.mark.parametrize("foreign_first", [True, False])
+@pytest.mark.parametrize("foreign_off_first", [True, False])
+# BUG, left failing: taking off the inner hook of two drops the outer one's new_forward
+def test_hooks_of_others_on_the_same_modules(dit, kind, foreign_first, foreign_off_first):
+    call = inputs(MIXED)
+    plain, expected = run(dit, *call), by_hand(dit, *call)
+    if foreign_first:
+        foreign = Places(dit, kind)
+        enable(dit, SCHEDULE)
+    else:
+        enable(dit, SCHEDULE)
+        foreign = Places(dit, kind)
+    close(run(dit, *call), expected)
+    assert foreign.calls[:4] == [1, 1, 1, 1]
+    if foreign_off_first:
+        foreign.remove()
+        close(run(dit, *call), expected)
+        assert not any(foreign.calls)
+        disable(dit)
+    else:
+        disable(dit)
+        assert torch.equal(run(dit, *call), plain)
+        assert foreign.calls == [1] * len(foreign.modules)
+        foreign.remove()
+    assert torch.equal(run(dit, *call), plain)
+    assert not any(foreign.calls)
+
+
+# BUG, left failing: detach throws the later wrapper away
+def test_accelerates_hooks_put_on_later_stay(dit):
+    # enable_model_cpu_offload() and its like
+    class Placing(AccelerateHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    call, hook = inputs(MIXED), Placing()
+    plain = run(dit, *call)
+    enable(dit, SCHEDULE)
+    add_hook_to_module(dit, hook)
+    disable(dit)
+    assert torch.equal(run(dit, *call), plain)
+    assert hook.calls == 1
+    remove_hook_from_module(dit)
+    assert torch.equal(run(dit, *call), plain)
