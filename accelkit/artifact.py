@@ -115,7 +115,7 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
 
         weights = load_file(folder / WEIGHTS)
     own = model.state_dict()
-    strange = {k for k in weights.keys() ^ own.keys()}
+    strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
     if strange:
         raise AccelkitError(

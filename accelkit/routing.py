@@ -134,7 +134,8 @@ def place_in(view: Tensor, whole: Tensor) -> int | None:
         and view.device == whole.device
         and view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     )
-    place, rest = divmod(view.storage_offset() - whole.storage_offset(), max(1, whole.stride(0)))
+    offset = int(view.storage_offset()) - int(whole.storage_offset())
+    place, rest = divmod(offset, max(1, whole.stride(0)))
     return place if same and rest == 0 and 0 <= place < len(whole) else None
 
 
@@ -154,8 +155,8 @@ def detach(model: nn.Module) -> None:
     """Take every accelkit hook off ``model``, leaving no trace."""
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
-        hook = registry and registry.get_hook(HOOK)
-        if not isinstance(hook, _Hook):
+        hook = None if registry is None else registry.get_hook(HOOK)
+        if not isinstance(hook, _Hook) or registry is None:
             continue
         registry.remove_hook(HOOK, recurse=False)
         if not registry.hooks:
@@ -220,7 +221,7 @@ class _BlockHook(_Hook):
         self.timestep_at = self.names.index("timestep") if "timestep" in self.names else None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.fn_ref.original_forward  # type: ignore[attr-defined]
+        forward = self.fn_ref.original_forward
         place = self.timestep_at
         timestep = kwargs.get("timestep")
         if timestep is None and place is not None and len(args) > place:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from accelkit.errors import AccelkitError
+
 
 class Backbone(ABC):
     """A model seen as a stack of blocks that a schedule counts.
@@ -37,6 +40,11 @@ class Backbone(ABC):
         """The first module that runs after the last block: where every sample meets again."""
 
     @property
+    @abstractmethod
+    def null_class(self) -> int:
+        """The label that stands for no label; real ones are below it."""
+
+    @property
     def depth(self) -> int:
         """How many blocks a full call runs."""
         return len(self.blocks)
@@ -46,6 +54,11 @@ class Backbone(ABC):
 
     def check(self) -> None:  # noqa: B027 - nor to check
         """Warn of what makes the model's outputs wrong whatever the schedule."""
+
+    @contextmanager
+    def training(self, freeze_time: bool = False) -> Iterator[None]:
+        """Make the model trainable as its original is, for as long as it is entered."""
+        yield
 
     def notes(self) -> dict[str, Any]:
         """Return what a user should know of this very model, for ``accelkit inspect``."""
@@ -88,6 +101,4 @@ def denoiser_of(target: Any) -> nn.Module:
     for model in candidates:
         if isinstance(model, nn.Module):
             return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    raise TypeError(
-        f"expected a diffusers pipeline or a torch module, got {type(target).__name__}"
-    )
+    raise TypeError(f"expected a diffusers pipeline or a torch module, got {type(target).__name__}")

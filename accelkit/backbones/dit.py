@@ -38,12 +38,17 @@ class DiT(Backbone):
         return self.model.norm_out  # type: ignore[return-value]
 
     @property
+    def null_class(self) -> int:
+        """The label table's last row."""
+        return self.model.config.num_embeds_ada_norm  # type: ignore[union-attr, return-value]
+
+    @property
     def _embedders(self) -> list[Any]:
         return [block.norm1.emb for block in self.blocks]  # type: ignore[union-attr]
 
     def restore(self) -> None:
         """Apply the original DiT's timestep frequencies if the config records them."""
-        original.restore_numerics(self.model)  # type: ignore[arg-type]
+        original.restore_numerics(self.model)
 
     def check(self) -> None:
         """Warn if the config records the original's frequencies but diffusers' are in use."""
@@ -61,7 +66,7 @@ class DiT(Backbone):
     def notes(self) -> dict[str, Any]:
         """Return which timestep frequencies and norm epsilon are in use, and if embedders agree."""
         return {
-            **original.numerics(self.model),  # type: ignore[arg-type]
+            **original.numerics(self.model),
             "embedders_equal": self.embedders_equal,
         }
 

@@ -112,9 +112,7 @@ def compare(
     ]
 
 
-def reference_moments(
-    images: Iterator[np.ndarray], features: FeatureExtractor
-) -> Moments:
+def reference_moments(images: Iterator[np.ndarray], features: FeatureExtractor) -> Moments:
     """Return the statistics of real images, uint8 batches (n, H, W, 3)."""
     moments = Moments()
     for batch in images:
@@ -154,9 +152,7 @@ def _row(
         saving = float(1 - np.median(np.array(score.seconds) / np.array(baseline.seconds)))
     fid = None
     if score.moments is not None and reference is not None and score.moments.n > 1:
-        fid = frechet_distance(
-            score.moments.mean, score.moments.cov, reference.mean, reference.cov
-        )
+        fid = frechet_distance(score.moments.mean, score.moments.cov, reference.mean, reference.cov)
     return {
         "schedule": schedule.name or str(schedule),
         "spelled": str(schedule),

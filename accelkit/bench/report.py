@@ -53,11 +53,9 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     seconds = [row["seconds"] for row in rows]
     if all(row["fid"] is not None for row in rows):
         for row, name in zip(rows, names, strict=True):
-            style = {"marker": "o" if row["tuned"] or not row["saving"] else "x", "s": 48}
-            axes.scatter(row["seconds"], row["fid"], color="C0" if row["tuned"] else "C3", **style)
-            axes.annotate(
-                name, (row["seconds"], row["fid"]), (6, 4), textcoords="offset points"
-            )
+            marker, color = ("o", "C0") if row["tuned"] else ("x", "C3")
+            axes.scatter(row["seconds"], row["fid"], s=48, color=color, marker=marker)
+            axes.annotate(name, (row["seconds"], row["fid"]), (6, 4), textcoords="offset points")
         axes.set(xlabel="seconds per batch", ylabel="Fréchet distance", yscale="log")
         axes.margins(0.15)
     else:

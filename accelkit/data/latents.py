@@ -50,6 +50,7 @@ class Latents:
 
     @cached_property
     def labels(self) -> Tensor | None:
+        """Class of each latent, int64 (n,), or None."""
         if "label" not in self._shards[0]:
             return None
         return torch.cat([shard["label"] for shard in self._shards])

@@ -141,7 +141,7 @@ class _Digits(ImageSource):
         return len(self._images)
 
     @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         assert self.labels is not None
         return hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
 
@@ -232,7 +232,7 @@ class _Images(ImageSource):
         return len(self._names)
 
     @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
             digest.update(f"{name}\0".encode())

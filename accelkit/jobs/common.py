@@ -13,7 +13,7 @@ from PIL import Image
 
 from accelkit import artifact
 from accelkit.assets import BUILTIN
-from accelkit.backbones import denoiser_of
+from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.enable import disable, enabled_on
@@ -95,7 +95,7 @@ def on_device(pipe: Any) -> Any:
 def open_images(source: Source, model: Any) -> ImageSource:
     """Return the data, refusing more classes than the model has."""
     images = open_source(source.data, skip_bad=source.skip_bad)
-    known = model.config.num_embeds_ada_norm
+    known = backbone_of(model).null_class
     if len(images.classes) > known:
         raise AccelkitError(
             f"{source.data} has {len(images.classes)} classes, the model has {known}; "
@@ -107,7 +107,7 @@ def open_images(source: Source, model: Any) -> ImageSource:
 def image_size(pipe: Any) -> int:
     """Return height and width in pixels of a pipeline's images."""
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return denoiser_of(pipe).config.sample_size * factor  # type: ignore[union-attr, operator]
+    return denoiser_of(pipe).config.sample_size * factor
 
 
 @contextmanager
@@ -115,15 +115,11 @@ def claimed(
     settings: dict[str, Any], config: TrainConfig, where: Run
 ) -> Iterator[tuple[RunDirectory, Any]]:
     """Open the run's directory and its accelerator; close both whatever happens."""
-    accelerator = make_accelerator(
-        config, log_with=where.report_to, project_dir=str(where.output)
-    )
+    accelerator = make_accelerator(config, log_with=where.report_to, project_dir=str(where.output))
     run = RunDirectory(where.output)
     try:
         if accelerator.is_main_process:
-            run.open(
-                settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER
-            )
+            run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
         accelerator.wait_for_everyone()
         if where.report_to:
             accelerator.init_trackers("tracking", config=config.to_dict())
@@ -182,5 +178,3 @@ def save_picture(pixels: Any, path: Path) -> None:
     part = path.with_name(path.name + ".partial")
     Image.fromarray(pixels).save(part, format="png")
     part.replace(path)
-
-

@@ -136,13 +136,11 @@ def measure(
 def _classes(images: ImageSource, model: Any) -> tuple[int, ...]:
     """The classes to go round: the data's, or the null class alone for unlabelled images."""
     if images.labels is None:
-        return (model.config.num_embeds_ada_norm,)
+        return (backbone_of(model).null_class,)
     return tuple(range(len(images.classes)))
 
 
-def _quality(
-    images: ImageSource, size: int
-) -> tuple[FeatureExtractor | None, Moments | None]:
+def _quality(images: ImageSource, size: int) -> tuple[FeatureExtractor | None, Moments | None]:
     if images.name != "digits" or size != 32:
         return None, None
     features = extractor("digits")

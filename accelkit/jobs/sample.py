@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from accelkit import artifact
-from accelkit.backbones import denoiser_of
+from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.enable import disable, enable, enabled_on
 from accelkit.errors import AccelkitError
 from accelkit.files import write_json
@@ -103,4 +103,4 @@ def parse_labels(text: str) -> list[int]:
 def known_labels(pipe: Any) -> list[int]:
     """Return the classes a pipeline has names for, or all that its model has."""
     named = sorted(set(getattr(pipe, "labels", {}).values()))
-    return named or list(range(denoiser_of(pipe).config.num_embeds_ada_norm))  # type: ignore
+    return named or list(range(backbone_of(denoiser_of(pipe)).null_class))

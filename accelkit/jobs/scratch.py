@@ -77,9 +77,7 @@ def scratch(
         pipe = _pipeline(images, model, vae, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         watching = watch(pipe, len(images.classes), config, where, accelerator, reporter)
-        train(
-            pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching
-        )
+        train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
         if accelerator.is_main_process:
             part = where.output / (PIPELINE + ".partial")
             shutil.rmtree(part, ignore_errors=True)
@@ -144,7 +142,7 @@ def _pipeline(images: ImageSource, model: ModelConfig, vae: Any, seed: int) -> A
     scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
     )
-    names = {i: name for i, name in enumerate(images.classes)}
+    names = dict(enumerate(images.classes))
     pipe = DiTPipeline(network, vae, scheduler, id2label=names or None)
     pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
     pipe.set_progress_bar_config(disable=True)

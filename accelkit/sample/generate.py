@@ -15,6 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
 from accelkit.sample.samplers import make_sampler
 
@@ -62,7 +63,11 @@ def generate_latents(
         AccelkitError: labels the model lacks, or as many seeds as labels are not given.
     """
     model = pipe.transformer
-    null, channels, size = _null_class(model), model.config.in_channels, model.config.sample_size
+    null, channels, size = (
+        backbone_of(model).null_class,
+        model.config.in_channels,
+        model.config.sample_size,
+    )
     if len(labels) != len(seeds):
         raise AccelkitError(f"got {len(labels)} labels for {len(seeds)} seeds; give one of each")
     outside = [label for label in labels if not 0 <= label <= null]
@@ -86,7 +91,8 @@ def generate_latents(
         output = model(inputs, timestep=t.expand(len(inputs)).to(device), class_labels=y).sample
         eps, variance = output[:, :channels], output[:, channels:]
         if guided:
-            eps = guide(*eps.chunk(2), how.guidance, how.guidance_channels)
+            cond, uncond = eps.chunk(2)
+            eps = guide(cond, uncond, how.guidance, how.guidance_channels)
             variance = variance.chunk(2)[0]
         predicted = torch.cat([eps, variance], dim=1) if uses_variance else eps
         noise = {"generator": generators} if how.sampler == "ddpm" else {}
@@ -106,10 +112,6 @@ def generate(
     pixels = pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents).sample
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
-
-
-def _null_class(model: Any) -> int:
-    return model.config.num_embeds_ada_norm
 
 
 def _learns_variance(model: Any) -> bool:

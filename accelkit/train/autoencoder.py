@@ -66,7 +66,7 @@ def train_autoencoder(
         AccelkitError: if the loss is not finite.
     """
     vae = build_autoencoder(config, images.shape[-1])
-    vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, config.steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -89,7 +89,7 @@ def train_autoencoder(
         schedule.step()
         if on_step is not None:
             on_step(step, loss.item())
-    vae = vae.half().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    vae = vae.half().float().eval().to(memory_format=torch.contiguous_format)
     vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, images))
     return vae
 

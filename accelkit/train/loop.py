@@ -36,7 +36,9 @@ from accelkit.train.rundir import RunDirectory
 class Samples(Protocol):
     """What the loop trains on: latents that are drawn from their posteriors."""
 
-    labels: Tensor | None
+    @property
+    def labels(self) -> Tensor | None:
+        """Class of each sample, int64 (n,), or None."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,7 +163,8 @@ def train(
             done += 1
             if accelerator.is_main_process:
                 rate = config.batch_size / (time.perf_counter() - began)
-                watch.on_step(Progress(done, loss, float(norm), rates.get_last_lr()[0], rate))
+                lr = rates.get_last_lr()[0]
+                watch.on_step(Progress(done, loss, float(norm), float(lr), rate))
             due = watch.checkpoint_every and done % watch.checkpoint_every == 0
             if due or step.stopping or done == config.steps:
                 save()
@@ -205,7 +208,7 @@ class _Step:
         self.accelerator = accelerator
         self.process = DiscreteProcess.of(scheduler, accelerator.device)
         self.levels = torch.tensor(NoiseAxis.of(scheduler).levels(range(self.process.steps)))
-        self.null = accelerator.unwrap_model(model).config.num_embeds_ada_norm
+        self.null = backbone_of(accelerator.unwrap_model(model)).null_class
         self.stopping = False
 
     def backward(self, step: int, watch_signal: bool) -> float:

@@ -143,7 +143,9 @@ class RunDirectory:
     def _compare(self, settings: dict[str, Any], free: frozenset[str]) -> None:
         old = self.stored()
         new = json.loads(json.dumps(settings))
-        changed = [k for k in sorted(old.keys() | new) if k not in free and old.get(k) != new.get(k)]
+        changed = [
+            k for k in sorted(old.keys() | new) if k not in free and old.get(k) != new.get(k)
+        ]
         if changed:
             shown = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed)
             raise AccelkitError(

@@ -1,0 +1,78 @@
+"""The command line: parse, call, print. Everything heavy is imported by the command that runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from accelkit import AccelkitError, __version__
+from accelkit.cli.training import finetune, train
+from accelkit.cli.using import bench, convert, inspect, sample, schedules
+from accelkit.errors import Stopped
+
+EXAMPLES = """
+Make pretrained diffusion models faster: compute follows the noise level.
+
+Examples:
+
+  accelkit finetune --schedule D4
+
+  accelkit finetune --schedule D4 --model facebook/DiT-XL-2-256 --data imagenet/train -o runs/d4
+
+  accelkit sample --model runs/finetune-D4 -n 16 -o samples
+
+  accelkit bench --schedules D1,D3,D4,D6 -o runs/bench
+
+  accelkit schedules D4 --sampler ddim --steps 50
+
+  accelkit inspect --model runs/finetune-D4
+"""
+
+app = typer.Typer(
+    help=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+for command in (finetune, train, sample, bench, schedules, convert, inspect):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _globals(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        typer.echo(f"accelkit {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line: errors are one line and exit status 2, ``--debug`` shows where."""
+    try:
+        app()
+    except Stopped as stopped:
+        typer.echo(f"accelkit: {stopped}", err=True)
+        sys.exit(128 + stopped.signum)
+    except (AccelkitError, TypeError, OSError) as error:
+        if _debug:
+            traceback.print_exc()
+        elif not isinstance(error, AccelkitError):
+            typer.echo(f"accelkit: {type(error).__name__}: {_one_line(error)}", err=True)
+        else:
+            typer.echo(f"accelkit: {_one_line(error)}", err=True)
+        sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,105 @@
+"""Options that several commands share, and settings classes built from them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accelkit.errors import AccelkitError
+
+Model = Annotated[
+    str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Data = Annotated[str, typer.Option(help="digits, a folder of images (by class) or a zip of one.")]
+SkipBad = Annotated[bool, typer.Option(help="Go on without images that cannot be read.")]
+Recipe = Annotated[Path | None, typer.Option(help="TOML file that sets any of these options.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier run left there.")]
+DryRun = Annotated[bool, typer.Option(help="Print the resolved settings and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Sampler = Annotated[str, typer.Option(help="ddpm, ddim or dpm (DPM-Solver++).")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+GuidanceChannels = Annotated[
+    int, typer.Option(help="Latent channels that are guided, 0 for all (the original DiT: 3).")
+]
+Flip = Annotated[bool, typer.Option(help="Train on mirrored images as well.")]
+Resume = Annotated[str | None, typer.Option(help="'latest': go on with the run there.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per step, over all processes.")]
+LearningRate = Annotated[float, typer.Option(help="Peak rate of AdamW.")]
+LrSchedule = Annotated[str, typer.Option(help="constant, or cosine to 0.")]
+LrWarmup = Annotated[int, typer.Option(help="Steps in which the rate rises from 0.")]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
+MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to it.")]
+EmaDecay = Annotated[float, typer.Option(help="Of the EMA teacher.")]
+LabelDropout = Annotated[float, typer.Option(help="Share trained without label, for guidance.")]
+LossWeight = Annotated[
+    str, typer.Option(help="lambda(t): ones, or ramp (0.1 at the data to 1 at noise).")
+]
+LossWeightUntil = Annotated[float, typer.Option(help="Share of the run after which lambda is 1.")]
+FreezeTime = Annotated[bool, typer.Option(help="Keep the timestep embedder as it is.")]
+Accumulation = Annotated[int, typer.Option(help="Parts that a batch is run in.")]
+Checkpointing = Annotated[bool, typer.Option(help="Recompute blocks to save memory.")]
+Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+TrainSeed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps; 0: only at the end.")]
+CheckpointsKept = Annotated[int, typer.Option(help="The newest ones; 0: all.")]
+PreviewEvery = Annotated[int, typer.Option(help="Steps between preview grids; 0: none.")]
+ReportTo = Annotated[str | None, typer.Option(help="tensorboard, wandb, …")]
+
+
+def pick(kind: Any, settings: dict[str, Any]) -> Any:
+    """Build a settings class from the settings of the same names."""
+    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
+
+
+def run_of(kind: Any, settings: dict[str, Any]) -> Any:
+    """Build the run's settings, whose options are named for the command line."""
+    if settings["resume"] not in (None, "latest"):
+        raise AccelkitError(f"--resume takes 'latest', got {settings['resume']!r}")
+    return kind(
+        output=settings["output"],
+        resume=settings["resume"] is not None,
+        overwrite=settings["overwrite"],
+        checkpoint_every=settings["checkpoint_every"],
+        keep=settings["checkpoints_kept"],
+        preview_every=settings["preview_every"],
+        report_to=settings["report_to"],
+    )
+
+
+def checked(kind: Any, values: dict[str, Any], table: str) -> Any:
+    """Build a settings class from a recipe's table, refusing unknown names."""
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise AccelkitError(f"unknown settings in [{table}]: {', '.join(sorted(unknown))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def sampling_of(settings: dict[str, Any]) -> Any:
+    """Build the sampling settings; 0 guided channels means all."""
+    from accelkit.sample.generate import Sampling
+
+    return Sampling(
+        settings["sampler"],
+        settings["sampling_steps"],
+        settings["guidance"],
+        settings["guidance_channels"] or None,
+    )
+
+
+def reporter() -> Any:
+    """Return what draws a job's progress."""
+    from accelkit.progress import TerminalReporter
+
+    return TerminalReporter()
+
+
+def prepare_libraries() -> None:
+    """Silence the libraries before they are imported by a job."""
+    from accelkit.loading import quiet
+
+    quiet()

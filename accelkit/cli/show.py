@@ -1,0 +1,100 @@
+"""What the commands print: tables, bars and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from accelkit.schedule import Schedule
+
+out = Console()
+
+
+def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> Table:
+    """One schedule a row: a bar per noise level, as high as the depth."""
+    bars, width = " ▁▂▃▄▅▆▇█", 20
+    table = Table(title=f"blocks run of {chosen[0].layers} ({where})", title_justify="left")
+    table.add_column("schedule")
+    table.add_column("data → noise", no_wrap=True, min_width=width)
+    for heading in ("depths", "mean depth", "ideal saving"):
+        table.add_column(heading, justify="left" if heading == "depths" else "right")
+    for s in chosen:
+        depths = [s.depth_at((i + 0.5) / width) for i in range(width)]
+        table.add_row(
+            s.name,
+            "".join(bars[max(1, round(8 * d / s.layers))] for d in depths),
+            " ".join(str(c.depth) for c in s.computes),
+            f"{s.mean_depth(levels):.2f}",
+            f"{s.ideal_saving(levels):.2%}",
+        )
+    return table
+
+
+def intervals(schedule: Schedule) -> Table:
+    """One interval a row, with a bar as long as the depth."""
+    table = Table(title=schedule.name or None, title_justify="left")
+    table.add_column("noise level")
+    table.add_column("blocks", justify="right")
+    table.add_column("", no_wrap=True)
+    bounds = zip((0.0, *schedule.edges), schedule.edges, schedule.computes, strict=False)
+    for low, high, compute in bounds:
+        bar = "█" * max(1, round(28 * compute.depth / schedule.layers))
+        table.add_row(f"{low:g} – {high:g}", str(compute.depth), bar)
+    return table
+
+
+def worded(value: Any) -> str:
+    """Return a value as a table shows it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def shown(settings: dict[str, Any], dry_run: bool, as_json: bool) -> bool:
+    """Print the resolved settings if this is a dry run; say whether it is."""
+    if not dry_run:
+        return False
+    hidden = {"dry_run", "as_json", "recipe"}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    plain = {k: v for k, v in plain.items() if k not in hidden}
+    if as_json:
+        typer.echo(json.dumps(plain, indent=2))
+        return True
+    table = Table("setting", "value", title="settings", title_justify="left")
+    for key, value in plain.items():
+        table.add_row(key, str(value))
+    out.print(table)
+    return True
+
+
+def print_rows(rows: list[dict[str, Any]], output: Path, as_json: bool) -> None:
+    """Print a comparison's rows as a table, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "rows": rows}, indent=2))
+        return
+    table = Table(title=f"results in {output}", title_justify="left")
+    for heading in (
+        "schedule",
+        "weights",
+        "FID",
+        "seconds per batch",
+        "time saved",
+        "ideal saving",
+    ):
+        table.add_column(heading, justify="left" if heading in ("schedule", "weights") else "right")
+    for row in rows:
+        low, high = row["seconds_quartiles"]
+        table.add_row(
+            row["schedule"],
+            "tuned" if row["tuned"] else "original",
+            "–" if row["fid"] is None else f"{row['fid']:.3f}",
+            f"{row['seconds']:.2f} ({low:.2f}–{high:.2f})",
+            "–" if row["saving"] is None else f"{row['saving']:.1%}",
+            f"{row['ideal_saving']:.1%}",
+        )
+    out.print(table)

@@ -1,0 +1,247 @@
+"""The commands that train: ``finetune`` and ``train``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accelkit.cli.options import (
+    Accumulation,
+    AsJson,
+    BatchSize,
+    CheckpointEvery,
+    Checkpointing,
+    CheckpointsKept,
+    Data,
+    DryRun,
+    EmaDecay,
+    Flip,
+    FreezeTime,
+    Guidance,
+    GuidanceChannels,
+    LabelDropout,
+    LearningRate,
+    LossWeight,
+    LossWeightUntil,
+    LrSchedule,
+    LrWarmup,
+    MaxGradNorm,
+    Model,
+    Overwrite,
+    Precision,
+    PreviewEvery,
+    Recipe,
+    ReportTo,
+    Resume,
+    Revision,
+    Sampler,
+    SkipBad,
+    Steps,
+    TrainSeed,
+    WeightDecay,
+    checked,
+    pick,
+    prepare_libraries,
+    reporter,
+    run_of,
+    sampling_of,
+)
+from accelkit.cli.show import out, print_rows, shown
+from accelkit.schedule import Schedule, preset_names
+from accelkit.settings import read_recipe, resolve
+
+
+def finetune(
+    ctx: typer.Context,
+    schedule: Annotated[str, typer.Option(help="D1…D6, uniform:K, depth@edge,… or a file.")] = "D4",
+    model: Model = "builtin",
+    data: Data = "digits",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: runs/finetune-SCHEDULE.")
+    ] = None,
+    recipe: Recipe = None,
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    skip_bad: SkipBad = False,
+    flip: Flip = False,
+    steps: Steps = 10_000,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = 2e-5,
+    lr_schedule: LrSchedule = "constant",
+    lr_warmup_steps: LrWarmup = 0,
+    weight_decay: WeightDecay = 0.0,
+    max_grad_norm: MaxGradNorm = 1.0,
+    ema_decay: EmaDecay = 0.9999,
+    label_dropout: LabelDropout = 0.1,
+    loss_weight: LossWeight = "ones",
+    loss_weight_until: LossWeightUntil = 1 / 3,
+    freeze_time_embedder: FreezeTime = True,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
+    mixed_precision: Precision = "no",
+    seed: TrainSeed = 0,
+    checkpoint_every: CheckpointEvery = 100,
+    checkpoints_kept: CheckpointsKept = 2,
+    preview_every: PreviewEvery = 0,
+    report_to: ReportTo = None,
+    eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
+    eval_batch_size: Annotated[int, typer.Option()] = 250,
+    sampler: Sampler = "ddim",
+    sampling_steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
+    guidance: Guidance = 1.0,
+    guidance_channels: GuidanceChannels = 0,
+) -> None:
+    """Adapt a pretrained model to a schedule, save it and measure what it gained and kept.
+
+    Examples:
+
+      accelkit finetune --schedule D4
+
+      accelkit finetune --schedule D4 --model DiT-XL-2-256x256.pt --data imagenet/train -o runs/d4
+
+      accelkit finetune -o runs/d4 --resume latest
+
+      accelerate launch -m accelkit finetune --schedule D4 --mixed-precision bf16 …
+    """
+    layers = [read_recipe(recipe)] if recipe else []
+    if resume:
+        layers.append(_stored(ctx, output, layers))
+    first = resolve(ctx, *layers)
+    if first["model"] == "builtin":
+        from accelkit.assets import FINETUNE_RECIPE
+
+        layers.append(read_recipe(FINETUNE_RECIPE))
+    settings = resolve(ctx, *layers)
+    settings["output"] = settings["output"] or Path("runs") / _slug(
+        f"finetune-{settings['schedule']}"
+    )
+    from accelkit.jobs.common import Evaluation, Run, Source
+    from accelkit.train.config import TrainConfig
+
+    config = pick(TrainConfig, settings)
+    Schedule.parse(settings["schedule"])
+    if shown(settings, dry_run, as_json):
+        return
+    prepare_libraries()
+    from accelkit.jobs.finetune import finetune as job
+
+    with reporter() as report:
+        rows = job(
+            pick(Source, settings),
+            settings["schedule"],
+            config,
+            Evaluation(
+                settings["eval_images"], settings["eval_batch_size"], 0, sampling_of(settings)
+            ),
+            run_of(Run, settings),
+            report,
+        )
+    if rows:
+        print_rows(rows, settings["output"], as_json)
+
+
+def train(
+    ctx: typer.Context,
+    recipe: Recipe = None,
+    data: Data = "digits",
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/train"),
+    schedule: Annotated[str, typer.Option(help="Train with it from the start.")] = "full",
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    skip_bad: SkipBad = False,
+    flip: Flip = False,
+    steps: Steps = 4000,
+    batch_size: BatchSize = 128,
+    learning_rate: LearningRate = 1e-3,
+    lr_schedule: LrSchedule = "cosine",
+    lr_warmup_steps: LrWarmup = 200,
+    weight_decay: WeightDecay = 0.0,
+    max_grad_norm: MaxGradNorm = 1.0,
+    ema_decay: EmaDecay = 0.999,
+    label_dropout: LabelDropout = 0.1,
+    loss_weight: LossWeight = "ones",
+    loss_weight_until: LossWeightUntil = 1 / 3,
+    freeze_time_embedder: FreezeTime = False,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
+    mixed_precision: Precision = "no",
+    seed: TrainSeed = 0,
+    checkpoint_every: CheckpointEvery = 500,
+    checkpoints_kept: CheckpointsKept = 2,
+    preview_every: PreviewEvery = 0,
+    report_to: ReportTo = None,
+) -> None:
+    """Train a small latent DiT from scratch, autoencoder included; a recipe gives its size.
+
+    Example:
+
+      accelkit train --recipe recipes/digits_dit.toml -o runs/digits-dit
+    """
+    tables = ("model", "autoencoder")
+    layer = read_recipe(recipe, tables) if recipe else {}
+    sizes = {name: layer.pop(name, {}) for name in tables}
+    settings = resolve(ctx, layer)
+    from accelkit.jobs.common import Run, Source
+    from accelkit.train.config import TrainConfig
+
+    config = pick(TrainConfig, settings)
+    if shown({**settings, **sizes}, dry_run, as_json):
+        return
+    prepare_libraries()
+    from accelkit.jobs.scratch import PIPELINE, ModelConfig, scratch
+    from accelkit.train.autoencoder import AutoencoderConfig
+
+    with reporter() as report:
+        scratch(
+            pick(Source, settings),
+            settings["schedule"],
+            checked(ModelConfig, sizes["model"], "model"),
+            checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder"),
+            config,
+            run_of(Run, settings),
+            report,
+        )
+    out.print(f"pipeline at {settings['output'] / PIPELINE}", highlight=False)
+
+
+def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the run in the output directory, by option name."""
+    from accelkit.train.rundir import RunDirectory
+
+    settings = resolve(ctx, *layers)
+    place = settings["output"] or Path("runs") / _slug(f"finetune-{settings['schedule']}")
+    run = RunDirectory(place).stored()
+    if not run:
+        return {}
+    evaluation = run["evaluation"]
+    stored = {
+        **run["source"],
+        **run["train"],
+        "schedule": _spelled(run["schedule"]),
+        "eval_images": evaluation["images"],
+        "eval_batch_size": evaluation["batch_size"],
+        "sampler": evaluation["sampling"]["sampler"],
+        "sampling_steps": evaluation["sampling"]["steps"],
+        "guidance": evaluation["sampling"]["guidance"],
+        "guidance_channels": evaluation["sampling"]["guidance_channels"] or 0,
+        "output": str(place),
+    }
+    return {k: v for k, v in stored.items() if v is not None}
+
+
+def _spelled(stored: dict[str, Any]) -> str:
+    schedule = Schedule.from_dict(stored)
+    named = schedule.name in preset_names()
+    return schedule.name if named else str(schedule)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)

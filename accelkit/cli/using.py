@@ -1,0 +1,257 @@
+"""The commands that use and look at models: ``sample``, ``bench``, ``schedules`` and the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from accelkit.cli.options import (
+    AsJson,
+    Data,
+    DryRun,
+    Guidance,
+    GuidanceChannels,
+    Model,
+    Overwrite,
+    Recipe,
+    Revision,
+    Sampler,
+    SkipBad,
+    pick,
+    prepare_libraries,
+    reporter,
+    sampling_of,
+)
+from accelkit.cli.show import intervals, out, overview, print_rows, shown, worded
+from accelkit.schedule import Schedule, preset_names
+from accelkit.settings import read_recipe, resolve
+
+
+def sample(
+    ctx: typer.Context,
+    model: Model = "builtin",
+    schedule: Annotated[
+        str | None, typer.Option(help="Default: the one the model was tuned for, if any.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("samples"),
+    number: Annotated[int, typer.Option("-n", "--number", help="How many images.")] = 16,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes to go round, e.g. 3,1,4 or 0-9. Default: all known.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first image; the next has the next.")] = 0,
+    sampler: Sampler = "ddim",
+    steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
+    guidance: Guidance = 1.0,
+    guidance_channels: GuidanceChannels = 0,
+    batch_size: Annotated[int, typer.Option(help="Changes the speed, not the images.")] = 64,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    revision: Revision = None,
+) -> None:
+    """Sample images: one PNG each and a grid of all.
+
+    Examples:
+
+      accelkit sample -n 16 -o samples
+
+      accelkit sample --model runs/finetune-D4 --labels 3,1,4 --guidance 2 --sampler dpm --steps 20
+    """
+    settings = resolve(ctx, read_recipe(recipe) if recipe else {})
+    if shown(settings, dry_run, as_json):
+        return
+    prepare_libraries()
+    from accelkit.jobs.sample import sample as job
+
+    with reporter() as report:
+        files = job(
+            settings["model"],
+            settings["revision"],
+            settings["schedule"],
+            settings["labels"],
+            settings["number"],
+            settings["seed"],
+            settings["batch_size"],
+            sampling_of({**settings, "sampling_steps": settings["steps"]}),
+            settings["output"],
+            settings["overwrite"],
+            report,
+        )
+    if as_json:
+        typer.echo(json.dumps({"files": [str(f) for f in files]}))
+    else:
+        out.print(f"{len(files)} images and grid.png in {settings['output']}", highlight=False)
+
+
+def bench(
+    ctx: typer.Context,
+    model: Model = "builtin",
+    schedules: Annotated[
+        str, typer.Option(help="Presets or files separated by commas; literals by semicolons.")
+    ] = "D1,D3,D4,D6",
+    data: Data = "digits",
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/bench"),
+    number: Annotated[int, typer.Option("-n", "--number", help="Images per schedule.")] = 1000,
+    batch_size: Annotated[int, typer.Option()] = 250,
+    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
+    sampler: Sampler = "ddim",
+    steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
+    guidance: Guidance = 1.0,
+    guidance_channels: GuidanceChannels = 0,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Time schedules against full depth, interleaved in one run, and score their images.
+
+    Examples:
+
+      accelkit bench --schedules D1,D3,D4,D6
+
+      accelkit bench --model runs/finetune-D4 --schedules D4 --sampler ddpm --steps 250
+    """
+    settings = resolve(ctx, read_recipe(recipe) if recipe else {})
+    if shown(settings, dry_run, as_json):
+        return
+    prepare_libraries()
+    from accelkit.jobs.common import Evaluation, Source
+    from accelkit.jobs.compare import bench as job
+
+    sampling = sampling_of({**settings, "sampling_steps": settings["steps"]})
+    with reporter() as report:
+        rows = job(
+            pick(Source, settings),
+            _split(settings["schedules"]),
+            Evaluation(settings["number"], settings["batch_size"], settings["seed"], sampling),
+            settings["output"],
+            settings["overwrite"],
+            report,
+        )
+    print_rows(rows, settings["output"], as_json)
+
+
+def schedules(
+    name: Annotated[str | None, typer.Argument(help="A schedule; none lists the presets.")] = None,
+    depth: Annotated[int, typer.Option(help="Blocks of the model.")] = 28,
+    family: Annotated[str, typer.Option(help="Whose presets.")] = "dit",
+    sampler: Annotated[
+        str | None, typer.Option(help="Cost under a sampler: ddpm, ddim or dpm.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Show schedules: blocks run by noise level, mean depth and ideal saving.
+
+    Examples:
+
+      accelkit schedules
+
+      accelkit schedules D4 --sampler ddim --steps 50
+    """
+    chosen = [Schedule.parse(n, depth, family) for n in ([name] if name else preset_names(family))]
+    levels = _visited_levels(sampler, steps) if sampler else None
+    if as_json:
+        rows = [
+            {
+                **s.to_dict(),
+                "mean_depth": s.mean_depth(levels),
+                "ideal_saving": s.ideal_saving(levels),
+            }
+            for s in chosen
+        ]
+        typer.echo(json.dumps(rows[0] if name else rows, indent=2))
+        return
+    where = f"{sampler}, {steps} steps" if sampler else "all noise levels alike"
+    if name:
+        out.print(intervals(chosen[0]))
+    else:
+        out.print(overview(chosen, levels, where))
+        return
+    saving = f"{chosen[0].ideal_saving(levels):.2%}"
+    mean = f"{chosen[0].mean_depth(levels):.2f} of {depth}"
+    out.print(f"{where}: mean depth {mean}, ideal saving {saving}", highlight=False)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="An original-layout file or a diffusers DiT.")],
+    target: Annotated[Path, typer.Argument(help="A directory, or a .pt or .safetensors file.")],
+    num_heads: Annotated[int, typer.Option(help="Attention heads, for unpublished sizes.")] = 0,
+    allow_inexact: Annotated[
+        bool, typer.Option(help="Convert though the original code computes slightly else.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a DiT checkpoint: original layout to a diffusers directory, or back.
+
+    Examples:
+
+      accelkit convert DiT-XL-2-256x256.pt dit-xl-2-256
+
+      accelkit convert dit-xl-2-256 DiT-XL-2.safetensors
+    """
+    prepare_libraries()
+    from accelkit.jobs.convert import convert as job
+
+    made = job(source, target, num_heads or None, allow_inexact, overwrite)
+    out.print(f"wrote {made}", highlight=False)
+
+
+def inspect(
+    model: Model = "builtin",
+    schedule: Annotated[str | None, typer.Option(help="Show its cost on this model.")] = None,
+    revision: Revision = None,
+    num_heads: Annotated[int, typer.Option(help="Attention heads, for unpublished sizes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what accelkit sees in a model: family, blocks, parameters, cost per depth.
+
+    Example:
+
+      accelkit inspect --model facebook/DiT-XL-2-256 --schedule D4
+    """
+    prepare_libraries()
+    from accelkit.jobs.inspect import inspect as job
+
+    seen = job(model, revision, schedule, num_heads or None)
+    if as_json:
+        typer.echo(json.dumps(seen, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in seen.items():
+        if key != "gmacs_by_depth":
+            table.add_row(key.replace("_", " "), worded(value))
+    out.print(table)
+    costs = seen["gmacs_by_depth"]
+    depths = sorted({1, *(len(costs) * i // 4 for i in range(1, 5))} - {0})
+    cost = Table("depth", "GMACs per call", "of full")
+    for d in depths:
+        cost.add_row(str(d), f"{costs[d - 1]:.4g}", f"{costs[d - 1] / costs[-1]:.1%}")
+    out.print(cost)
+
+
+def _split(text: str) -> list[str]:
+    literal = "@" in text
+    return [part.strip() for part in text.split(";" if literal else ",") if part.strip()]
+
+
+def _visited_levels(sampler: str, steps: int) -> list[float]:
+    """The noise levels a sampler visits on the linear-beta process of DiT."""
+    prepare_libraries()
+    from diffusers import DDIMScheduler
+
+    from accelkit.noise import BETA_END, BETA_START, NoiseAxis
+    from accelkit.sample.samplers import make_sampler
+
+    process = DDIMScheduler(
+        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", clip_sample=False
+    )
+    made = make_sampler(sampler, process, steps)
+    return NoiseAxis.of(made).levels(made.timesteps)

@@ -1,0 +1,1 @@
+"""Scripts behind recorded figures; each prints its ratio and can record it."""

@@ -1,0 +1,45 @@
+"""What a fine-tuning step costs on each preset, of a full-depth step on the same batch."""
+
+import torch
+
+from accelkit.artifact import from_pretrained
+from accelkit.backbones import DiT
+from accelkit.enable import enable
+from accelkit.schedule import Schedule, preset_names
+from accelkit.train.objectives import DiscreteProcess, denoising_loss
+from benchmarks.common import interleaved, parser, ratio, record
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=15).parse_args()
+    pipe = from_pretrained("builtin")
+    process = DiscreteProcess.of(pipe.scheduler)
+    model = pipe.transformer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    results = {}
+    with DiT(model).training():
+        model.train()
+        for batch in (64, 128):
+            x0, eps = torch.randn(2, batch, 4, 8, 8).unbind()
+            t, y = torch.randint(1000, (batch,)), torch.randint(10, (batch,))
+            xt = process.add_noise(x0, eps, t)
+
+            def step(schedule: str, xt=xt, x0=x0, eps=eps, t=t, y=y) -> None:
+                with enable(model, schedule):
+                    output = model(xt, timestep=t, class_labels=y, return_dict=False)[0]
+                    denoising_loss(process, output, x0, eps, xt, t).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            names = ["full", *preset_names()]
+            seconds = interleaved({n: lambda n=n: step(n) for n in names}, options.rounds)
+            for name in names[1:]:
+                mean = Schedule.parse(name).mean_depth(t) / 28
+                row = {**ratio(seconds, name, "full"), "mean_depth_of_full": mean}
+                results[f"{name}, batch {batch}"] = row
+    protocol = {"model": "builtin", "ratio": "step with the schedule / step at full depth"}
+    record("benchmarks.finetune_step", protocol, results, options.output)
+
+
+if __name__ == "__main__":
+    main()
