@@ -54,6 +54,8 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     if all(row["fid"] is not None for row in rows):
         for row, name in zip(rows, names, strict=True):
             marker, color = ("o", "C0") if row["tuned"] else ("x", "C3")
+            if row["ideal_saving"] == 0:
+                marker, color = "s", "0.3"
             axes.scatter(row["seconds"], row["fid"], s=48, color=color, marker=marker)
             axes.annotate(name, (row["seconds"], row["fid"]), (6, 4), textcoords="offset points")
         axes.set(xlabel="seconds per batch", ylabel="Fréchet distance", yscale="log")

@@ -53,6 +53,8 @@ from accelkit.cli.show import out, print_rows, shown
 from accelkit.schedule import Schedule, preset_names
 from accelkit.settings import read_recipe, resolve
 
+_ANY_DEPTH = 1_000_000
+
 
 def finetune(
     ctx: typer.Context,
@@ -125,7 +127,8 @@ def finetune(
     from accelkit.train.config import TrainConfig
 
     config = pick(TrainConfig, settings)
-    Schedule.parse(settings["schedule"])
+    # an unknown name is worth knowing before a model is fetched; its depth is checked against it
+    Schedule.parse(settings["schedule"], depth=_ANY_DEPTH)
     if shown(settings, dry_run, as_json):
         return
     prepare_libraries()

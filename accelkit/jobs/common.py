@@ -13,7 +13,7 @@ from PIL import Image
 
 from accelkit import artifact
 from accelkit.assets import BUILTIN
-from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones import backbone_of
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.enable import disable, enabled_on
@@ -107,7 +107,7 @@ def open_images(source: Source, model: Any) -> ImageSource:
 def image_size(pipe: Any) -> int:
     """Return height and width in pixels of a pipeline's images."""
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return denoiser_of(pipe).config.sample_size * factor
+    return pipe.transformer.config.sample_size * factor
 
 
 @contextmanager
