@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from accelkit.artifact import from_pretrained, load, save
     from accelkit.assets import builtin
     from accelkit.backbones.original import load_original
-    from accelkit.enable import disable, enable
     from accelkit.noise import NoiseAxis
+    from accelkit.switch import disable, enable
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "NoiseAxis": "accelkit.noise",
     "builtin": "accelkit.assets",
-    "disable": "accelkit.enable",
-    "enable": "accelkit.enable",
+    "disable": "accelkit.switch",
+    "enable": "accelkit.switch",
     "from_pretrained": "accelkit.artifact",
     "load": "accelkit.artifact",
     "load_original": "accelkit.backbones.original",

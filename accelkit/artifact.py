@@ -8,11 +8,11 @@ from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.enable import Enabled, enable, enabled_on
 from accelkit.errors import AccelkitError
 from accelkit.files import explain_full_disk, read_json, write_json
 from accelkit.loading import open_pipeline, reading
 from accelkit.schedule import Schedule
+from accelkit.switch import Enabled, enable, enabled_on
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
 FORMAT = 1

@@ -8,7 +8,7 @@ log-SNR, log(alpha^2 / sigma^2), so that a schedule means the same noise everywh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,12 +51,14 @@ class NoiseAxis:
     Args:
         log_snr: maps raw timesteps, float64 of any shape, to log-SNR.
         kind: what the process is, for people.
+
+    ``level(timestep)`` is :meth:`levels` of a single timestep, remembered.
     """
 
     def __init__(self, log_snr: LogSnr, kind: str) -> None:
         self.kind = kind
         self._log_snr = log_snr
-        self._known: dict[float, float] = {}
+        self.level = lru_cache(maxsize=4096)(self._level)  # asked at every call of a model
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseAxis:
@@ -83,11 +85,8 @@ class NoiseAxis:
         raw = np.asarray(getattr(timesteps, "tolist", lambda: timesteps)(), dtype=np.float64)
         return level_of_log_snr(self._log_snr(np.atleast_1d(raw))).tolist()
 
-    def level(self, timestep: float) -> float:
-        """Return the noise level of one raw timestep; remembered, for it is asked every call."""
-        if timestep not in self._known:
-            self._known[timestep] = self.levels([timestep])[0]
-        return self._known[timestep]
+    def _level(self, timestep: float) -> float:
+        return self.levels([timestep])[0]
 
 
 class _Knots:
@@ -132,7 +131,10 @@ def _edm(scheduler: Any) -> NoiseAxis | None:
 
 def _discrete(scheduler: Any) -> NoiseAxis | None:
     betas, config = getattr(scheduler, "betas", None), scheduler.config
-    timesteps_are_log_sigma = config.get("timestep_type") == "continuous"
+    timesteps_are_log_sigma = (
+        config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
     if betas is None or "beta_schedule" not in config or timesteps_are_log_sigma:
         return None
     kind = f"discrete VP, {config['beta_schedule']} betas"

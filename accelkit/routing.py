@@ -59,7 +59,7 @@ class Router:
         self.backbone = backbone
         self.schedule = schedule
         self.current: Plan | None = None
-        self.left: dict[int, Tensor] = {}
+        self.left: dict[int, Tensor] | None = None  # rows that left, while a call is under way
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self.scheduler = scheduler
         self._axis: tuple[Any, NoiseAxis] | None = None
@@ -91,14 +91,18 @@ class Router:
 
     def remember(self, timestep: Any, plan: Plan) -> None:
         """Make ``plan`` the current one and, under gradients, the one of this timestep tensor."""
-        self.current = plan
-        self.left.clear()
+        self.current, self.left = plan, {}
         if plan.grad and isinstance(timestep, Tensor):
             self._plans[timestep] = plan
 
     def plan_of(self, timestep: Any) -> Plan:
         """Return the plan of the call that a block is run for."""
         assert self.current is not None  # a block's hook runs inside its model's
+        if self.current.grad and not torch.is_grad_enabled():
+            raise AccelkitError(
+                "a schedule cannot run inside reentrant gradient checkpointing, where gradients of "
+                "samples that leave would be lost; enable it with use_reentrant=False"
+            )
         if torch.is_grad_enabled() and isinstance(timestep, Tensor):
             return self._plans.get(timestep, self.current)
         return self.current
@@ -152,26 +156,43 @@ def attach(router: Router) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every accelkit hook off ``model``, leaving no trace."""
+    """Take every accelkit hook off ``model``, leaving no trace and every other hook at work."""
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
         hook = None if registry is None else registry.get_hook(HOOK)
-        if not isinstance(hook, _Hook) or registry is None:
+        if registry is None or not isinstance(hook, _Hook):
             continue
-        registry.remove_hook(HOOK, recurse=False)
-        if not registry.hooks:
+        outer = module.__dict__["forward"]
+        _remove(registry)
+        if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
+            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+        elif not registry.hooks and not hook.had_forward:
+            module.__dict__.pop("forward", None)
+        if not registry.hooks and not hook.had_registry:
             del module._diffusers_hook
-            if not hook.had_forward:
-                module.__dict__.pop("forward", None)
+
+
+def _remove(registry: HookRegistry) -> None:
+    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
+    place = registry._hook_order.index(HOOK) + 1
+    after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
+    own = after.forward if after is not None and after.original_forward is not None else None
+    registry.remove_hook(HOOK, recurse=False)
+    if after is not None and own is not None:
+        after.original_forward, after.forward = after.forward, own
 
 
 def _hook(module: nn.Module, hook: _Hook) -> None:
     hook.had_forward = "forward" in module.__dict__
+    hook.had_registry = "_diffusers_hook" in module.__dict__
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    hook.installed, hook.own = module.forward, hook.fn_ref.forward
 
 
 class _Hook(ModelHook):
-    had_forward = False
+    had_forward = had_registry = False
+    installed: Any = None  # the module's forward with this hook
+    own: Any = None  # what this hook runs in place of the module's forward
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -183,10 +204,11 @@ class _CallHook(_Hook):
 
     def __init__(self, router: Router) -> None:
         super().__init__(router)
-        self.names = list(inspect.signature(type(router.backbone.model).forward).parameters)[1:]
+        self.signature = inspect.signature(type(router.backbone.model).forward)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        _, *given = self.signature.bind(module, *args, **kwargs).arguments.items()
+        call = dict(given)
         timestep = call.get("timestep")
         if timestep is None:
             raise AccelkitError(
@@ -220,6 +242,11 @@ class _BlockHook(_Hook):
         self.names = list(inspect.signature(type(block).forward).parameters)[1:]
         self.timestep_at = self.names.index("timestep") if "timestep" in self.names else None
 
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
+        return args, kwargs
+
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.fn_ref.original_forward
         place = self.timestep_at
@@ -234,12 +261,8 @@ class _BlockHook(_Hook):
         call = dict(zip(self.names, args, strict=False)) | kwargs
         hidden, stay = call[self.names[0]], plan.active[self.index]
         if stay < len(hidden):
-            if plan.grad and not torch.is_grad_enabled():
-                raise AccelkitError(
-                    "samples cannot leave a batch inside reentrant gradient checkpointing, their "
-                    "gradients would be lost; enable it with use_reentrant=False"
-                )
-            self.router.left[self.index] = hidden[stay:]
+            if self.router.left is not None:  # None while checkpointing recomputes the block
+                self.router.left[self.index] = hidden[stay:]
             call[self.names[0]] = hidden[:stay]
         for name in self.router.backbone.block_batched:
             call[name] = _rows(call.get(name), slice(stay))
@@ -250,10 +273,9 @@ class _ExitHook(_Hook):
     """Joins the samples that left early with those that ran to the end."""
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        left = self.router.left
+        left, self.router.left = self.router.left, None
         if left:
             hidden = torch.cat([args[0], *(left[i] for i in sorted(left, reverse=True))])
-            left.clear()
             args = (hidden, *args[1:])
         return args, kwargs
 

@@ -4,8 +4,8 @@ import torch
 
 from accelkit.artifact import from_pretrained
 from accelkit.backbones import DiT
-from accelkit.enable import enable
 from accelkit.schedule import Schedule, preset_names
+from accelkit.switch import enable
 from accelkit.train.objectives import DiscreteProcess, denoising_loss
 from benchmarks.common import interleaved, parser, ratio, record
 

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from accelkit.backbones.original import load_original
-from accelkit.enable import disable, enable, enabled_on
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.routing import place_in
 from accelkit.schedule import Schedule
+from accelkit.switch import disable, enable, enabled_on
 
 SCHEDULE = "6@0.3,4@0.6,2@1"  # of the six blocks of `dit`
 DEPTH_OF = {100: 6, 299: 6, 300: 4, 500: 4, 600: 2, 900: 2}
@@ -95,7 +95,6 @@ def test_disabled_again_nothing_is_left(dit):
     assert torch.equal(run(copy.deepcopy(dit), *call), output)
 
 
-# BUG, left failing: detach deletes a hook registry that was there before
 def test_disabled_again_a_registry_that_was_there_stays(dit):
     HookRegistry.check_if_exists_or_initialize(dit)  # as diffusers' cache contexts leave it
     HookRegistry.check_if_exists_or_initialize(dit.transformer_blocks[5])
@@ -196,7 +195,6 @@ def test_schedules_of_other_types(dit, schedule):
     assert enabled_on(dit) is None
 
 
-# BUG, left failing: a pathlib.Path is refused with TypeError
 def test_schedule_files_are_taken_as_text_and_as_path(dit, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(Schedule.parse(SCHEDULE, 6).to_dict()))
@@ -242,7 +240,6 @@ def test_calls_that_name_no_noise_level(dit):
         dit(latents[:2], timesteps, labels[:2])
 
 
-# BUG, left failing: surplus and doubled arguments are swallowed, a missing one is a KeyError
 def test_calls_the_plain_model_refuses_are_refused(dit):
     latents, timesteps, labels = inputs(MIXED)
     wrong = [
@@ -491,7 +488,6 @@ def test_checkpointing_survives_an_inference_call_before_the_backward(dit):
     same_gradients(gradients(dit), expected)
 
 
-# BUG, left failing: recomputation fills Router.left again, until the next call
 def test_checkpointing_keeps_no_activation_after_the_backward(dit):
     state = enable(dit, SCHEDULE)
     dit.enable_gradient_checkpointing()
@@ -500,7 +496,6 @@ def test_checkpointing_keeps_no_activation_after_the_backward(dit):
 
 
 @pytest.mark.parametrize("batches", [[MIXED], [[900, 900], [100, 100]]])
-# BUG, left failing: two uniform batches give wrong gradients, silently
 def test_reentrant_checkpointing_raises_rather_than_lose_gradients(dit, batches):
     enable(dit, SCHEDULE)
     dit.enable_gradient_checkpointing(
@@ -539,7 +534,6 @@ def test_a_deep_copy_runs_its_own_weights_under_its_own_schedule(dit):
     assert not torch.equal(run(twin, *call), output)
 
 
-# BUG, left failing: the copy asks the original pipeline for its scheduler
 def test_a_copied_pipeline_follows_its_own_scheduler(pipe):
     enable(pipe, SCHEDULE)
     twin = copy.deepcopy(pipe)
@@ -579,7 +573,6 @@ def test_exchanging_the_scheduler_moves_the_axis(pipe):
     assert torch.equal(run(model, *call), expected[4])
 
 
-# BUG, left failing: falls back to the scheduler of the time it was enabled
 def test_a_network_outlives_its_pipeline(make_pipe):
     pipe = make_pipe()
     model, gone = pipe.transformer, weakref.ref(pipe)
@@ -694,7 +687,6 @@ class Places:
 @pytest.mark.parametrize("kind", [Counting, Around])
 @pytest.mark.parametrize("foreign_first", [True, False])
 @pytest.mark.parametrize("foreign_off_first", [True, False])
-# BUG, left failing: taking off the inner hook of two drops the outer one's new_forward
 def test_hooks_of_others_on_the_same_modules(dit, kind, foreign_first, foreign_off_first):
     call = inputs(MIXED)
     plain, expected = run(dit, *call), by_hand(dit, *call)
@@ -720,7 +712,6 @@ def test_hooks_of_others_on_the_same_modules(dit, kind, foreign_first, foreign_o
     assert not any(foreign.calls)
 
 
-# BUG, left failing: detach throws the later wrapper away
 def test_accelerates_hooks_put_on_later_stay(dit):
     # enable_model_cpu_offload() and its like
     class Placing(AccelerateHook):

@@ -20,7 +20,7 @@ TIERS = [
     {"schedule", "noise", "files", "assets", "settings"},
     {"presets"},
     {"backbones"},
-    {"routing", "enable"},
+    {"routing", "switch"},
     {"artifact", "loading"},
     {"data", "train", "sample"},
     {"metrics", "bench"},

@@ -40,7 +40,6 @@ def test_version_and_unknown_names():
         _ = accelkit.enabel
 
 
-# BUG, left failing: accelkit.enable turns into the module once it is imported
 def test_no_module_has_a_public_names_name():
     # importing a sub-module sets it on its package, over the function of that name
     package = Path(accelkit.__file__).parent

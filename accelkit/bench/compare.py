@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.enable import enable
 from accelkit.errors import AccelkitError
 from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Moments, frechet_distance
@@ -19,6 +18,7 @@ from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, generate
 from accelkit.sample.samplers import make_sampler
 from accelkit.schedule import Schedule
+from accelkit.switch import enable
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.sources import ImageSource, open_source
-from accelkit.enable import disable, enabled_on
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.switch import disable, enabled_on
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory

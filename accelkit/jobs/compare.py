@@ -13,7 +13,6 @@ from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.bench import report
 from accelkit.bench.compare import Variant, Work, compare, reference_moments
 from accelkit.data.sources import ImageSource, iter_images
-from accelkit.enable import enable
 from accelkit.errors import AccelkitError
 from accelkit.jobs.common import (
     Evaluation,
@@ -28,6 +27,7 @@ from accelkit.metrics.features import FeatureExtractor, extractor
 from accelkit.metrics.frechet import Moments
 from accelkit.sample.generate import generate, grid
 from accelkit.schedule import Schedule
+from accelkit.switch import enable
 
 SAMPLES = "samples.png"
 

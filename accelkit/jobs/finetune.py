@@ -8,7 +8,6 @@ from typing import Any
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.enable import enable
 from accelkit.jobs.common import (
     Evaluation,
     Reporter,
@@ -22,6 +21,7 @@ from accelkit.jobs.common import (
 )
 from accelkit.jobs.compare import measure
 from accelkit.schedule import Schedule
+from accelkit.switch import enable
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import train
 

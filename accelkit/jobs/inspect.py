@@ -9,10 +9,10 @@ from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
 from accelkit.bench.cost import macs_by_depth
-from accelkit.enable import enabled_on
 from accelkit.loading import ORIGINAL_SUFFIXES
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
+from accelkit.switch import enabled_on
 
 
 def inspect(

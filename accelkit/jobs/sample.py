@@ -9,11 +9,11 @@ import numpy as np
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.enable import disable, enable, enabled_on
 from accelkit.errors import AccelkitError
 from accelkit.files import write_json
 from accelkit.jobs.common import Reporter, on_device, save_picture
 from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.switch import disable, enable, enabled_on
 
 GRID, INDEX = "grid.png", "samples.json"
 

@@ -23,10 +23,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from accelkit.backbones import backbone_of
-from accelkit.enable import enable
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
+from accelkit.switch import enable
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw
 from accelkit.train.objectives import DiscreteProcess, denoising_loss

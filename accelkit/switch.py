@@ -6,6 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -49,7 +50,7 @@ class Enabled:
         return f"<{name} on {type(self.backbone.model).__name__}: {self.schedule}>"
 
 
-def enable(target: Any, schedule: str | Schedule, *, scheduler: Any = None) -> Enabled:
+def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = None) -> Enabled:
     """Let the noise level decide how many blocks each call of ``target`` runs.
 
     The model's weights, class and state_dict keys stay as they are. A batch may mix noise levels:
@@ -133,12 +134,14 @@ class _Copier:
             twin = copy.deepcopy(model, memo)
         finally:
             _install(state)
-        _install(Enabled(routing.Router(backbone_of(twin), state.schedule, router.scheduler)))
+        follows = router.scheduler
+        scheduler = follows.copied(memo) if isinstance(follows, _SchedulerOf) else follows
+        _install(Enabled(routing.Router(backbone_of(twin), state.schedule, scheduler)))
         return twin
 
 
-def _fitting(schedule: str | Schedule, backbone: Backbone) -> Schedule:
-    if isinstance(schedule, str):
+def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
+    if isinstance(schedule, (str, Path)):
         return Schedule.parse(schedule, backbone.depth, backbone.family)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"a schedule is a name or a Schedule, not {type(schedule).__name__}")
@@ -151,16 +154,28 @@ def _fitting(schedule: str | Schedule, backbone: Backbone) -> Schedule:
     return schedule
 
 
+class _SchedulerOf:
+    """The scheduler of a pipeline, whichever it has at the time; the last one if it is gone."""
+
+    def __init__(self, pipeline: Any, scheduler: Any) -> None:
+        self._owner = weakref.ref(pipeline)
+        self._last = scheduler
+
+    def __call__(self) -> Any:
+        owner = self._owner()
+        if owner is not None:
+            self._last = owner.scheduler
+        return self._last
+
+    def copied(self, memo: dict[int, Any]) -> _SchedulerOf:
+        """Return the getter of the pipeline's copy if the pipeline itself is being deep-copied."""
+        twin = memo.get(id(self._owner()))  # it is there already, though still without attributes
+        return self if twin is None else _SchedulerOf(twin, self())
+
+
 def _scheduler_getter(target: Any, scheduler: Any) -> Callable[[], Any]:
     if scheduler is not None:
         return lambda: scheduler
     if isinstance(target, nn.Module) or getattr(target, "scheduler", None) is None:
         return lambda: None
-    pipeline = weakref.ref(target)
-    last = target.scheduler
-
-    def current() -> Any:
-        owner = pipeline()
-        return last if owner is None else owner.scheduler
-
-    return current
+    return _SchedulerOf(target, target.scheduler)
