@@ -160,12 +160,11 @@ def _is_artifact(source: str | Path, revision: str | None) -> bool:
     if path.exists() or str(source) == BUILTIN:
         return (path / CONFIG).is_file() and str(source) != BUILTIN
     from huggingface_hub import file_exists
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return file_exists(str(source), CONFIG, revision=revision)
-    except (OSError, HFValidationError):
-        return False  # opening it as a pipeline says what is wrong
+    except Exception:  # no hub id, or no way to the hub: opening it as a pipeline says which
+        return False
 
 
 def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:

@@ -24,6 +24,8 @@ def open_pipeline(
 ) -> Any:
     """Return the pipeline that ``model`` names, in float32 on the CPU.
 
+    diffusers' bar for the loading of components stays off from then on.
+
     Args:
         model: ``builtin``, a pipeline's directory, an original-layout DiT checkpoint (``.pt``,
             ``.safetensors``) or a hub id. The original's numerics are restored where recorded.
@@ -40,7 +42,9 @@ def open_pipeline(
         return _around_original(path, vae, num_heads)
     with reading(name):
         from diffusers import DiffusionPipeline
+        from diffusers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         pipe = DiffusionPipeline.from_pretrained(located(name), revision=revision)
     return _ready(pipe)
 
@@ -69,19 +73,15 @@ def located(name: str | Path, index: str = "model_index.json") -> str:
 @contextmanager
 def reading(name: str) -> Any:
     """Turn what a library raises over a missing or broken model into one line."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors import SafetensorError
-
     try:
         yield
     except AccelkitError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # each library beneath has its own family of errors
+        where = "" if Path(name).exists() or name == BUILTIN else " here or from the hub"
         raise AccelkitError(
-            f"{name} is neither a directory here nor to be had from the hub: {_first_line(error)}"
+            f"cannot read the model {name}{where}: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
-        raise AccelkitError(f"cannot read the model {name}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -109,20 +109,13 @@ def _ready(pipe: Any) -> Any:
 
     backbone_of(denoiser_of(pipe)).restore()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(dtype=_float32())
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
+    return pipe
 
 
 def quiet() -> None:
-    """Silence the libraries' notices that say nothing about the task at hand."""
+    """Silence the libraries' notices that say nothing about the task at hand.
+
+    Has effect if it is called before they are imported.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from diffusers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()

@@ -85,14 +85,12 @@ class DiT(Backbone):
         patches: Any = self.model.pos_embed.proj  # type: ignore[union-attr]
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
         nn.init.zeros_(patches.bias)
-        for embedder in self._embedders:
-            time = embedder.timestep_embedder
-            for weight in (
-                time.linear_1.weight,
-                time.linear_2.weight,
-                embedder.class_embedder.embedding_table.weight,
-            ):
-                nn.init.normal_(weight, std=0.02)
+        first, *others = self._embedders
+        time, label = first.timestep_embedder, first.class_embedder
+        for module in (time.linear_1, time.linear_2, label.embedding_table):
+            nn.init.normal_(module.weight, std=0.02)
+        for other in others:  # one embedder, of which diffusers keeps a copy in every block
+            other.load_state_dict(first.state_dict())
         modulations = [block.norm1.linear for block in self.blocks]  # type: ignore[union-attr]
         for zero in (*modulations, self.model.proj_out_1, self.model.proj_out_2):
             nn.init.zeros_(zero.weight)  # type: ignore[union-attr, arg-type]

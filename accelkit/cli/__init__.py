@@ -12,6 +12,7 @@ from accelkit import AccelkitError, __version__
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import bench, convert, inspect, sample, schedules
 from accelkit.errors import Stopped
+from accelkit.loading import quiet
 
 EXAMPLES = """
 Make pretrained diffusion models faster: compute follows the noise level.
@@ -59,6 +60,7 @@ def _globals(
 
 def main() -> None:
     """Run the command line: errors are one line and exit status 2, ``--debug`` shows where."""
+    quiet()
     try:
         app()
     except Stopped as stopped:

@@ -96,10 +96,3 @@ def reporter() -> Any:
     from accelkit.progress import TerminalReporter
 
     return TerminalReporter()
-
-
-def prepare_libraries() -> None:
-    """Silence the libraries before they are imported by a job."""
-    from accelkit.loading import quiet
-
-    quiet()

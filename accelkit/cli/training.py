@@ -44,7 +44,6 @@ from accelkit.cli.options import (
     WeightDecay,
     checked,
     pick,
-    prepare_libraries,
     reporter,
     run_of,
     sampling_of,
@@ -131,7 +130,6 @@ def finetune(
     Schedule.parse(settings["schedule"], depth=_ANY_DEPTH)
     if shown(settings, dry_run, as_json):
         return
-    prepare_libraries()
     from accelkit.jobs.finetune import finetune as job
 
     with reporter() as report:
@@ -198,7 +196,6 @@ def train(
     config = pick(TrainConfig, settings)
     if shown({**settings, **sizes}, dry_run, as_json):
         return
-    prepare_libraries()
     from accelkit.jobs.scratch import PIPELINE, ModelConfig, scratch
     from accelkit.train.autoencoder import AutoencoderConfig
 

@@ -22,7 +22,6 @@ from accelkit.cli.options import (
     Sampler,
     SkipBad,
     pick,
-    prepare_libraries,
     reporter,
     sampling_of,
 )
@@ -65,7 +64,6 @@ def sample(
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
     if shown(settings, dry_run, as_json):
         return
-    prepare_libraries()
     from accelkit.jobs.sample import sample as job
 
     with reporter() as report:
@@ -121,7 +119,6 @@ def bench(
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
     if shown(settings, dry_run, as_json):
         return
-    prepare_libraries()
     from accelkit.jobs.common import Evaluation, Source
     from accelkit.jobs.compare import bench as job
 
@@ -197,7 +194,6 @@ def convert(
 
       accelkit convert dit-xl-2-256 DiT-XL-2.safetensors
     """
-    prepare_libraries()
     from accelkit.jobs.convert import convert as job
 
     made = job(source, target, num_heads or None, allow_inexact, overwrite)
@@ -217,7 +213,6 @@ def inspect(
 
       accelkit inspect --model facebook/DiT-XL-2-256 --schedule D4
     """
-    prepare_libraries()
     from accelkit.jobs.inspect import inspect as job
 
     seen = job(model, revision, schedule, num_heads or None)
@@ -244,7 +239,6 @@ def _split(text: str) -> list[str]:
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:
     """The noise levels a sampler visits on the linear-beta process of DiT."""
-    prepare_libraries()
     from diffusers import DDIMScheduler
 
     from accelkit.noise import BETA_END, BETA_START, NoiseAxis

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accelkit.data.sources import ImageSource, iter_images
-from accelkit.errors import AccelkitWarning
-from accelkit.files import explain_full_disk, write_json
+from accelkit.errors import AccelkitError, AccelkitWarning
 
 FORMAT = 1
 SHARD = 4096
 INDEX = "index.json"
+AT_USE = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
+"""Settings of an autoencoder that apply to its latents when they are used, not when made."""
 
 
 class Latents:
@@ -32,21 +36,24 @@ class Latents:
 
     Attributes:
         path: the folder of shards.
-        labels: int64 (n,) in memory, or None.
+        classes: names of the classes, the label being the place; empty without labels.
         skipped: how many images could not be read.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
     """
 
     def __init__(self, path: Path, vae: Any) -> None:
-        index = json.loads((path / INDEX).read_text())
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         self.path = path
+        self.classes: tuple[str, ...] = tuple(index["classes"])
         self.skipped: int = index["skipped"]
         self._scale = vae.config.scaling_factor
         self._shift = getattr(vae.config, "shift_factor", None) or 0.0
-        self._rows: int = index["shard"]
         self._shards = [load_file(path / name) for name in index["files"]]
-        self._count = sum(len(shard["mean"]) for shard in self._shards)
-        if self._count != index["count"]:
-            raise ValueError(f"{self._count} latents where {index['count']} were written")
+        self._starts = [0, *accumulate(len(shard["mean"]) for shard in self._shards)]
+        if len(self) != index["count"] or len(self) == 0:
+            raise ValueError(f"{len(self)} latents where {index['count']} were written")
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -61,21 +68,21 @@ class Latents:
         return tuple(self._shards[0]["mean"].shape[1:])
 
     def __len__(self) -> int:
-        return self._count
+        return self._starts[-1]
 
     def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
         """Return latents drawn from the posteriors and scaled as the denoiser expects them.
 
         Args:
             indices: int64 (B,).
-            noise: standard normal, (B, C, h, w).
+            noise: standard normal, float32 (B, C, h, w).
 
         Returns:
             float32 (B, C, h, w): (mean + deviation * noise - shift) * scale.
         """
-        places = [divmod(i, self._rows) for i in indices.tolist()]
-        mean = torch.stack([self._shards[s]["mean"][row] for s, row in places])
-        std = torch.stack([self._shards[s]["std"][row] for s, row in places])
+        places = [(bisect_right(self._starts, i) - 1, i) for i in indices.tolist()]
+        mean = torch.stack([self._shards[s]["mean"][i - self._starts[s]] for s, i in places])
+        std = torch.stack([self._shards[s]["std"][i - self._starts[s]] for s, i in places])
         return (mean + std * noise - self._shift) * self._scale
 
 
@@ -88,52 +95,58 @@ def encode_latents(
     batch: int = 64,
     device: torch.device | str = "cpu",
     flip: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
     """Return the latents of ``source`` under ``vae``, from the cache if they are there.
 
-    A folder is keyed by the autoencoder's weights, the data's fingerprint, size and flip. It is
-    written beside and renamed into place, so an interrupted encoding leaves nothing half done and
-    of two at a time the first to finish wins.
+    A folder is keyed by the autoencoder's weights and architecture, the data's fingerprint, size
+    and flip. It is written beside and renamed into place, so an interrupted encoding leaves nothing
+    half done, and two at a time both end with a whole one.
+
+    Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
+    float32 (n, C, h, w), because half precision would round them; ``index``, the place of the
+    image in ``source``, and with classes ``label``, int64 (n,).
 
     Args:
         source: the images.
-        vae: a diffusers AutoencoderKL.
+        vae: a diffusers AutoencoderKL, on ``device``.
         size: pixels a side that images are brought to.
         cache_dir: default ``$ACCELKIT_CACHE/latents``, else ``~/.cache/accelkit/latents``.
         batch: images encoded at a time.
         device: where.
-        flip: append the mirrored images.
-        progress: called with the images encoded and their total.
+        flip: append the mirrored images, in the same order.
+        progress: called with the samples encoded and their total.
 
     Raises:
-        AccelkitError: an image cannot be read, or there is no room for the cache.
+        AccelkitError: an image cannot be read, or the cache cannot be written.
     """
     cache = cache_dir or default_cache()
     folder = cache / _key(source, vae, size, flip)
-    if (folder / INDEX).is_file():
-        try:
-            return Latents(folder, vae)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warnings.warn(
-                f"the cached latents in {folder} are broken ({error}); encoding again",
-                AccelkitWarning,
-                stacklevel=2,
-            )
-    with explain_full_disk(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
-        try:
-            _encode(source, vae, size, batch, device, flip, progress, part)
-            shutil.rmtree(folder, ignore_errors=True)
-            try:
-                part.rename(folder)
-            except OSError:  # another process was first, with the same content
-                if not (folder / INDEX).is_file():
-                    raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return Latents(folder, vae)
+    cached = _cached(folder, vae)
+    # images left out by an earlier call are this one's errors, unless it leaves them out as well
+    if cached is not None and (source.skip_bad or not cached.skipped):
+        return cached
+    part = cache / f"partial-{secrets.token_hex(8)}"
+    try:
+        part.mkdir(parents=True)
+        _write(
+            source,
+            _encode(source, vae, size, min(batch, SHARD), device, flip),
+            progress,
+            flip,
+            part,
+        )
+        latents = Latents(part, vae)  # mapped before it is in anybody's reach
+        _install(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise AccelkitError(
+            f"cannot write latents to {cache} ({error}); make room there, or name another folder "
+            "in ACCELKIT_CACHE"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    latents.path = folder
+    return latents
 
 
 def default_cache() -> Path:
@@ -143,54 +156,85 @@ def default_cache() -> Path:
 
 
 def _key(source: ImageSource, vae: Any, size: int, flip: bool) -> str:
-    digest = hashlib.sha256()
+    settings = {k: v for k, v in vae.config.items() if k[0] != "_" and k not in AT_USE}
+    digest = hashlib.sha256(f"{type(vae).__name__} {sorted(settings.items())}".encode())
     for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     digest.update(f"{source.fingerprint} {size} {flip} {FORMAT}".encode())
-    return digest.hexdigest()[:20]
+    return digest.hexdigest()[:16]
+
+
+def _cached(folder: Path, vae: Any) -> Latents | None:
+    if not folder.exists():
+        return None
+    try:
+        return Latents(folder, vae)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        warnings.warn(
+            f"the cached latents in {folder} are broken ({error}); encoding again",
+            AccelkitWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 @torch.no_grad()
 def _encode(
-    source: ImageSource,
-    vae: Any,
-    size: int,
-    batch: int,
-    device: torch.device | str,
-    flip: bool,
-    progress: Callable[[int, int], None],
-    folder: Path,
-) -> None:
-    files: list[str] = []
-    rows: dict[str, list[Tensor]] = {}
-    count = pending = 0
-    total = len(source) * (2 if flip else 1)
-
-    def write() -> None:
-        nonlocal rows, pending
-        shard = {name: torch.cat(parts) for name, parts in rows.items()}
-        whole, rows = {n: t[:SHARD].clone() for n, t in shard.items()}, {}
-        files.append(f"shard-{len(files):05d}.safetensors")
-        save_file(whole, folder / files[-1])
-        pending = max(0, pending - SHARD)
-        if pending:
-            rows = {n: [t[SHARD:].clone()] for n, t in shard.items()}
-
+    source: ImageSource, vae: Any, size: int, batch: int, device: torch.device | str, flip: bool
+) -> Iterator[dict[str, Tensor]]:
     for mirrored in (False, True) if flip else (False,):
         for indices, images in iter_images(source, size, batch):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-            posterior = vae.encode(pixels.flip(-1) if mirrored else pixels).latent_dist
-            rows.setdefault("mean", []).append(posterior.mean.float().cpu().contiguous())
-            rows.setdefault("std", []).append(posterior.std.float().cpu().contiguous())
+            pixels = pixels.flip(-1) if mirrored else pixels
+            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+            rows = {"mean": posterior.mean, "std": posterior.std}
+            rows = {name: tensor.float().cpu() for name, tensor in rows.items()}
+            rows["index"] = torch.from_numpy(indices)
             if source.labels is not None:
-                rows.setdefault("label", []).append(torch.from_numpy(source.labels[indices]))
-            count, pending = count + len(indices), pending + len(indices)
-            progress(count, total)
-            while pending >= SHARD:
-                write()
-    if pending:
-        write()
-    skipped = len(source) * (2 if flip else 1) - count
-    index = {"count": count, "shard": SHARD, "files": files, "skipped": skipped}
-    write_json(folder / INDEX, index)
+                rows["label"] = torch.from_numpy(source.labels[indices])
+            yield rows
+
+
+def _write(
+    source: ImageSource,
+    batches: Iterator[dict[str, Tensor]],
+    progress: Callable[[int, int], None] | None,
+    flip: bool,
+    folder: Path,
+) -> None:
+    files: list[str] = []
+    held: list[dict[str, Tensor]] = []
+    done = kept = 0
+
+    def flush() -> None:
+        files.append(f"shard-{len(files):05d}.safetensors")
+        save_file({n: torch.cat([rows[n] for rows in held]) for n in held[0]}, folder / files[-1])
+        held.clear()
+
+    for rows in batches:
+        if done - kept + len(rows["index"]) > SHARD:
+            flush()
+            kept = done
+        held.append(rows)
+        done += len(rows["index"])
+        if progress is not None:
+            progress(done, len(source) * (1 + flip))
+    flush()
+    skipped = len(source.skipped)
+    index = {"count": done, "files": files, "classes": source.classes, "skipped": skipped}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _install(part: Path, folder: Path) -> None:
+    """Rename ``part`` to ``folder``; what lies there is moved away whole, never seen half gone."""
+    old = part.with_name(f"{part.name}-replaced")
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first, with the same content
+        if not (folder / INDEX).is_file():
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

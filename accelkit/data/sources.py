@@ -116,8 +116,11 @@ def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
     """Return RGB uint8 (size, size, 3): shorter side resized to ``size``, centre cropped.
 
     As in ADM (Dhariwal and Nichol 2021) and DiT: halved by averaging while twice too large, then
-    bicubic. Transparency is dropped and EXIF orientation ignored, as there.
+    bicubic. Transparency is dropped and EXIF orientation ignored, as there; grey of 16 bits is
+    scaled to 8.
     """
+    if image.mode.startswith("I"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -182,12 +185,13 @@ class _Zip(_Files):
         except (zipfile.BadZipFile, OSError) as error:
             raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._prefix = PurePosixPath(part)
-        inside = [PurePosixPath(m) for m in members if not m.startswith("__MACOSX/")]
-        inside = [m for m in inside if m.is_relative_to(self._prefix)]
+        # paths leave out a leading "./", by which the archive would not find the file again
+        self._members = {PurePosixPath(m): m for m in members if not m.startswith("__MACOSX/")}
+        inside = [m for m in self._members if m.is_relative_to(self._prefix)]
         self.names = [m.relative_to(self._prefix) for m in inside]
-        tops = {m.parts[0] for m in self.names}
+        tops = {m.parts[:1] for m in self.names}
         if part == "." and len(tops) == 1 and all(len(m.parts) > 1 for m in self.names):
-            self._prefix /= tops.pop()
+            self._prefix /= tops.pop()[0]
             self.names = [m.relative_to(self._prefix) for m in inside]
 
     def _archive(self) -> zipfile.ZipFile:
@@ -197,7 +201,7 @@ class _Zip(_Files):
         return self._open[1]
 
     def content(self, name: PurePosixPath) -> bytes:
-        return self._archive().read(str(self._prefix / name))
+        return self._archive().read(self._members[self._prefix / name])
 
 
 class _Images(ImageSource):

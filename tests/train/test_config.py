@@ -92,7 +92,7 @@ def test_part_of_the_settings():
 
 
 def test_unknown_names():
-    with pytest.raises(AccelkitError, match="unknown training settings: epochs, lr$"):
+    with pytest.raises(AccelkitError, match=r"unknown training settings: epochs, lr$"):
         TrainConfig.from_dict({"steps": 9, "lr": 1e-4, "epochs": 3})
 
 

@@ -175,7 +175,7 @@ def test_kl_of_equal_gaussians_is_zero():
 
 @pytest.mark.parametrize("t", [0, 1, 2, 60, 500, 999])
 def test_term_in_bits(process, t):
-    x0, eps, xt, predicted, v = batch([t, t], seed=t)
+    x0, _, xt, predicted, v = batch([t, t], seed=t)
     term = variational_term(process, *tensors(predicted, v, x0, xt), torch.tensor([t, t]))
     expected = [expected_term(t, *row) for row in zip(predicted, v, x0, xt, strict=True)]
     np.testing.assert_allclose(term, expected, rtol=2e-3 if t == 0 else 5e-4)
@@ -183,7 +183,7 @@ def test_term_in_bits(process, t):
 
 def test_terms_of_mixed_timesteps(process):
     timesteps = [700, 0, 3, 0]
-    x0, eps, xt, predicted, v = batch(timesteps)
+    x0, _, xt, predicted, v = batch(timesteps)
     term = variational_term(process, *tensors(predicted, v, x0, xt), torch.tensor(timesteps))
     rows = zip(timesteps, predicted, v, x0, xt, strict=True)
     np.testing.assert_allclose(term, [expected_term(*row) for row in rows], rtol=2e-3)
@@ -214,20 +214,25 @@ def test_bytes_share_all_probability(process):
 
 def test_hopeless_byte_is_floored(process):
     one = torch.ones(1, 1, 1, 1)
-    for x in (-1.0, 0.0, 1.0):
-        for error in (-500.0, 500.0):
-            xt = x * math.sqrt(ABAR[0]) * one
-            bits = variational_term(process, error * one, one, x * one, xt, torch.tensor([0]))
-            assert bits.item() == pytest.approx(-math.log2(1e-12), rel=1e-6)
+    for x, error in ((-1.0, -500.0), (0.0, -500.0), (0.0, 500.0), (1.0, 500.0)):
+        xt = x * math.sqrt(ABAR[0]) * one
+        bits = variational_term(process, error * one, one, x * one, xt, torch.tensor([0]))
+        assert bits.item() == pytest.approx(-math.log2(1e-12), rel=1e-6)
 
 
 @pytest.mark.parametrize("t", [1, 30, 500, 999])
 def test_perfect_prediction_costs_nothing(process, t):
     x0, eps, xt, _, v = tensors(*batch([t]))
     term = variational_term(process, eps, -torch.ones_like(v), x0, xt, torch.tensor([t]))
-    assert 0 <= term.item() < 1e-5
-    more = variational_term(process, eps, torch.ones_like(v), x0, xt, torch.tensor([t]))
-    assert more > term
+    assert 0 <= term.item() < 1e-6
+
+
+@pytest.mark.parametrize("t", [1, 30])
+def test_wrong_variance_costs_bits(process, t):
+    x0, eps, xt, _, v = tensors(*batch([t]))
+    term = variational_term(process, eps, torch.ones_like(v), x0, xt, torch.tensor([t]))
+    ratio = bayes(t, 0.0, 0.0)[1] / BETA[t]
+    assert term.item() == pytest.approx((ratio - 1 - math.log(ratio)) / 2 / math.log(2), rel=0.01)
 
 
 @pytest.mark.parametrize("t", [1, 5, 20])
@@ -306,7 +311,5 @@ def test_loss_of_a_half_precision_output_is_float32(process, dtype):
 @pytest.mark.parametrize("channels", [1, 3, 6, 12])
 def test_other_numbers_of_channels(process, channels):
     x0, eps, xt, _, _ = tensors(*batch([5]))
-    with pytest.raises(
-        AccelkitError, match=f"returned {channels} channels for 4.*expected 4, or 8"
-    ):
+    with pytest.raises(AccelkitError, match=f"returned {channels} channels.*expected 4, or 8"):
         denoising_loss(process, torch.zeros(1, channels, 2, 2), x0, eps, xt, torch.tensor([5]))
