@@ -35,7 +35,9 @@ def read_recipe(path: str | Path, tables: tuple[str, ...] = ()) -> dict[str, Any
 
 
 def resolve(context: Any, *layers: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's settings: given on the command line, else the first layer's, else default.
+    """Return a command's settings: from the command line, else the first layer's, else default.
+
+    An environment variable counts as a default: ``accelerate launch`` always sets some.
 
     Args:
         context: the command's click context.
@@ -53,7 +55,7 @@ def resolve(context: Any, *layers: dict[str, Any]) -> dict[str, Any]:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise AccelkitError(f"unknown setting {name!r} in the recipe{hint}")
             source = context.get_parameter_source(name)
-            if source is None or source.name in ("DEFAULT", "DEFAULT_MAP"):
+            if source is None or source.name != "COMMANDLINE":
                 settings[name] = _cast(context, known[name], value)
     return settings
 

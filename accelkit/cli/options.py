@@ -43,7 +43,9 @@ LossWeightUntil = Annotated[float, typer.Option(help="Share of the run after whi
 FreezeTime = Annotated[bool, typer.Option(help="Keep the timestep embedder as it is.")]
 Accumulation = Annotated[int, typer.Option(help="Parts that a batch is run in.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute blocks to save memory.")]
-Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+Precision = Annotated[
+    str, typer.Option(help="no, bf16 or fp16.", envvar="ACCELERATE_MIXED_PRECISION")
+]
 TrainSeed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps; 0: only at the end.")]
 CheckpointsKept = Annotated[int, typer.Option(help="The newest ones; 0: all.")]

@@ -189,7 +189,7 @@ def _encode(
             pixels = pixels.flip(-1) if mirrored else pixels
             posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
             rows = {"mean": posterior.mean, "std": posterior.std}
-            rows = {name: tensor.float().cpu() for name, tensor in rows.items()}
+            rows = {n: tensor.float().cpu().contiguous() for n, tensor in rows.items()}
             rows["index"] = torch.from_numpy(indices)
             if source.labels is not None:
                 rows["label"] = torch.from_numpy(source.labels[indices])
@@ -221,7 +221,7 @@ def _write(
         if progress is not None:
             progress(done, len(source) * (1 + flip))
     flush()
-    skipped = len(source.skipped)
+    skipped = len(source) - done // (1 + flip)
     index = {"count": done, "files": files, "classes": source.classes, "skipped": skipped}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

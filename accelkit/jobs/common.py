@@ -115,6 +115,11 @@ def claimed(
     settings: dict[str, Any], config: TrainConfig, where: Run
 ) -> Iterator[tuple[RunDirectory, Any]]:
     """Open the run's directory and its accelerator; close both whatever happens."""
+    if where.report_to and where.report_to not in (known := _trackers()):
+        raise AccelkitError(
+            f"--report-to {where.report_to} is not installed or unknown; "
+            f"installed: {', '.join(known) or 'none'}"
+        )
     accelerator = make_accelerator(config, log_with=where.report_to, project_dir=str(where.output))
     run = RunDirectory(where.output)
     try:
@@ -127,6 +132,12 @@ def claimed(
     finally:
         run.close()
         accelerator.end_training()
+
+
+def _trackers() -> list[str]:
+    from accelerate.tracking import get_available_trackers
+
+    return sorted(str(getattr(t, "value", t)) for t in get_available_trackers())
 
 
 def encoded(

@@ -259,8 +259,9 @@ def _restore(run: RunDirectory, accelerator: Accelerator) -> int:
     try:
         accelerator.load_state(str(folder))
     except Exception as error:
+        why = " ".join(str(error).split())  # torch and accelerate say it in several lines
         raise AccelkitError(
-            f"cannot read the checkpoint {folder}: {error}; remove it to go on from the one before"
+            f"cannot read the checkpoint {folder}: {why}; remove it to go on from the one before"
         ) from error
     return step
 

@@ -154,7 +154,8 @@ class RunDirectory:
             )
 
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
+        # the settings last: killed midway, what is left is still known as a run
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == SETTINGS):
             if entry.name == _LOCK:
                 continue
             if entry.is_dir() and not entry.is_symlink():

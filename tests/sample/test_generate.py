@@ -14,7 +14,7 @@ from diffusers import (
 
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, generate_latents, grid, guide
-from accelkit.switch import enable
+from accelkit.switch import disable, enable
 
 LABELS, SEEDS = [3, 7, 999, 3], [11, 12, 13, 14]
 DDIM = DDIMScheduler(clip_sample=False)
@@ -100,8 +100,6 @@ def test_ddim_is_what_diffusers_pipeline_does(pipe, guidance, schedule):
             images = generate(pipe, LABELS, SEEDS, how)
     finally:
         if schedule:
-            from accelkit.switch import disable
-
             disable(pipe)
     assert images.shape == (4, 8, 8, 3)
     assert images.dtype == np.uint8
@@ -241,7 +239,7 @@ def test_fewer_classes():
 
 @pytest.mark.parametrize("labels", [[-1, 0], [0, 11], [0, 1000]])
 def test_labels_the_model_lacks(labels):
-    with pytest.raises(AccelkitError, match="classes 0 to 9, got (-1|11|1000)$"):
+    with pytest.raises(AccelkitError, match=r"classes 0 to 9, got (-1|11|1000)$"):
         generate(build(classes=10), labels, [0, 1])
 
 
@@ -285,11 +283,10 @@ class TestGuide:
         )
 
     def test_is_used(self, pipe):
-        some, all_ = (
-            generate_latents(pipe, [1], [2], Sampling("ddim", 1, 3.0, n)) for n in (3, None)
-        )
+        hows = [Sampling("dpm", 1, 3.0, channels) for channels in (3, None)]  # one step, at t = 999
+        some, all_ = (generate_latents(pipe, [1], [2], how) for how in hows)
         torch.testing.assert_close(some[:, :3], all_[:, :3])
-        assert (some[:, 3] - all_[:, 3]).abs().max() > 1e-3
+        assert (some[:, 3] - all_[:, 3]).abs().max() > 1
 
 
 class TestGrid:

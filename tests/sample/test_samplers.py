@@ -65,7 +65,7 @@ def test_steps_the_process_does_not_have(name, steps):
 
 
 def test_steps_of_a_short_process():
-    with pytest.raises(AccelkitError, match="give 1 to 100$"):
+    with pytest.raises(AccelkitError, match=r"give 1 to 100$"):
         make_sampler("ddim", DDIMScheduler(num_train_timesteps=100), 101)
 
 

@@ -103,6 +103,6 @@ def test_seed_decides_everything(images):
 
 
 def test_not_finite(images):
-    with pytest.raises(AccelkitError, match="loss is (nan|inf) at step .*; lower") as caught:
+    with pytest.raises(AccelkitError, match=r"loss is (nan|inf) at step .*; lower") as caught:
         train_autoencoder(images, replace(CONFIG, learning_rate=math.inf))
     assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 import accelkit
 from accelkit.backbones import DiT
@@ -350,11 +351,27 @@ def test_nothing_is_left_on_the_model(tmp_path, precision, schedule, ends):
     else:
         assert ends == "well"
         assert not model.training
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    left = {
+        f"{name}.{attribute}"
+        for name, module in model.named_modules()
+        for attribute in set(vars(module)) - before[name]
+    }
+    assert left == set()
     assert enabled_on(model) is None
     blocks = model.transformer_blocks
     assert {block.norm1.emb.class_embedder.dropout_prob for block in blocks} == {0.1}
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_the_same_model_trained_again(tmp_path):
+    """The first training leaves nothing that the second one trips over, precision included."""
+    model = fit(tmp_path / "first", SHORT)
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    again = replace(SHORT, mixed_precision="bf16")
+    assert_same(
+        fit(tmp_path / "second", again, model=model), fit(tmp_path / "twin", again, model=twin)
+    )
 
 
 def test_embedders_stay_equal_and_are_separate_again(uninterrupted):
@@ -495,14 +512,34 @@ def test_full_disk(tmp_path, uninterrupted, monkeypatch):
     assert_same(fit(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
-def test_broken_checkpoint(tmp_path, uninterrupted, name):
-    fit(tmp_path, replace(CONFIG), checkpoint_every=3, keep=0)
+def halve(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def rename_a_weight(path):
+    tensors = load_file(path)
+    tensors["another.weight"] = tensors.pop("proj_out_2.weight")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("model.safetensors", halve),
+        ("model.safetensors", rename_a_weight),
+        ("optimizer.bin", halve),
+        ("custom_checkpoint_0.pkl", halve),
+        ("custom_checkpoint_0.pkl", Path.unlink),
+    ],
+)
+def test_broken_checkpoint(tmp_path, uninterrupted, name, spoil):
+    fit(tmp_path, checkpoint_every=3, keep=0)
     newest = RunDirectory(tmp_path).latest()[1]
-    content = (newest / name).read_bytes()
-    (newest / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(AccelkitError, match=r"cannot read the checkpoint .*step-00000008"):
+    spoil(newest / name)
+    with pytest.raises(AccelkitError, match=r"cannot read the checkpoint .*8: .* remove") as caught:
         fit(tmp_path)
+    assert "\n" not in str(caught.value)
     shutil.rmtree(newest)  # as the message advises
     assert_same(fit(tmp_path), uninterrupted)
 
