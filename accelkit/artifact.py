@@ -78,7 +78,8 @@ def save(
         "metrics": metrics or {},
     }
     write_json(directory / CONFIG, config)
-    (directory / CARD).write_text(_card(config, directory.name, state.schedule), encoding="utf-8")
+    card = _card(config, directory.resolve().name, state.schedule)
+    (directory / CARD).write_text(card, encoding="utf-8")
     return directory
 
 
@@ -122,8 +123,9 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             f"the weights in {source} do not fit this model: {len(strange)} keys differ, e.g. "
             f"{', '.join(sorted(strange)[:3])}"
         )
+    state = enable(pipe, schedule)  # first, for it may refuse
     model.load_state_dict(weights)
-    return enable(pipe, schedule)
+    return state
 
 
 def from_pretrained(source: str | Path, *, revision: str | None = None) -> Any:
@@ -159,12 +161,13 @@ def _is_artifact(source: str | Path, revision: str | None) -> bool:
     path = Path(source)
     if path.exists() or str(source) == BUILTIN:
         return (path / CONFIG).is_file() and str(source) != BUILTIN
-    from huggingface_hub import file_exists
+    from huggingface_hub import hf_hub_download
 
     try:
-        return file_exists(str(source), CONFIG, revision=revision)
+        hf_hub_download(str(source), CONFIG, revision=revision)  # offline: from the hub's cache
     except Exception:  # no hub id, or no way to the hub: opening it as a pipeline says which
         return False
+    return True
 
 
 def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:

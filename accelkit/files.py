@@ -24,8 +24,11 @@ def write_json(path: Path, data: Any) -> None:
     """Write ``data`` beside ``path`` and rename it into place."""
     with explain_full_disk(path):
         part = path.with_name(path.name + ".partial")
-        part.write_text(json.dumps(data, indent=2) + "\n")
-        part.replace(path)
+        try:
+            part.write_text(json.dumps(data, indent=2) + "\n")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
 from accelkit.errors import AccelkitError
+from accelkit.files import read_json
 
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
@@ -41,12 +43,39 @@ def open_pipeline(
     if path.suffix in ORIGINAL_SUFFIXES or path.is_file():
         return _around_original(path, vae, num_heads)
     with reading(name):
-        from diffusers import DiffusionPipeline
         from diffusers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        pipe = DiffusionPipeline.from_pretrained(located(name), revision=revision)
+        pipe = _diffusers_pipeline(located(name), revision)
     return _ready(pipe)
+
+
+def _diffusers_pipeline(place: str, revision: str | None) -> Any:
+    import diffusers
+
+    load = diffusers.DiffusionPipeline
+    folder = place if Path(place).is_dir() else load.download(place, revision=revision)
+    index = read_json(Path(folder) / "model_index.json")
+    kind = getattr(diffusers, str(index.get("transformer", [""])[-1]), None)
+    given = {"transformer": open_whole(kind, folder, subfolder="transformer")} if kind else {}
+    pipe = load.from_pretrained(folder, **given)
+    pipe.register_to_config(_name_or_path=place)
+    return pipe
+
+
+def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
+    """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
+
+    Raises:
+        AccelkitError: the files lack some of its weights, which diffusers would leave random.
+    """
+    model, info = kind.from_pretrained(place, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise AccelkitError(
+            f"the weights in {place} are not those of a {kind.__name__} as its config describes "
+            f"it: {len(missing)} are missing, e.g. {', '.join(missing[:3])}"
+        )
+    return model
 
 
 def located(name: str | Path, index: str = "model_index.json") -> str:
@@ -119,3 +148,5 @@ def quiet() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # accelerate tells of the shared embedders at every checkpoint
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelkit.backbones.original import load_original, restore_numerics, save_original
 from accelkit.errors import AccelkitError
-from accelkit.loading import ORIGINAL_SUFFIXES, reading
+from accelkit.loading import ORIGINAL_SUFFIXES, open_whole, reading
 
 
 def convert(
@@ -35,6 +35,8 @@ def convert(
         model.save_pretrained(part)
         if target.is_dir():
             shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
         part.rename(target)
         return target
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -43,7 +45,7 @@ def convert(
     if not (folder / "config.json").is_file():
         raise AccelkitError(f"{source} is no model directory: it has no config.json")
     with reading(str(source)):
-        model = DiTTransformer2DModel.from_pretrained(folder)
+        model = open_whole(DiTTransformer2DModel, folder)
     restore_numerics(model)
     save_original(model, target, allow_inexact=allow_inexact)
     return target

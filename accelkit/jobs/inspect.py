@@ -61,7 +61,7 @@ def inspect(
         widths = zip((0.0, *chosen.edges), chosen.edges, chosen.computes, strict=False)
         mean = sum((b - a) * costs[c.depth - 1] for a, b, c in widths)
         seen |= {
-            "schedule": f"{chosen.name} {chosen}",
+            "schedule": " ".join(dict.fromkeys((chosen.name, str(chosen)))).strip(),
             "mean_depth": round(chosen.mean_depth(), 3),
             "mac_saving": f"{1 - mean / costs[-1]:.2%}",
         }

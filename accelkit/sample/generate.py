@@ -75,7 +75,7 @@ def generate_latents(
         raise AccelkitError(f"the model has classes 0 to {null - 1}, got {outside[0]}")
     learned = _learns_variance(model)
     sampler = make_sampler(how.sampler, pipe.scheduler, how.steps, learned)
-    uses_variance = sampler.config.get("variance_type") == "learned_range"
+    uses_variance = how.sampler == "ddpm" and learned
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device, dtype = model.device, model.dtype
     shape = (len(labels), channels, size, size)

@@ -30,14 +30,17 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
     """
     if name not in SAMPLERS:
         raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    longest = scheduler.config.num_train_timesteps
+    # DPM-Solver's last interval would have no width
+    longest = scheduler.config.num_train_timesteps - (name == "dpm")
     if not 1 <= steps <= longest:
         raise AccelkitError(f"{steps} sampling steps asked for; give 1 to {longest}")
-    options = {"variance_type": "learned_range"} if name == "ddpm" and learned_variance else {}
-    if name == "ddpm" and not learned_variance:
-        options["variance_type"] = "fixed_small"
+    options: dict[str, Any] = {"variance_type": None}
+    if name == "ddpm":
+        options["variance_type"] = "learned_range" if learned_variance else "fixed_small"
     if name == "dpm":
-        options["final_sigmas_type"] = "zero"
+        options |= {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    else:  # their default clips, which latents do not bear
+        options["clip_sample"] = scheduler.config.get("clip_sample", False)
     sampler = getattr(diffusers, SAMPLERS[name]).from_config(scheduler.config, **options)
     sampler.set_timesteps(steps)
     return sampler

@@ -11,6 +11,13 @@ from accelkit.errors import AccelkitError
 LR_SCHEDULES = ("constant", "cosine")
 LOSS_WEIGHTS = ("ones", "ramp")
 PRECISIONS = ("no", "bf16", "fp16")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "float": (int, float),
+    "int": (int,),
+    "str": (str,),
+}
+_WORDS = {"bool": "true or false", "float": "a number", "int": "a whole number", "str": "text"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), _KINDS[str(field.type)]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                self._require(field.name, False, _WORDS[str(field.type)])
         for name in ("steps", "batch_size", "gradient_accumulation"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
-        for name in ("lr_warmup_steps", "seed", "weight_decay"):
+        self._require("seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
+        for name in ("lr_warmup_steps", "weight_decay"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         for name in ("label_dropout", "loss_weight_until"):

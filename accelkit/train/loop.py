@@ -32,6 +32,9 @@ from accelkit.train.draws import Draw, draw
 from accelkit.train.objectives import DiscreteProcess, denoising_loss
 from accelkit.train.rundir import RunDirectory
 
+LOOP_STATE = "loop.pt"
+"""What a checkpoint holds beside accelerate's files: the teacher and the rate's schedule."""
+
 
 class Samples(Protocol):
     """What the loop trains on: latents that are drawn from their posteriors."""
@@ -133,21 +136,24 @@ def train(
             num_training_steps=config.steps,
         )
         ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(ema, rates)
         stack.enter_context(enable(model, schedule, scheduler=scheduler))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()  # type: ignore[operator]
             stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
         stack.callback(accelerator.free_memory)
+        stack.callback(_unprepare, model, model.__dict__.get("forward"))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         step = _Step(wrapped, scheduler, samples, config, accelerator)
-        done = _restore(run, accelerator)
+        done = _restore(run, accelerator, {"ema": ema, "rates": rates})
         stop = stack.enter_context(_signals())
 
         def save() -> None:
             main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
             with run.writing(done, watch.keep, main, barrier) as folder:
                 accelerator.save_state(str(folder))
+                if main:
+                    state = {"ema": ema.state_dict(), "rates": rates.state_dict()}
+                    torch.save(state, folder / LOOP_STATE)
 
         model.train()
         while done < config.steps:
@@ -176,7 +182,6 @@ def train(
                         watch.preview(done, model)
                 accelerator.wait_for_everyone()
         ema.copy_to(parameters)
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     model.eval()
 
 
@@ -251,13 +256,16 @@ class _Step:
         return (weight.float() * losses).mean()
 
 
-def _restore(run: RunDirectory, accelerator: Accelerator) -> int:
+def _restore(run: RunDirectory, accelerator: Accelerator, own: dict[str, Any]) -> int:
     latest = run.latest()
     if latest is None:
         return 0
     step, folder = latest
     try:
         accelerator.load_state(str(folder))
+        state = torch.load(folder / LOOP_STATE, map_location="cpu", weights_only=True)
+        for name, part in own.items():
+            part.load_state_dict(state[name])
     except Exception as error:
         why = " ".join(str(error).split())  # torch and accelerate say it in several lines
         raise AccelkitError(
@@ -273,6 +281,14 @@ def _diverged(loss: float, step: int, run: RunDirectory) -> str:
         f"the loss is {loss} at step {step}; {kept}. Lower --learning-rate, "
         "or train with --mixed-precision no"
     )
+
+
+def _unprepare(model: nn.Module, forward: Any) -> None:
+    """Take off what accelerate leaves on a model: its precision wrapper and its mark."""
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
+    if forward is not None:
+        model.forward = forward
 
 
 @contextmanager

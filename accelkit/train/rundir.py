@@ -104,7 +104,8 @@ class RunDirectory:
         if main:
             for stale in self.checkpoints.glob("partial-*"):
                 shutil.rmtree(stale)
-            part.mkdir(parents=True)
+            with explain_full_disk(part):
+                part.mkdir(parents=True)
         barrier()
         with explain_full_disk(part):
             try:
@@ -118,7 +119,8 @@ class RunDirectory:
             done = self.checkpoints / f"step-{step:08d}"
             if done.exists():
                 shutil.rmtree(done)
-            _flush(part)
+            with explain_full_disk(part):
+                _flush(part)
             part.rename(done)
             for old in sorted(self.checkpoints.glob("step-*"))[:-keep] if keep else ():
                 shutil.rmtree(old)

@@ -25,7 +25,7 @@ REFUSED = {
     "loss_weight_until": [-0.1, 1.1, NAN],
     "gradient_accumulation": [0, -1],
     "mixed_precision": ["fp8", "float16", "", False],
-    "seed": [-1],
+    "seed": [-1, 2**32],
 }
 ACCEPTED = {
     "steps": [1],
@@ -41,7 +41,7 @@ ACCEPTED = {
     "loss_weight_until": [0.0, 1.0],
     "gradient_accumulation": [1, 4],
     "mixed_precision": ["no", "bf16", "fp16"],
-    "seed": [0, 2**40],
+    "seed": [0, 2**32 - 1],
 }
 WRONG_TYPES = {
     "steps": ["200", 2.5, INF, True],
