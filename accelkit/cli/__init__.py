@@ -34,7 +34,6 @@ Examples:
 
 app = typer.Typer(
     help=EXAMPLES,
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -48,6 +47,7 @@ for command in (finetune, train, sample, bench, schedules, convert, inspect):
 
 @app.callback(invoke_without_command=True)
 def _globals(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
 ) -> None:
@@ -56,13 +56,15 @@ def _globals(
     if version:
         typer.echo(f"accelkit {__version__}")
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 def main() -> None:
     """Run the command line: errors are one line and exit status 2, ``--debug`` shows where."""
     quiet()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except Stopped as stopped:
         typer.echo(f"accelkit: {stopped}", err=True)
         sys.exit(128 + stopped.signum)
@@ -73,6 +75,13 @@ def main() -> None:
             typer.echo(f"accelkit: {type(error).__name__}: {_one_line(error)}", err=True)
         else:
             typer.echo(f"accelkit: {_one_line(error)}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        # the parser's own, which it would draw in a box
+        typer.echo(f"accelkit: {' '.join(message().split())} See --help.", err=True)
         sys.exit(2)
 
 

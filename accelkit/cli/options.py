@@ -73,8 +73,10 @@ def run_of(kind: Any, settings: dict[str, Any]) -> Any:
     )
 
 
-def checked(kind: Any, values: dict[str, Any], table: str) -> Any:
+def checked(kind: Any, values: Any, table: str) -> Any:
     """Build a settings class from a recipe's table, refusing unknown names."""
+    if not isinstance(values, dict):
+        raise AccelkitError(f"[{table}] is a table of settings, the recipe has {values!r}")
     unknown = set(values) - {f.name for f in fields(kind)}
     if unknown:
         raise AccelkitError(f"unknown settings in [{table}]: {', '.join(sorted(unknown))}")

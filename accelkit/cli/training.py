@@ -49,6 +49,7 @@ from accelkit.cli.options import (
     sampling_of,
 )
 from accelkit.cli.show import out, print_rows, shown
+from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule, preset_names
 from accelkit.settings import read_recipe, resolve
 
@@ -219,21 +220,27 @@ def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict
     settings = resolve(ctx, *layers)
     place = settings["output"] or Path("runs") / _slug(f"finetune-{settings['schedule']}")
     run = RunDirectory(place).stored()
-    if not run:
+    if run == {}:
         return {}
-    evaluation = run["evaluation"]
-    stored = {
-        **run["source"],
-        **run["train"],
-        "schedule": _spelled(run["schedule"]),
-        "eval_images": evaluation["images"],
-        "eval_batch_size": evaluation["batch_size"],
-        "sampler": evaluation["sampling"]["sampler"],
-        "sampling_steps": evaluation["sampling"]["steps"],
-        "guidance": evaluation["sampling"]["guidance"],
-        "guidance_channels": evaluation["sampling"]["guidance_channels"] or 0,
-        "output": str(place),
-    }
+    try:
+        evaluation = run["evaluation"]
+        stored = {
+            **run["source"],
+            **run["train"],
+            "schedule": _spelled(run["schedule"]),
+            "eval_images": evaluation["images"],
+            "eval_batch_size": evaluation["batch_size"],
+            "sampler": evaluation["sampling"]["sampler"],
+            "sampling_steps": evaluation["sampling"]["steps"],
+            "guidance": evaluation["sampling"]["guidance"],
+            "guidance_channels": evaluation["sampling"]["guidance_channels"] or 0,
+            "output": str(place),
+        }
+    except (KeyError, TypeError) as error:
+        raise AccelkitError(
+            f"the run in {place} is not one of accelkit finetune; resume it with the command that "
+            "began it"
+        ) from error
     return {k: v for k, v in stored.items() if v is not None}
 
 

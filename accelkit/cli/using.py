@@ -26,6 +26,7 @@ from accelkit.cli.options import (
     sampling_of,
 )
 from accelkit.cli.show import intervals, out, overview, print_rows, shown, worded
+from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule, preset_names
 from accelkit.settings import read_recipe, resolve
 
@@ -153,7 +154,10 @@ def schedules(
 
       accelkit schedules D4 --sampler ddim --steps 50
     """
-    chosen = [Schedule.parse(n, depth, family) for n in ([name] if name else preset_names(family))]
+    names = [name] if name else preset_names(family)
+    if not names:
+        raise AccelkitError(f"the family {family!r} has no presets; name a schedule")
+    chosen = [Schedule.parse(n, depth, family) for n in names]
     levels = _visited_levels(sampler, steps) if sampler else None
     if as_json:
         rows = [

@@ -14,10 +14,12 @@ from PIL import Image
 from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of
+from accelkit.bench.compare import Work
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.sample.samplers import make_sampler
 from accelkit.switch import disable, enabled_on
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import Progress, Watch, make_accelerator
@@ -64,6 +66,11 @@ class Evaluation:
     batch_size: int = 250
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+
+    def check(self, scheduler: Any) -> None:
+        """Raise AccelkitError for what would fail only after a run's training."""
+        Work(self.images, self.batch_size, self.sampling, (0,), self.seed)
+        make_sampler(self.sampling.sampler, scheduler, self.sampling.steps)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def finetune(
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
+    evaluation.check(pipe.scheduler)
     settings = {
         "job": "finetune",
         "source": asdict(source),

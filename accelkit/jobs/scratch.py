@@ -63,6 +63,12 @@ def scratch(
             f"{source.data} has {len(images.classes)} classes, the model {model.num_classes}; "
             "raise num_classes"
         )
+    factor = 2 ** (len(autoencoder.channels) - 1) * model.patch_size
+    if model.image_size % factor:
+        raise AccelkitError(
+            f"image_size {model.image_size} is not a multiple of {factor}, the autoencoder's "
+            "factor times the patch size"
+        )
     parsed = Schedule.parse(schedule, model.layers)
     settings = {
         "job": "train",
@@ -121,11 +127,6 @@ def _pipeline(images: ImageSource, model: ModelConfig, vae: Any, seed: int) -> A
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if model.image_size % (factor * model.patch_size):
-        raise AccelkitError(
-            f"image_size {model.image_size} is not a multiple of {factor * model.patch_size}, the "
-            "autoencoder's factor times the patch size"
-        )
     channels = vae.config.latent_channels
     network = DiTTransformer2DModel(
         num_attention_heads=model.heads,

@@ -1,5 +1,7 @@
 """The cost of a network call, against a closed form."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -42,7 +44,7 @@ def test_dit_xl_2_costs_what_is_published():
     # original asks one embedder once; diffusers one a block, and the exit the first one again.
     once = costs[-1] - 28 * embedder
     assert once / 1e9 == pytest.approx(118.62, abs=0.01)
-    assert [b - a for a, b in zip(costs, costs[1:], strict=False)] == [costs[1] - costs[0]] * 27
+    assert [b - a for a, b in pairwise(costs)] == [costs[1] - costs[0]] * 27
     assert (costs[1] - costs[0] - embedder) / 1e9 == pytest.approx(4.2358, abs=1e-4)
     assert [costs[0], costs[11], costs[27]] == [closed_form(model, d) for d in (1, 12, 28)]
 
