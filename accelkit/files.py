@@ -38,8 +38,13 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors and torch raise errors of their own
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        words = ("no space left", "quota exceeded", "file too large", "file write failed")
-        words += ("unexpected pos",)
+        words = (
+            "no space left",
+            "quota exceeded",
+            "file too large",
+            "file write failed",
+            "unexpected pos",
+        )
         if full or any(word in str(error).lower() for word in words):
             raise AccelkitError(
                 f"no room to write {path} ({error}); free some space and go on with "

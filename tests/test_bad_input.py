@@ -118,7 +118,6 @@ def content(folder):
         ("28@0.5,14@", "cannot read the schedule"),
         ("28@nan,14@1", "cannot read the schedule"),
         ("uniform:0", "depth 0"),
-        ("", "unknown schedule ''"),
         ("nowhere.toml", "no schedule file at nowhere.toml"),
     ],
 )
@@ -126,8 +125,6 @@ def content(folder):
 def test_schedules(refused, command, schedule, words, tmp_path):
     option = {"finetune": "--schedule", "bench": "--schedules", "sample": "--schedule"}
     given = [command, *([option[command]] if command in option else []), schedule]
-    if schedule == "" and command in ("bench", "schedules"):
-        pytest.skip("means: all of them, or none but full depth")
     if command == "bench" and "," in schedule:
         given[-1] = schedule + ";full"
     assert re.search(words, refused(*given))
@@ -173,6 +170,7 @@ def test_schedule_files(refused, content, words, tmp_path):
         (["schedules", "D4", "--sampler", "euler"], "unknown sampler 'euler'"),
         (["schedules", "--family", "uvit"], "uvit"),
         (["schedules", "--depth", "0"], "at least 1"),
+        (["finetune", "--schedule", ""], "unknown schedule ''"),
         (["finetune", "--lr-schedule", "linear"], "lr_schedule must be one of constant, cosine"),
         (["finetune", "--loss-weight", "x"], "loss_weight must be one of ones, ramp"),
         (["finetune", "--mixed-precision", "fp8"], "mixed_precision must be one of no, bf16, fp16"),
@@ -202,7 +200,7 @@ def test_options(refused, arguments, words, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["finetune", "--steps", "many"], "many"),
+        (["finetune", "--steps", "many"], "'--steps'"),
         (["finetune", "--stepz", "3"], "--stepz"),
         (["fine"], "fine"),
         (["convert"], "source"),
@@ -409,9 +407,11 @@ def test_a_checkpoint_with_code_in_it(refused, main, finetune, tmp_path):
     for path in pickles:
         kept = path.read_bytes()
         torch.save(Evil(), path)
-        assert "cannot read the checkpoint" in refused(
-            "finetune", "-o", "run", "--resume", "latest"
-        )
+        again = ("finetune", "-o", "run", "--resume", "latest")
+        if path.name.startswith("random_states"):  # nothing is drawn from them
+            assert main(*again)[0] == 0
+        else:
+            assert "cannot read the checkpoint" in refused(*again)
         path.write_bytes(kept)
     assert not (tmp_path / "cwd" / "ran").exists()
 

@@ -120,7 +120,9 @@ def _autoencoder(
         part.rename(folder)
     accelerator.wait_for_everyone()
     with reading(str(folder)):
-        return AutoencoderKL.from_pretrained(folder).eval()
+        vae = AutoencoderKL.from_pretrained(folder).eval()
+    vae.register_to_config(_name_or_path="")  # else it is published where this run lay
+    return vae
 
 
 def _pipeline(images: ImageSource, model: ModelConfig, vae: Any, seed: int) -> Any:

@@ -277,14 +277,13 @@ def test_tensorboard(command, tmp_path):
 
 
 def launch(*arguments):
-    flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    # what accelerate launch runs for several GPUs; for CPUs alone it wants MPI
     return subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", *flags),
-            *("--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
-            *("-m", "accelkit", *map(str, arguments)),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "accelkit", *map(str, arguments)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=170,
@@ -298,6 +297,8 @@ def test_two_processes_make_what_one_makes(command, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key, value in one.items():
+        if "to_k.bias" in key:
+            continue  # the softmax ignores it: its gradient is rounding, which Adam blows up
         torch.testing.assert_close(two[key], value, atol=2e-5, rtol=1e-4, msg=key)
     step = RunDirectory(tmp_path / "two").latest()[1]
     assert len(list(step.glob("random_states_*.pkl"))) == 2  # a process each
