@@ -58,6 +58,8 @@ def save(
         )
     if Path(base) == builtin():
         base = BUILTIN
+    elif Path(base).exists():
+        base = str(Path(base).resolve())  # so that it is found from any working directory
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / (WEIGHTS + ".partial")

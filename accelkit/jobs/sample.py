@@ -15,6 +15,7 @@ from accelkit.jobs.common import Reporter, on_device, save_picture
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.switch import disable, enable, enabled_on
 
+_MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
 GRID, INDEX = "grid.png", "samples.json"
 
 
@@ -94,6 +95,8 @@ def parse_labels(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise AccelkitError(f"cannot read the labels {text!r}; write e.g. 3,1,4 or 0-9")
+        if int(last or first) >= _MOST_CLASSES:
+            raise AccelkitError(f"no model has a class {last or first}, as the labels {text!r} ask")
         labels += range(int(first), int(last or first) + 1)
     if not labels:
         raise AccelkitError(f"the labels {text!r} name no class; write e.g. 3,1,4 or 0-9")
