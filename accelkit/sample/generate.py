@@ -109,7 +109,9 @@ def generate(
     Arguments and errors as :func:`generate_latents`; rounding to bytes as diffusers does.
     """
     latents = generate_latents(pipe, labels, seeds, how or Sampling())
-    pixels = pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents).sample
+    config = pipe.vae.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+    pixels = pipe.vae.decode(1 / config.scaling_factor * latents + shift).sample
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
 
