@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from accelkit.data.digits import SIZE, digits
 from accelkit.errors import AccelkitError
@@ -28,7 +28,7 @@ class ImageSource(ABC):
         labels: int64 of shape (n,), or None.
         classes: names of the classes, the label being the place; empty without labels.
         skip_bad: pass over images that cannot be read, and list them in ``skipped``.
-        skipped: names of images passed over so far.
+        skipped: what the last pass of :func:`iter_images` left out, each with its reason.
     """
 
     name: str
@@ -94,6 +94,7 @@ def iter_images(
     indices: list[int] = []
     images: list[np.ndarray] = []
     found = 0
+    source.skipped.clear()
     for index in range(len(source)):
         try:
             images.append(source.read(index, size))
@@ -153,8 +154,13 @@ class _Digits(ImageSource):
         return image if size == SIZE else crop_and_resize(Image.fromarray(image), size)
 
 
+def _is_image(path: PurePosixPath) -> bool:
+    unseen = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not unseen
+
+
 class _Files(ABC):
-    """Named files, wherever they lie."""
+    """Named images, wherever they lie."""
 
     where: str
     names: list[PurePosixPath]
@@ -169,7 +175,8 @@ class _Folder(_Files):
         self.where = str(path)
         self._path = path
         found = (Path(top) / f for top, _, files in os.walk(path, followlinks=True) for f in files)
-        self.names = [PurePosixPath(p.relative_to(path).as_posix()) for p in found]
+        names = (PurePosixPath(p.relative_to(path).as_posix()) for p in found)
+        self.names = [n for n in names if _is_image(n)]
 
     def content(self, name: PurePosixPath) -> bytes:
         return (self._path / name).read_bytes()
@@ -186,13 +193,14 @@ class _Zip(_Files):
             raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._prefix = PurePosixPath(part)
         # paths leave out a leading "./", by which the archive would not find the file again
-        self._members = {PurePosixPath(m): m for m in members if not m.startswith("__MACOSX/")}
+        self._members = {PurePosixPath(m): m for m in members}
         inside = [m for m in self._members if m.is_relative_to(self._prefix)]
-        self.names = [m.relative_to(self._prefix) for m in inside]
+        self.names = [n for m in inside if _is_image(n := m.relative_to(self._prefix))]
         tops = {m.parts[:1] for m in self.names}
         if part == "." and len(tops) == 1 and all(len(m.parts) > 1 for m in self.names):
-            self._prefix /= tops.pop()[0]
-            self.names = [m.relative_to(self._prefix) for m in inside]
+            top = tops.pop()[0]
+            self._prefix /= top
+            self.names = [n.relative_to(top) for n in self.names]
 
     def _archive(self) -> zipfile.ZipFile:
         # a handle shared with a forked process would share its position in the file
@@ -208,11 +216,7 @@ class _Images(ImageSource):
     def __init__(self, name: str, files: _Files, skip_bad: bool) -> None:
         self.name, self.skip_bad, self.skipped = name, skip_bad, []
         self._files = files
-        self._names = sorted(
-            n
-            for n in files.names
-            if n.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in n.parts)
-        )
+        self._names = sorted(files.names)
         if not self._names:
             raise AccelkitError(
                 f"no images in {files.where}; expected {', '.join(sorted(SUFFIXES))} files, "
@@ -239,8 +243,14 @@ class _Images(ImageSource):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
+            try:
+                content = self._files.content(name)
+            except Exception as error:  # zipfile raises as many kinds as Pillow
+                if not self.skip_bad:
+                    raise self._unreadable(name, error) from error
+                content = b""
             digest.update(f"{name}\0".encode())
-            digest.update(hashlib.sha256(self._files.content(name)).digest())
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
     def read(self, index: int, size: int) -> np.ndarray:
@@ -249,7 +259,13 @@ class _Images(ImageSource):
             with Image.open(io.BytesIO(self._files.content(name))) as image:
                 return crop_and_resize(image, size)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise AccelkitError(
-                f"cannot read the image {self._files.where}/{name} "
-                f"({type(error).__name__}: {error}); remove it or use --skip-bad"
-            ) from error
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: PurePosixPath, error: Exception) -> AccelkitError:
+        # Pillow's own words for an unknown format name an address in memory
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = f"{type(error).__name__}: {error}" if known else "not in a known format"
+        return AccelkitError(
+            f"cannot read the image {self._files.where}/{name} ({reason}); "
+            "remove it or use --skip-bad"
+        )
