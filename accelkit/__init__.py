@@ -10,12 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from accelkit import presets  # noqa: F401 - makes the published schedules known by name
+from accelkit.compute import Compute, Merge
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.schedule import Compute, Schedule
+from accelkit.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelkit.artifact import from_pretrained, load, save
     from accelkit.assets import builtin
+    from accelkit.backbones import Backbone, register_backbone
     from accelkit.backbones.original import load_original
     from accelkit.noise import NoiseAxis
     from accelkit.switch import disable, enable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Backbone": "accelkit.backbones",
     "NoiseAxis": "accelkit.noise",
     "builtin": "accelkit.assets",
     "disable": "accelkit.switch",
@@ -30,13 +33,16 @@ _LAZY = {
     "from_pretrained": "accelkit.artifact",
     "load": "accelkit.artifact",
     "load_original": "accelkit.backbones.original",
+    "register_backbone": "accelkit.backbones",
     "save": "accelkit.artifact",
 }
 
 __all__ = [
     "AccelkitError",
     "AccelkitWarning",
+    "Backbone",
     "Compute",
+    "Merge",
     "NoiseAxis",
     "Schedule",
     "__version__",
@@ -46,6 +52,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "load_original",
+    "register_backbone",
     "save",
 ]
 

@@ -1,8 +1,7 @@
 """The published schedules, as data."""
 
-from functools import partial
-
-from accelkit.schedule import Compute, Schedule, register_presets
+from accelkit.compute import Compute
+from accelkit.schedule import SEQUENTIAL, Preset, Schedule, register_presets
 
 DIT_LAYERS = 28
 """Blocks of DiT-XL, for which the DiT schedules were published."""
@@ -24,7 +23,10 @@ def equal_bins(name: str, depths: tuple[int, ...], layers: int) -> Schedule:
     return Schedule(edges, tuple(map(Compute, depths)), layers, name)
 
 
+def _scaled(name: str, depths: tuple[int, ...], layers: int) -> Preset:
+    return lambda depth: equal_bins(name, depths, layers).rescaled(depth)
+
+
 register_presets(
-    "dit",
-    {name: partial(equal_bins, name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()},
+    SEQUENTIAL, {name: _scaled(name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()}
 )

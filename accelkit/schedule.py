@@ -9,28 +9,12 @@ import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelkit.compute import Compute, Merge
 from accelkit.errors import AccelkitError
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """What one call of the network spends.
-
-    Attributes:
-        depth: how many of the counted blocks run, the first ones; at least 1.
-    """
-
-    depth: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
-            raise TypeError(f"a depth is a whole number of blocks, not {self.depth!r}")
-        if self.depth < 1:
-            raise AccelkitError(f"depth {self.depth} runs no block; the least is 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +29,16 @@ class Schedule:
     Attributes:
         edges: upper ends of the intervals, rising, the last one 1.
         computes: what is spent in each interval.
-        layers: how many blocks the model has, i.e. the depth of a full call.
+        layers: how many counted blocks the model has, i.e. the depth of a full call.
         name: how it was asked for, e.g. ``"D4"``.
+        family: whose blocks are counted where that is not all of them in order, e.g. ``"uvit"``.
     """
 
     edges: tuple[float, ...]
     computes: tuple[Compute, ...]
     layers: int
     name: str = field(default="", compare=False)
+    family: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, bool) or not isinstance(self.layers, int):
@@ -88,7 +74,9 @@ class Schedule:
             text: a preset (``"D4"``), ``"full"``, ``"uniform:K"``, a literal of depths at upper
                 edges (``"28@0.2,24@0.4,20@0.6,16@0.8,12@1"``) or the path of a TOML or JSON file
                 as :meth:`to_dict` writes it. A literal's depths are absolute; presets and files
-                made for another depth are scaled (:meth:`rescaled`).
+                made for another depth are scaled (:meth:`rescaled`). ``"+tome:RATIO"`` behind any
+                of them merges tokens as well (:class:`accelkit.compute.Merge`); ``"tome:RATIO"``
+                alone does so at full depth.
             depth: how many blocks the model has.
             family: which backbone family's presets are meant.
 
@@ -98,6 +86,18 @@ class Schedule:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise AccelkitError(f"depth is the model's number of blocks, at least 1, not {depth!r}")
         word = str(text).strip()
+        counted = preset_family(family)
+        whole, merge = _split_merge(word)
+        schedule = cls._read(whole, depth, counted)
+        if merge is not None:
+            computes = tuple(Compute(c.depth, merge) for c in schedule.computes)
+            schedule = replace(schedule, computes=computes, name=word)
+        if (least := _families[counted].least) > schedule.depths[0]:
+            raise AccelkitError(f"depth {schedule.depths[0]} runs no block; the least is {least}")
+        return replace(schedule, family="" if counted == SEQUENTIAL else counted)
+
+    @classmethod
+    def _read(cls, word: str, depth: int, family: str) -> Schedule:
         if word.lower() == "full":
             return cls.uniform(depth, depth, name="full")
         if match := re.fullmatch(r"uniform:(-?\d+)", word, re.IGNORECASE):
@@ -106,7 +106,7 @@ class Schedule:
             return cls.load(word).rescaled(depth)
         if "@" in word:
             return cls._literal(word, depth)
-        return _preset(word, family).rescaled(depth)
+        return _preset(word, family, depth)
 
     @classmethod
     def uniform(cls, depth: int, layers: int, name: str = "") -> Schedule:
@@ -115,9 +115,10 @@ class Schedule:
 
     @classmethod
     def _literal(cls, text: str, layers: int) -> Schedule:
-        pairs = [re.fullmatch(r"\s*(-?\d+)\s*@\s*(\S+?)\s*", part) for part in text.split(",")]
+        form = r"\s*(-?\d+)\s*(?:\+tome:([^@]+?)\s*)?@\s*(\S+?)\s*"
+        pairs = [re.fullmatch(form, part) for part in text.split(",")]
         try:
-            edges = [float(m[2]) for m in pairs if m]
+            edges = [float(m[3]) for m in pairs if m]
         except ValueError:
             edges = []
         if len(edges) != len(pairs) or not all(math.isfinite(e) for e in edges):
@@ -125,12 +126,14 @@ class Schedule:
                 f"cannot read the schedule {text!r}; write depth@upper-edge pairs, "
                 "e.g. 28@0.2,24@0.4,20@0.6,16@0.8,12@1"
             )
-        return cls(tuple(edges), tuple(Compute(int(m[1])) for m in pairs if m), layers, text)
+        computes = [Compute(int(m[1]), Merge.parse(m[2]) if m[2] else None) for m in pairs if m]
+        return cls(tuple(edges), tuple(computes), layers, text)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Schedule:
         """Build from :meth:`to_dict`'s form; unknown or missing keys raise AccelkitError."""
-        if not isinstance(data, dict) or set(data) - {"name"} != {"layers", "intervals"}:
+        optional = {"name", "family"}
+        if not isinstance(data, dict) or set(data) - optional != {"layers", "intervals"}:
             raise AccelkitError(
                 "a schedule is a table with 'layers', 'intervals' and optionally 'name', got "
                 f"{sorted(data) if isinstance(data, dict) else type(data).__name__}"
@@ -138,8 +141,9 @@ class Schedule:
         try:
             rows = [dict(row) for row in data["intervals"]]
             edges = tuple(float(row.pop("until")) for row in rows)
-            computes = tuple(Compute(**row) for row in rows)
-            return cls(edges, computes, data["layers"], str(data.get("name", "")))
+            computes = tuple(map(Compute.from_dict, rows))
+            named = (str(data.get(key, "")) for key in ("name", "family"))
+            return cls(edges, computes, data["layers"], *named)
         except AccelkitError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -150,8 +154,9 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: ``name``, ``layers`` and ``intervals`` of ``until`` and ``depth``."""
         rows = zip(self.edges, self.computes, strict=True)
-        intervals = [{"until": edge, **asdict(compute)} for edge, compute in rows]
-        return {"name": self.name, "layers": self.layers, "intervals": intervals}
+        intervals = [{"until": edge, **compute.to_dict()} for edge, compute in rows]
+        family = {"family": self.family} if self.family else {}
+        return {"name": self.name, "layers": self.layers, **family, "intervals": intervals}
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -166,12 +171,18 @@ class Schedule:
             raise AccelkitError(f"cannot read the schedule file {path}: {error}") from error
 
     def rescaled(self, layers: int) -> Schedule:
-        """Return it for a model of ``layers`` blocks: equal fractions, halves up, at least 1."""
+        """Return it for a model of ``layers`` blocks: equal fractions, halves up.
+
+        A depth of at least 1 stays so.
+        """
         if layers == self.layers:
             return self
         depths = ((2 * c.depth * layers + self.layers) // (2 * self.layers) for c in self.computes)
-        computes = tuple(Compute(max(1, d)) for d in depths)
-        return Schedule(self.edges, computes, layers, self.name)
+        computes = tuple(
+            Compute(max(min(1, c.depth), d), c.merge)
+            for c, d in zip(self.computes, depths, strict=True)
+        )
+        return replace(self, computes=computes, layers=layers)
 
     def at(self, t: float) -> Compute:
         """Return what is spent at noise level ``t`` in [0, 1]."""
@@ -184,14 +195,22 @@ class Schedule:
         return self.at(t).depth
 
     @property
+    def full(self) -> bool:
+        """Whether it spends all there is at every noise level."""
+        return self.computes == (Compute(self.layers),)
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """The distinct depths, rising: one specialised forward pass each."""
         return tuple(sorted({c.depth for c in self.computes}))
 
-    def mean_depth(self, timesteps: Iterable[float] | None = None) -> float:
-        """Return the mean number of blocks run.
+    def mean(
+        self, of: Callable[[Compute], float], timesteps: Iterable[float] | None = None
+    ) -> float:
+        """Return the mean of a function of what is spent, e.g. its cost.
 
         Args:
+            of: maps a compute to a number.
             timesteps: noise levels in [0, 1], or whole timesteps of the 1,000-step linear-beta
                 process (then any of them is above 1), as a sequence or tensor. None takes the
                 exact integral over noise levels spread evenly, which is what training costs.
@@ -199,41 +218,85 @@ class Schedule:
         """
         if timesteps is None:
             widths = (b - a for a, b in zip((0.0, *self.edges), self.edges, strict=False))
-            return sum(w * c.depth for w, c in zip(widths, self.computes, strict=True))
+            return sum(w * of(c) for w, c in zip(widths, self.computes, strict=True))
         levels = [float(t) for t in getattr(timesteps, "tolist", lambda: timesteps)()]
         if not levels:
-            raise AccelkitError("mean_depth needs at least one timestep, got none")
+            raise AccelkitError("a mean over timesteps needs at least one, got none")
         if max(levels) > 1 and all(t.is_integer() for t in levels):
             levels = [t / 1000 for t in levels]
-        return sum(map(self.depth_at, levels)) / len(levels)
+        return sum(of(self.at(t)) for t in levels) / len(levels)
 
-    def ideal_saving(self, timesteps: Iterable[float] | None = None) -> float:
-        """Return the share of block time saved against full depth, of 1."""
-        return 1 - self.mean_depth(timesteps) / self.layers
+    def mean_depth(self, timesteps: Iterable[float] | None = None) -> float:
+        """Return the mean number of counted blocks run, over ``timesteps`` as in :meth:`mean`."""
+        return self.mean(lambda compute: compute.depth, timesteps)
+
+    def ideal_saving(
+        self,
+        timesteps: Iterable[float] | None = None,
+        cost: Callable[[Compute], float] | None = None,
+    ) -> float:
+        """Return the share of a full call's cost that is saved, of 1.
+
+        Args:
+            timesteps: as in :meth:`mean`.
+            cost: what a compute costs, in any unit. Default: its depth, which is right where all
+                blocks are counted and cost the same.
+        """
+        cost = cost or (lambda compute: compute.depth)
+        return 1 - self.mean(cost, timesteps) / cost(Compute(self.layers))
 
     def __str__(self) -> str:
         rows = zip(self.computes, self.edges, strict=True)
-        return ",".join(f"{compute.depth}@{edge:g}" for compute, edge in rows)
+        return ",".join(f"{compute}@{edge:g}" for compute, edge in rows)
 
 
-Presets = dict[str, Callable[[], Schedule]]
-_presets: dict[str, Presets] = {}
+def _split_merge(word: str) -> tuple[str, Merge | None]:
+    """Split what applies to every interval: ``D4+tome:0.3`` or, at full depth, ``tome:0.3``."""
+    match = re.fullmatch(r"(?:(.+)\+)?tome:([^@+]*)", word, re.IGNORECASE)
+    if match is None:
+        return word, None
+    return match[1] or "full", Merge.parse(match[2])
 
 
-def register_presets(family: str, presets: Presets) -> None:
-    """Make named schedules of a backbone family known to :meth:`Schedule.parse`."""
-    _presets.setdefault(family, {}).update(presets)
+Preset = Callable[[int], Schedule]
+SEQUENTIAL = "dit"
+"""The family whose presets every model uses whose blocks simply follow one another."""
 
 
-def preset_names(family: str = "dit") -> tuple[str, ...]:
+@dataclass
+class _Family:
+    presets: dict[str, Preset]
+    least: int
+
+
+_families: dict[str, _Family] = {SEQUENTIAL: _Family({}, 1)}
+
+
+def register_presets(family: str, presets: dict[str, Preset], least: int = 1) -> None:
+    """Make a backbone family's named schedules known to :meth:`Schedule.parse`.
+
+    Args:
+        family: the family's name.
+        presets: what makes each schedule, called with the model's number of counted blocks.
+        least: the least depth that the family can run.
+    """
+    _families.setdefault(family, _Family({}, least)).presets.update(presets)
+
+
+def preset_family(family: str) -> str:
+    """Return whose presets a family uses: its own if it has any."""
+    return family if family in _families else SEQUENTIAL
+
+
+def preset_names(family: str = SEQUENTIAL) -> tuple[str, ...]:
     """Return the names of a family's presets."""
-    return tuple(_presets.get(family, ()))
+    return tuple(_families[preset_family(family)].presets)
 
 
-def _preset(word: str, family: str) -> Schedule:
-    known = {name.lower(): make for name, make in _presets.get(family, {}).items()}
+def _preset(word: str, family: str, depth: int) -> Schedule:
+    known = {name.lower(): make for name, make in _families[family].presets.items()}
     if word.lower() in known:
-        return known[word.lower()]()
+        return known[word.lower()](depth)
     names = list(preset_names(family))
     near = {n.lower(): n for n in [*names, "full", "uniform:K"]}
     ranked = difflib.get_close_matches(word.lower(), near, n=len(near), cutoff=0.0)

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from accelkit import routing
-from accelkit.backbones import Backbone, backbone_of, denoiser_of
+from accelkit import hooks, routing
+from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import NoiseAxis
-from accelkit.schedule import Schedule
+from accelkit.schedule import Schedule, preset_family
 
 _STATE = "_accelkit"
 
@@ -32,6 +32,7 @@ class Enabled:
         self._router = router
         self.schedule: Schedule = router.schedule
         self.backbone: Backbone = router.backbone
+        self.handle: Any = None  # of the hook on what torch.compile wrapped the model in
 
     @property
     def axis(self) -> NoiseAxis:
@@ -85,6 +86,8 @@ def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = Non
     state = Enabled(router)
     _ = state.axis  # fails here rather than at the first step
     _install(state)
+    if (compiled := called_by(target)) is not model:
+        state.handle = compiled.register_forward_pre_hook(hooks.plan_ahead, with_kwargs=True)
     return state
 
 
@@ -101,9 +104,10 @@ def disable(target: Any) -> None:
             stacklevel=2,
         )
         return
-    routing.detach(model)
-    delattr(model, _STATE)
-    del model.__deepcopy__
+    state = model.__dict__[_STATE]
+    _uninstall(model)
+    if state.handle is not None:
+        state.handle.remove()
 
 
 def enabled_on(target: Any) -> Enabled | None:
@@ -112,44 +116,74 @@ def enabled_on(target: Any) -> Enabled | None:
 
 
 def _install(state: Enabled) -> None:
-    routing.attach(state._router)
+    hooks.attach(state._router)
     model = state.backbone.model
     setattr(model, _STATE, state)
     # diffusers' hooks keep running the original's weights in a deep copy, silently
-    model.__deepcopy__ = _Copier(state)  # type: ignore[assignment]
+    copier = _Copier(state)
+    model.__deepcopy__ = copier  # type: ignore[assignment]
+    model.__reduce_ex__ = copier.reduce  # type: ignore[method-assign]
+
+
+def _uninstall(model: nn.Module) -> None:
+    hooks.detach(model)
+    for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
+        del model.__dict__[name]
 
 
 class _Copier:
-    """Deep-copies a model with its schedule: both run, each on its own weights."""
+    """Copies and pickles a model with its schedule: every copy runs its own weights."""
 
     def __init__(self, state: Enabled) -> None:
         self._state = weakref.ref(state)
 
-    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+    def _bare(self, memo: dict[int, Any]) -> tuple[Enabled, nn.Module]:
+        """Return the schedule in force and a copy of its model without it."""
         state = self._state()
         assert state is not None  # it lives as long as the model being copied
-        model, router = state.backbone.model, state._router
-        disable(model)
+        _uninstall(state.backbone.model)
         try:
-            twin = copy.deepcopy(model, memo)
+            return state, copy.deepcopy(state.backbone.model, memo)
         finally:
             _install(state)
-        follows = router.scheduler
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        state, twin = self._bare(memo)
+        follows = state._router.scheduler
         scheduler = follows.copied(memo) if isinstance(follows, _SchedulerOf) else follows
         _install(Enabled(routing.Router(backbone_of(twin), state.schedule, scheduler)))
         return twin
 
+    def reduce(self, protocol: Any) -> tuple[Any, ...]:
+        state, twin = self._bare({})
+        return _revived, (twin, state.schedule, state._router.scheduler())
+
+
+def _revived(model: nn.Module, schedule: Schedule, scheduler: Any) -> nn.Module:
+    enable(model, schedule, scheduler=scheduler)
+    return model
+
 
 def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
     if isinstance(schedule, (str, Path)):
-        return Schedule.parse(schedule, backbone.depth, backbone.family)
+        schedule = Schedule.parse(schedule, backbone.depth, backbone.family)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"a schedule is a name or a Schedule, not {type(schedule).__name__}")
+    if schedule.family not in ("", preset_family(backbone.family)):
+        raise AccelkitError(
+            f"the schedule {schedule.name or schedule} counts blocks of the {schedule.family} "
+            f"family, this is a {backbone.family}; name one for it"
+        )
     if schedule.layers != backbone.depth:
         raise AccelkitError(
             f"the schedule {schedule.name or schedule} is made for {schedule.layers} blocks, this "
             f"{type(backbone.model).__name__} has {backbone.depth}; use "
             f"schedule.rescaled({backbone.depth})"
+        )
+    if schedule.depths[0] < backbone.least:
+        raise AccelkitError(
+            f"depth {schedule.depths[0]} of {schedule.name or schedule} is below the least that "
+            f"a {backbone.family} can run, {backbone.least}"
         )
     return schedule
 

@@ -17,10 +17,10 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 # Each may import what stands in its own tier or in one above.
 TIERS = [
     {"errors"},
-    {"schedule", "noise", "files", "assets", "settings"},
+    {"compute", "schedule", "noise", "files", "assets", "settings"},
     {"presets"},
-    {"backbones"},
-    {"routing", "switch"},
+    {"backbones", "models"},
+    {"routing", "hooks", "merging", "switch"},
     {"artifact", "loading"},
     {"data", "train", "sample"},
     {"metrics", "bench"},
@@ -29,7 +29,12 @@ TIERS = [
 ]
 RANK = {name: rank for rank, tier in enumerate(TIERS) for name in tier}
 PUBLIC = {"AccelkitError": "accelkit.errors", "AccelkitWarning": "accelkit.errors"}
-PUBLIC |= {"Compute": "accelkit.schedule", "Schedule": "accelkit.schedule", **accelkit._LAZY}
+PUBLIC |= {
+    "Compute": "accelkit.compute",
+    "Merge": "accelkit.compute",
+    "Schedule": "accelkit.schedule",
+    **accelkit._LAZY,
+}
 TERMINAL = {"typer", "click", "rich"}
 
 

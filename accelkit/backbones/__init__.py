@@ -4,9 +4,9 @@ A family is added by subclassing :class:`Backbone` and registering it; nothing e
 a model is.
 """
 
-from accelkit.backbones.base import Backbone, backbone_of, denoiser_of, register
+from accelkit.backbones.base import Backbone, backbone_of, called_by, denoiser_of, register_backbone
 from accelkit.backbones.dit import DiT
 
-register("DiTTransformer2DModel", DiT)
+register_backbone("DiTTransformer2DModel", DiT)
 
-__all__ = ["Backbone", "DiT", "backbone_of", "denoiser_of", "register"]
+__all__ = ["Backbone", "DiT", "backbone_of", "called_by", "denoiser_of", "register_backbone"]

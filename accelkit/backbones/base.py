@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from accelkit.errors import AccelkitError
@@ -15,39 +16,75 @@ from accelkit.errors import AccelkitError
 class Backbone(ABC):
     """A model seen as a stack of blocks that a schedule counts.
 
+    A family whose blocks follow one another, take ``hidden_states`` and return them, has to give
+    ``family``, ``blocks`` and ``exit``. The rest says where it differs.
+
     Attributes:
-        family: the name by which presets are looked up.
+        family: its name, by which presets are looked up and artifacts are told apart.
         model: the network.
+        least: the least depth that can be run.
+        sequential: whether nothing runs on a sample after its last block but the exit. False where
+            a skipped block still does something (:meth:`skipped`).
+        batched: names of a model call's arguments with one row per sample, the timestep excluded,
+            the sample itself first. None takes every tensor as long as the batch for one.
+        states: what a block takes and returns, in the order in which it returns it.
+        hidden: which of the states the exit takes.
+        block_batched: names of a block call's arguments with one row per sample, the states
+            excluded. None if the batch can't shrink on the way, so that a batch of mixed depths is
+            run in one pass per depth.
+        timestep_scale: what the model's timestep is of the scheduler's.
     """
 
     family: str
-    batched: tuple[str, ...]
-    """Names of a model call's arguments that have one row per sample, timestep excluded."""
-    block_batched: tuple[str, ...]
-    """Names of a block call's arguments that have one row per sample, hidden states excluded."""
+    least: int = 1
+    sequential: bool = True
+    batched: tuple[str, ...] | None = None
+    states: tuple[str, ...] = ("hidden_states",)
+    hidden: str = "hidden_states"
+    block_batched: tuple[str, ...] | None = None
+    timestep_scale: float = 1.0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @property
     @abstractmethod
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         """The blocks that a schedule counts, in the order in which they run."""
 
     @property
-    @abstractmethod
-    def exit(self) -> nn.Module:
-        """The first module that runs after the last block: where every sample meets again."""
+    def exit(self) -> nn.Module | None:
+        """The first module that runs after the last block and takes its hidden states."""
+        return None
 
     @property
-    @abstractmethod
-    def null_class(self) -> int:
-        """The label that stands for no label; real ones are below it."""
+    def null_class(self) -> int | None:
+        """The label that stands for no label, real ones are below it; None without labels."""
+        return None
 
     @property
     def depth(self) -> int:
         """How many blocks a full call runs."""
         return len(self.blocks)
+
+    def skipped(self, index: int, call: dict[str, Any], depth: int | None) -> Any:
+        """Return what block ``index`` would, had it run, for samples that skip it.
+
+        Args:
+            index: of the block.
+            call: its arguments by name, with the rows of these samples.
+            depth: at which all samples of the batch leave; None if they differ.
+        """
+        states = tuple(call[name] for name in self.states)
+        return states if len(states) > 1 else states[0]
+
+    def narrows(self, call: dict[str, Any]) -> bool:
+        """Whether the batch can shrink on the way, given the arguments of the model's call."""
+        return self.block_batched is not None
+
+    def attentions(self) -> list[list[nn.Module]]:
+        """Return the self-attention modules of each block, none where tokens cannot be merged."""
+        return [[] for _ in self.blocks]
 
     def restore(self) -> None:  # noqa: B027 - most families have nothing to restore
         """Apply what the model's config records beyond its class, e.g. an original's numerics."""
@@ -68,12 +105,15 @@ class Backbone(ABC):
 _families: dict[str, type[Backbone]] = {}
 
 
-def register(class_name: str, backbone: type[Backbone]) -> None:
-    """Let models whose class, or a base of it, is called ``class_name`` be read by ``backbone``.
+def register_backbone(model: str | type[nn.Module], backbone: type[Backbone]) -> None:
+    """Let models of a class, or of one derived from it, be read by ``backbone``.
 
-    By name, so that a family costs no import until a model of it turns up.
+    Args:
+        model: the class, or its name, so that a family costs no import until a model of it
+            turns up.
+        backbone: the family.
     """
-    _families[class_name] = backbone
+    _families[model if isinstance(model, str) else model.__name__] = backbone
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -97,8 +137,32 @@ def denoiser_of(target: Any) -> nn.Module:
     Raises:
         TypeError: ``target`` is neither.
     """
+    model = called_by(target)
+    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+
+
+def called_by(target: Any) -> nn.Module:
+    """Return the network of a pipeline as it is called, be it one that torch.compile wrapped.
+
+    Raises:
+        TypeError: ``target`` is neither a pipeline nor a network.
+    """
     candidates = (target, getattr(target, "transformer", None), getattr(target, "unet", None))
     for model in candidates:
         if isinstance(model, nn.Module):
-            return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+            return model
     raise TypeError(f"expected a diffusers pipeline or a torch module, got {type(target).__name__}")
+
+
+def rows(value: Any, index: torch.Tensor | slice) -> Any:
+    """Return the rows of a per-sample argument, also within lists and dictionaries.
+
+    None and what all samples share (a number, a single row) pass through.
+    """
+    if isinstance(value, torch.Tensor):
+        return value[index] if value.ndim > 0 and len(value) > 1 else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(rows(v, index) for v in value)
+    if isinstance(value, dict):
+        return {k: rows(v, index) for k, v in value.items()}
+    return value

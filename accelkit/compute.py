@@ -1,0 +1,113 @@
+"""What one call of the network may spend: the values that a schedule takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from accelkit.errors import AccelkitError
+
+PLACEMENTS = ("all", "F", "R", "B")
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Token merging inside self-attention (Bolya and Hoffman 2023).
+
+    Attributes:
+        ratio: share of the tokens that are merged into others, above 0 and at most 0.75.
+        placement: which blocks merge: ``all``, or ``blocks`` of them counted from the front ``F``,
+            the rear ``R`` or both ends ``B`` (Moon et al. 2024, tables 5 to 8).
+        blocks: how many, 0 with ``all``; even with ``B``.
+    """
+
+    ratio: float
+    placement: str = "all"
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not number or not 0 < self.ratio <= 0.75 or not math.isfinite(self.ratio):
+            raise AccelkitError(
+                f"a merge ratio is above 0 and at most 0.75 (a quarter of the tokens stays), got "
+                f"{self.ratio!r}"
+            )
+        if self.placement not in PLACEMENTS:
+            raise AccelkitError(
+                f"tokens are merged in {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):
+            raise TypeError(f"a number of merging blocks is whole, not {self.blocks!r}")
+        if (self.placement == "all") != (self.blocks == 0) or self.blocks < 0:
+            raise AccelkitError(
+                f"the placements F, R and B count at least one block and 'all' none, got "
+                f"{self.placement} with {self.blocks}"
+            )
+        if self.placement == "B" and self.blocks % 2:
+            raise AccelkitError(
+                f"B merges at both ends alike, so an even number, not {self.blocks}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Merge:
+        """Read ``0.3`` (every block) or ``0.3:B4`` (two blocks at either end)."""
+        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?::\s*(?:(all)|([FRB])(\d+)))?\s*", text)
+        try:
+            ratio = float(match[1]) if match else math.nan
+        except ValueError:
+            ratio = math.nan
+        if match is None or math.isnan(ratio):
+            raise AccelkitError(
+                f"cannot read the token merging {text!r}; write a ratio and where, e.g. 0.3, "
+                "0.3:F4 (front), 0.3:R4 (rear) or 0.3:B4 (both ends)"
+            )
+        return cls(ratio, match[3] or "all", int(match[4] or 0))
+
+    def __str__(self) -> str:
+        where = "" if self.placement == "all" else f":{self.placement}{self.blocks}"
+        return f"tome:{self.ratio:g}{where}"
+
+    def merges(self, index: int, depth: int) -> bool:
+        """Whether block ``index`` of ``depth`` merges tokens."""
+        front = index < (self.blocks // 2 if self.placement == "B" else self.blocks)
+        rear = depth - index <= (self.blocks // 2 if self.placement == "B" else self.blocks)
+        return {"all": True, "F": front, "R": rear, "B": front or rear}[self.placement]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What one call of the network spends.
+
+    Attributes:
+        depth: how many of the counted blocks run, the first ones.
+        merge: how tokens are merged in the attention of those that do; None for not at all.
+    """
+
+    depth: int
+    merge: Merge | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
+            raise TypeError(f"a depth is a whole number of blocks, not {self.depth!r}")
+        if self.depth < 0:
+            raise AccelkitError(f"depth {self.depth} runs no block; the least is 0")
+        if self.merge is not None and not isinstance(self.merge, Merge):
+            raise TypeError(f"merge is a Merge or None, not {self.merge!r}")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Compute:
+        """Build from :meth:`to_dict`'s form; TypeError for unknown or missing keys."""
+        merge = data.get("merge")
+        return cls(**{**data, "merge": None if merge is None else Merge(**merge)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, without what is not spent."""
+        if self.merge is None:
+            return {"depth": self.depth}
+        names = ("ratio", "placement", "blocks")
+        return {"depth": self.depth, "merge": {n: getattr(self.merge, n) for n in names}}
+
+    def __str__(self) -> str:
+        return str(self.depth) if self.merge is None else f"{self.depth}+{self.merge}"

@@ -1,0 +1,249 @@
+"""Puts a schedule's routing into a model and takes it out again.
+
+Three kinds of hook, all diffusers' own, per instance and removable: one on the model plans the call
+and sorts a mixed batch deepest first; one on every block that may be skipped passes its states on
+or runs the rows still active; one on the exit joins the rows that left with the rest. Blocks that
+every noise level runs carry no hook, so a full schedule costs nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from accelkit.backbones.base import rows
+from accelkit.errors import AccelkitError
+from accelkit.routing import Pass, Plan, Router
+
+HOOK = "accelkit"
+
+
+def attach(router: Router) -> None:
+    """Hook ``router`` into its model."""
+    backbone, schedule = router.backbone, router.schedule
+    if schedule.full:
+        return
+    _hook(backbone.model, _CallHook(router))
+    # What torch.compile calls, outside of its graph, before every call of a model that it wraps:
+    # its own protocol for modules that look at their first input.
+    backbone.model._initialize_hook = None  # type: ignore[assignment]
+    backbone.model._infer_parameters = plan_ahead  # type: ignore[assignment]
+    if backbone.sequential and backbone.exit is not None:
+        _hook(backbone.exit, _ExitHook(router, backbone.exit))
+    for index, block in enumerate(backbone.blocks):
+        if index >= schedule.depths[0]:
+            _hook(block, _BlockHook(router, index, block))
+
+
+def detach(model: nn.Module) -> None:
+    """Take every accelkit hook off ``model``, leaving no trace and every other hook at work."""
+    for module in model.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook(HOOK)
+        if registry is None or not isinstance(hook, _Hook):
+            continue
+        outer = module.__dict__["forward"]
+        _remove(registry)
+        if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
+            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+        elif not registry.hooks and not hook.had_forward:
+            module.__dict__.pop("forward", None)
+        if not registry.hooks and not hook.had_registry:
+            del module._diffusers_hook
+    for name in ("_initialize_hook", "_infer_parameters"):
+        model.__dict__.pop(name, None)
+
+
+def _remove(registry: HookRegistry) -> None:
+    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
+    place = registry._hook_order.index(HOOK) + 1
+    after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
+    own = after.forward if after is not None and after.original_forward is not None else None
+    registry.remove_hook(HOOK, recurse=False)
+    if after is not None and own is not None:
+        after.original_forward, after.forward = after.forward, own
+
+
+def _hook(module: nn.Module, hook: _Hook) -> None:
+    hook.had_forward = "forward" in module.__dict__
+    hook.had_registry = "_diffusers_hook" in module.__dict__
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    hook.installed, hook.own = module.forward, hook.fn_ref.forward
+
+
+def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plan a call of a compiled model, whose graph cannot look at its timestep.
+
+    The graph is specialised to the depth, so there is one for each.
+    """
+    model = getattr(module, "_orig_mod", module)
+    hook = HookRegistry.check_if_exists_or_initialize(model).get_hook(HOOK)
+    if not isinstance(hook, _CallHook):  # a full schedule hooks nothing
+        return
+    config = torch._dynamo.config
+    needed = _OTHER_GRAPHS + len(hook.router.schedule.depths)
+    config.recompile_limit = max(config.recompile_limit, needed)
+    hook.router.ready = hook.plan(args, kwargs)
+
+
+_OTHER_GRAPHS = 8  # dynamo's own limit, for what else differs between calls
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Return the names of what a module's forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+class _Hook(ModelHook):
+    had_forward = had_registry = False
+    installed: Any = None  # the module's forward with this hook
+    own: Any = None  # what this hook runs in place of the module's forward
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
+            return args, kwargs
+        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
+        return args, kwargs
+
+
+class _CallHook(_Hook):
+    """Plans the call; runs a mixed batch deepest first, or once per depth, in its own order."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__(router)
+        self.signature = inspect.signature(type(router.backbone.model).forward)
+        self.names = parameters(router.backbone.model)
+
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
+        """Return the passes that a call needs."""
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        timestep = call.get("timestep")
+        if timestep is None:
+            raise AccelkitError(
+                "a model with a schedule needs its timestep to know the noise level; got None"
+            )
+        backbone = self.router.backbone
+        return self.router.passes(timestep, len(self._sample(call)), backbone.narrows(call))
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, router = self.fn_ref.original_forward, self.router
+        passes, router.ready = router.ready if torch.compiler.is_compiling() else None, None
+        passes = passes or self.plan(args, kwargs)
+        if len(passes) == 1 and passes[0].rows is None:
+            return self._run(passes[0].plan, forward, args, kwargs)
+        call = dict(self.signature.bind(module, *args, **kwargs).arguments)
+        del call[next(iter(call))]  # the module itself
+        order = [p.rows.to(self._sample(call).device) for p in passes if p.rows is not None]
+        outputs = [
+            self._run(p.plan, forward, (), self._select(call, index))
+            for p, index in zip(passes, order, strict=True)
+        ]
+        return _joined(outputs, torch.argsort(torch.cat(order)))
+
+    def _run(self, plan: Plan, forward: Any, args: Any, kwargs: Any) -> Any:
+        router = self.router
+        router.running, router.left = plan, {}
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            router.running, router.left = None, {}
+
+    def _sample(self, call: dict[str, Any]) -> Tensor:
+        names = self.router.backbone.batched
+        name = names[0] if names else self.names[0]
+        if name not in call:
+            raise TypeError(f"{type(self.router.backbone.model).__name__} needs {name}")
+        return call[name]
+
+    def _select(self, call: dict[str, Any], index: Tensor) -> dict[str, Any]:
+        names = self.router.backbone.batched
+        if names is not None:
+            return {k: rows(v, index) if k in (*names, "timestep") else v for k, v in call.items()}
+        batch = len(self._sample(call))
+        return {
+            k: rows(v, index) if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
+            for k, v in call.items()
+        }
+
+
+def _joined(outputs: list[Any], inverse: Tensor) -> Any:
+    first = outputs[0]
+
+    def join(values: tuple[Any, ...]) -> Any:
+        return torch.cat(values)[inverse] if isinstance(values[0], Tensor) else values[0]
+
+    if isinstance(first, dict):  # diffusers' outputs are dictionaries too
+        return type(first)(**{name: join(tuple(o[name] for o in outputs)) for name in first})
+    if isinstance(first, tuple):
+        return tuple(join(values) for values in zip(*outputs, strict=True))
+    return join(tuple(outputs))
+
+
+class _BlockHook(_Hook):
+    """Runs one block on the rows that are deep enough for it."""
+
+    def __init__(self, router: Router, index: int, block: nn.Module) -> None:
+        super().__init__(router)
+        self.index = index
+        self.names = parameters(block)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, router, backbone = self.fn_ref.original_forward, self.router, self.router.backbone
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden = call[backbone.hidden]
+        plan = router.plan_of(hidden)
+        stay = plan.staying(self.index)
+        if stay is None:
+            return forward(*args, **kwargs)
+        depth = plan.depth if plan.active is None else None
+        if not backbone.sequential:
+            if stay == 0:
+                return backbone.skipped(self.index, call, depth)
+            ran = forward(**self._narrow(call, slice(stay)))
+            if stay == len(hidden):
+                return ran
+            passed = backbone.skipped(self.index, self._narrow(call, slice(stay, None)), None)
+            return torch.cat([ran, passed])
+        if stay < len(hidden) and self.index <= plan.depth and router.running is not None:
+            router.left[self.index] = hidden[stay:]
+        if stay == 0:
+            return backbone.skipped(self.index, call, depth)
+        return forward(**self._narrow(call, slice(stay)))
+
+    def _narrow(self, call: dict[str, Any], index: slice) -> dict[str, Any]:
+        backbone = self.router.backbone
+        per_sample = (*backbone.states, *(backbone.block_batched or ()))
+        return {k: rows(v, index) if k in per_sample else v for k, v in call.items()}
+
+
+class _ExitHook(_Hook):
+    """Gives the exit every sample's states as they were after its own last block.
+
+    What others added behind a skipped block, such as a ControlNet's residual, is not among them.
+    """
+
+    def __init__(self, router: Router, exit: nn.Module) -> None:
+        super().__init__(router)
+        self.name = parameters(exit)[0]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        router, forward = self.router, self.fn_ref.original_forward
+        plan, left = router.running, router.left
+        if plan is None or not left:
+            return forward(*args, **kwargs)
+        ran = args[0] if args else kwargs[self.name]
+        parts = [ran] if plan.depth == router.backbone.depth else []
+        parts += [left[index].to(ran) for index in sorted(left, reverse=True)]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if args:
+            return forward(hidden, *args[1:], **kwargs)
+        return forward(**{**kwargs, self.name: hidden})
