@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+from accelkit.adapter import Adapter
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.files import explain_full_disk, read_json, write_json
 from accelkit.loading import open_pipeline, reading
@@ -26,6 +29,7 @@ def save(
     revision: str | None = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Write the denoiser's weights, its schedule and where both come from.
 
@@ -38,6 +42,7 @@ def save(
         revision: of the base model.
         training: settings worth keeping, plain data.
         metrics: results worth keeping, plain data.
+        adapter: what was added to the base model's weights; kept in place of all weights.
 
     Returns:
         The directory.
@@ -63,7 +68,8 @@ def save(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / (WEIGHTS + ".partial")
-    tensors = {k: v.detach().cpu().clone() for k, v in state.backbone.model.state_dict().items()}
+    weights = state.backbone.model.state_dict() if adapter is None else adapter.tensors
+    tensors = {k: v.detach().cpu().clone() for k, v in weights.items()}
     with explain_full_disk(part):
         save_file(tensors, part, metadata={"format": "pt"})
         part.replace(directory / WEIGHTS)
@@ -76,11 +82,13 @@ def save(
         "schedule": state.schedule.to_dict(),
         "base_model_name_or_path": str(base),
         "revision": revision,
+        **({} if adapter is None else {"lora": {"rank": adapter.rank, "targets": adapter.targets}}),
         "training": training or {},
         "metrics": metrics or {},
     }
     write_json(directory / CONFIG, config)
-    card = _card(config, directory.resolve().name, state.schedule)
+    saving = ideal_saving(state.backbone.model, state.schedule)
+    card = _card(config, directory.resolve().name, state.schedule, saving, _call(pipe))
     (directory / CARD).write_text(card, encoding="utf-8")
     return directory
 
@@ -117,6 +125,12 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         from safetensors.torch import load_file
 
         weights = load_file(folder / WEIGHTS)
+    if (found := config.get("lora")) is not None:
+        adapter = Adapter(found["rank"], weights)
+        adapter.check(model)
+        state = enable(pipe, schedule)
+        adapter.apply(model)
+        return state
     own = model.state_dict()
     strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
@@ -187,16 +201,25 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
     config = read_json(folder / CONFIG)
     known = isinstance(config, dict) and config.get("format") == FORMAT
-    if not known or not {"family", "schedule", "base_model_name_or_path"} <= config.keys():
+    known = known and {"family", "schedule", "base_model_name_or_path"} <= config.keys()
+    if not known or "rank" not in (config.get("lora") or {"rank": None}):
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )
     return folder, config
 
 
-def _card(config: dict[str, Any], name: str, schedule: Schedule) -> str:
+def _call(pipe: Any) -> str:
+    """How a pipeline is called, as far as a card can know."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    ways = {"prompt": '"a red bird"', "class_labels": "class_labels=[0, 1, 2]"}
+    return f"pipe({next((way for name, way in ways.items() if name in takes), '')})"
+
+
+def _card(config: dict[str, Any], name: str, schedule: Schedule, saving: float, call: str) -> str:
     base = config["base_model_name_or_path"]
-    header = ["library_name: accelkit", "pipeline_tag: unconditional-image-generation"]
+    task = "text-to-image" if '"' in call else "unconditional-image-generation"
+    header = ["library_name: accelkit", f"pipeline_tag: {task}"]
     if "/" in base and not Path(base).exists():
         header.append(f"base_model: {base}")
     bounds = zip((0.0, *schedule.edges), schedule.edges, schedule.computes, strict=False)
@@ -207,9 +230,9 @@ def _card(config: dict[str, Any], name: str, schedule: Schedule) -> str:
         "Made with accelkit: the number of transformer blocks that run follows the noise level, "
         "and the weights were fine-tuned for it.",
         "| noise level | blocks run |\n|---|---|\n" + "\n".join(rows),
-        f"Mean depth {schedule.mean_depth():.2f}, ideal saving {schedule.ideal_saving():.1%}.",
+        f"Mean depth {schedule.mean_depth():.2f}, ideal saving {saving:.1%}.",
         f'```python\nimport accelkit\n\npipe = accelkit.from_pretrained("{name}")\n'
-        "images = pipe(class_labels=[0, 1, 2]).images\n```",
+        f"images = {call}.images\n```",
     ]
     for title in ("metrics", "training"):
         if config[title]:

@@ -1,9 +1,10 @@
 """Puts a schedule's routing into a model and takes it out again.
 
-Three kinds of hook, all diffusers' own, per instance and removable: one on the model plans the call
+Hooks of four kinds, all diffusers' own, per instance and removable: one on the model plans the call
 and sorts a mixed batch deepest first; one on every block that may be skipped passes its states on
-or runs the rows still active; one on the exit joins the rows that left with the rest. Blocks that
-every noise level runs carry no hook, so a full schedule costs nothing.
+or runs the rows still active; one on the exit joins the rows that left with the rest; one on every
+attention that may merge tokens does so. Blocks that every noise level runs as they are carry no
+hook, so a full schedule costs nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from accelkit import compiling, merging
 from accelkit.backbones.base import rows
-from accelkit.errors import AccelkitError
 from accelkit.routing import Pass, Plan, Router
 
 HOOK = "accelkit"
+TAP = "accelkit-tap"
+"""Names of the hooks on a module, in the order in which they are put there."""
 
 
 def attach(router: Router) -> None:
@@ -27,67 +30,97 @@ def attach(router: Router) -> None:
     backbone, schedule = router.backbone, router.schedule
     if schedule.full:
         return
-    _hook(backbone.model, _CallHook(router))
+    put(backbone.model, _CallHook(router))
     # What torch.compile calls, outside of its graph, before every call of a model that it wraps:
     # its own protocol for modules that look at their first input.
     backbone.model._initialize_hook = None  # type: ignore[assignment]
     backbone.model._infer_parameters = plan_ahead  # type: ignore[assignment]
     if backbone.sequential and backbone.exit is not None:
-        _hook(backbone.exit, _ExitHook(router, backbone.exit))
+        put(backbone.exit, _ExitHook(router, backbone.exit))
     for index, block in enumerate(backbone.blocks):
         if index >= schedule.depths[0]:
-            _hook(block, _BlockHook(router, index, block))
+            put(block, _BlockHook(router, index, block))
+    if schedule.merges:
+        _attach_merging(router)
+    if router.taps is not None:
+        router.taps.attach()
 
 
-def detach(model: nn.Module) -> None:
-    """Take every accelkit hook off ``model``, leaving no trace and every other hook at work."""
-    for module in model.modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        hook = None if registry is None else registry.get_hook(HOOK)
-        if registry is None or not isinstance(hook, _Hook):
+def _attach_merging(router: Router) -> None:
+    backbone, schedule = router.backbone, router.schedule
+    blocks = backbone.all_blocks
+    planned = list(backbone.blocks)[schedule.depths[0] :]  # their own hook asks for the plan
+    for index, (block, attentions) in enumerate(zip(blocks, backbone.attentions(), strict=True)):
+        if not any(merge.merges(index, len(blocks)) for merge in schedule.merges):
             continue
-        outer = module.__dict__["forward"]
-        _remove(registry)
-        if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
-            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
-        elif not registry.hooks and not hook.had_forward:
-            module.__dict__.pop("forward", None)
-        if not registry.hooks and not hook.had_registry:
-            del module._diffusers_hook
-    for name in ("_initialize_hook", "_infer_parameters"):
-        model.__dict__.pop(name, None)
+        if block not in planned:
+            put(block, _PlanHook(router, block))
+        for attention in attentions:
+            put(attention, _AttentionHook(router, index, attention))
 
 
-def _remove(registry: HookRegistry) -> None:
+def detach(model: nn.Module, *names: str) -> None:
+    """Take accelkit's hooks off ``model``, leaving no trace and every other hook at work.
+
+    Args:
+        model: the network.
+        names: of the hooks to take off; default: all of them.
+    """
+    for module in model.modules():
+        for name in names or (TAP, HOOK):
+            _take_off(module, name)
+    if not names:
+        for name in ("_initialize_hook", "_infer_parameters"):
+            model.__dict__.pop(name, None)
+
+
+def _take_off(module: nn.Module, name: str) -> None:
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook(name)
+    if registry is None or not isinstance(hook, Hook):
+        return
+    outer = module.__dict__["forward"]
+    if name == HOOK:
+        compiling.let_in(module)
+    _remove(registry, name)
+    if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    elif not registry.hooks and not hook.had_forward:
+        module.__dict__.pop("forward", None)
+    if not registry.hooks and not hook.had_registry:
+        del module._diffusers_hook
+
+
+def _remove(registry: HookRegistry, name: str) -> None:
     """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
-    place = registry._hook_order.index(HOOK) + 1
+    place = registry._hook_order.index(name) + 1
     after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
     own = after.forward if after is not None and after.original_forward is not None else None
-    registry.remove_hook(HOOK, recurse=False)
+    registry.remove_hook(name, recurse=False)
     if after is not None and own is not None:
         after.original_forward, after.forward = after.forward, own
 
 
-def _hook(module: nn.Module, hook: _Hook) -> None:
+def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
+    """Put a hook on a module, outside of those that are there."""
     hook.had_forward = "forward" in module.__dict__
     hook.had_registry = "_diffusers_hook" in module.__dict__
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     hook.installed, hook.own = module.forward, hook.fn_ref.forward
+    if isinstance(hook, (_CallHook, _BlockHook)):
+        compiling.keep_outside(module, hook)
 
 
 def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Plan a call of a compiled model, whose graph cannot look at its timestep.
 
-    The graph is specialised to the depth, so there is one for each.
+    The graph is specialised to what is spent, so there is one for each depth and merging.
     """
     model = getattr(module, "_orig_mod", module)
     hook = HookRegistry.check_if_exists_or_initialize(model).get_hook(HOOK)
     if not isinstance(hook, _CallHook):  # a full schedule hooks nothing
         return
-    config = torch._dynamo.config
-    needed = _OTHER_GRAPHS + len(hook.router.schedule.depths)
-    config.recompile_limit = max(config.recompile_limit, needed)
-    hook.router.ready = hook.plan(args, kwargs)
+    hook.router.ready = hook.plan_for_graph(args, kwargs)
 
 
 _OTHER_GRAPHS = 8  # dynamo's own limit, for what else differs between calls
@@ -98,16 +131,20 @@ def parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-class _Hook(ModelHook):
+class Hook(ModelHook):
+    """What accelkit's hooks have in common."""
+
     had_forward = had_registry = False
     installed: Any = None  # the module's forward with this hook
     own: Any = None  # what this hook runs in place of the module's forward
+    is_outside = False  # of the graph of a module that is compiled in place, and not to be in it
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Let the call's arguments through; see that this hook is what runs."""
         if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
             return args, kwargs
         if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
@@ -115,7 +152,7 @@ class _Hook(ModelHook):
         return args, kwargs
 
 
-class _CallHook(_Hook):
+class _CallHook(Hook):
     """Plans the call; runs a mixed batch deepest first, or once per depth, in its own order."""
 
     def __init__(self, router: Router) -> None:
@@ -126,27 +163,54 @@ class _CallHook(_Hook):
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
         """Return the passes that a call needs."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        timestep = call.get("timestep")
-        if timestep is None:
-            raise AccelkitError(
-                "a model with a schedule needs its timestep to know the noise level; got None"
-            )
         backbone = self.router.backbone
-        return self.router.passes(timestep, len(self._sample(call)), backbone.narrows(call))
+        timestep = backbone.timestep(call)
+        grid = backbone.grid(call) if self.router.schedule.merges else None
+        batch, narrows = len(self._sample(call)), backbone.narrows(call)
+        return self.router.passes(timestep, batch, narrows, grid)
+
+    def plan_for_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
+        """Return the passes of a call that torch.compile makes a graph of for what each spends."""
+        config = torch._dynamo.config
+        needed = _OTHER_GRAPHS + len(set(self.router.schedule.computes))
+        config.recompile_limit = max(config.recompile_limit, needed)
+        passes = self.plan(args, kwargs)
+        for each in passes:
+            if each.plan.active is None and not each.plan.grad:
+                self.router.backbone.prepare(each.plan.depth)
+        return passes
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, router = self.fn_ref.original_forward, self.router
+        if self.is_outside:
+            return forward(*args, **kwargs)
         passes, router.ready = router.ready if torch.compiler.is_compiling() else None, None
-        passes = passes or self.plan(args, kwargs)
-        if len(passes) == 1 and passes[0].rows is None:
+        return self._route(passes or self.plan(args, kwargs), forward, args, kwargs)
+
+    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the model, compiled in place."""
+        return self._route(self.plan_for_graph(args, kwargs), forward, args, kwargs)
+
+    def _route(self, passes: list[Pass], forward: Any, args: Any, kwargs: Any) -> Any:
+        router = self.router
+        taps = router.taps if torch.is_grad_enabled() else None
+        if len(passes) == 1 and passes[0].rows is None and taps is None:
             return self._run(passes[0].plan, forward, args, kwargs)
-        call = dict(self.signature.bind(module, *args, **kwargs).arguments)
+        call = dict(self.signature.bind(router.backbone.model, *args, **kwargs).arguments)
         del call[next(iter(call))]  # the module itself
-        order = [p.rows.to(self._sample(call).device) for p in passes if p.rows is not None]
+        whole = torch.arange(len(self._sample(call)))
+        order = [whole if p.rows is None else p.rows for p in passes]
+        order = [index.to(self._sample(call).device) for index in order]
         outputs = [
             self._run(p.plan, forward, (), self._select(call, index))
             for p, index in zip(passes, order, strict=True)
         ]
+        if taps is not None:
+            plans = [p.plan for p in passes]
+            taps.finish(
+                lambda index: forward(**self._select(call, index)),
+                list(zip(plans, order, strict=True)),
+            )
         return _joined(outputs, torch.argsort(torch.cat(order)))
 
     def _run(self, plan: Plan, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -188,7 +252,7 @@ def _joined(outputs: list[Any], inverse: Tensor) -> Any:
     return join(tuple(outputs))
 
 
-class _BlockHook(_Hook):
+class _BlockHook(Hook):
     """Runs one block on the rows that are deep enough for it."""
 
     def __init__(self, router: Router, index: int, block: nn.Module) -> None:
@@ -197,7 +261,12 @@ class _BlockHook(_Hook):
         self.names = parameters(block)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, router, backbone = self.fn_ref.original_forward, self.router, self.router.backbone
+        forward = self.fn_ref.original_forward
+        return forward(*args, **kwargs) if self.is_outside else self.outside(forward, args, kwargs)
+
+    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the block by ``forward``, compiled or not."""
+        router, backbone = self.router, self.router.backbone
         call = dict(zip(self.names, args, strict=False)) | kwargs
         hidden = call[backbone.hidden]
         plan = router.plan_of(hidden)
@@ -225,7 +294,47 @@ class _BlockHook(_Hook):
         return {k: rows(v, index) if k in per_sample else v for k, v in call.items()}
 
 
-class _ExitHook(_Hook):
+class _PlanHook(Hook):
+    """Asks for the plan that a block is run for, also where that is run again for its gradients."""
+
+    def __init__(self, router: Router, block: nn.Module) -> None:
+        super().__init__(router)
+        self.names = parameters(block)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        self.router.plan_of(call[self.router.backbone.hidden])
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class _AttentionHook(Hook):
+    """Merges similar tokens before self-attention and gives each its own output again after it."""
+
+    def __init__(self, router: Router, index: int, attention: nn.Module) -> None:
+        super().__init__(router)
+        blocks = len(router.backbone.all_blocks)
+        merges = router.schedule.merges
+        self.ratios = [m.ratio if m.merges(index, blocks) else 0.0 for m in merges]
+        self.name = parameters(attention)[0]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, plan = self.fn_ref.original_forward, self.router.block
+        assert plan is not None  # its block has begun
+        ratio = 0.0 if plan.merge is None else self.ratios[plan.merge]
+        if plan.grid is None or not ratio:
+            return forward(*args, **kwargs)
+        tokens = args[0] if args else kwargs[self.name]
+        protected = self.router.backbone.tokens_protected
+        matching = merging.match(tokens, plan.grid, ratio, protected)
+        if matching is None:
+            return forward(*args, **kwargs)
+        merged = merging.merge(tokens, matching)
+        if args:
+            return merging.unmerge(forward(merged, *args[1:], **kwargs), matching)
+        return merging.unmerge(forward(**{**kwargs, self.name: merged}), matching)
+
+
+class _ExitHook(Hook):
     """Gives the exit every sample's states as they were after its own last block.
 
     What others added behind a skipped block, such as a ControlNet's residual, is not among them.
@@ -241,7 +350,8 @@ class _ExitHook(_Hook):
         if plan is None or not left:
             return forward(*args, **kwargs)
         ran = args[0] if args else kwargs[self.name]
-        parts = [ran] if plan.depth == router.backbone.depth else []
+        # the deepest rows are still here if they ran every block, or the model passed over the next
+        parts = [] if plan.depth in left else [ran]
         parts += [left[index].to(ran) for index in sorted(left, reverse=True)]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         if args:

@@ -7,29 +7,19 @@ log-SNR, log(alpha^2 / sigma^2), so that a schedule means the same noise everywh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property, lru_cache
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from accelkit.errors import AccelkitError
+from accelkit.processes import LogSnr, knots, process_of, vp_log_snr
 
 STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
 
-LogSnr = Callable[[np.ndarray], np.ndarray]
-
-
-def vp_log_snr(betas: np.ndarray) -> np.ndarray:
-    """Return the log-SNR after each step of a variance-preserving process, float64."""
-    log_alpha_bar = np.cumsum(np.log1p(-np.asarray(betas, dtype=np.float64)))
-    return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
-
-
 _REFERENCE = vp_log_snr(np.linspace(BETA_START, BETA_END, STEPS))
 _LEVELS = np.arange(STEPS) / STEPS
-_PURE_NOISE = -60.0
 
 
 def level_of_log_snr(log_snr: np.ndarray) -> np.ndarray:
@@ -67,18 +57,9 @@ class NoiseAxis:
         None stands for the reference process.
 
         Raises:
-            AccelkitError: the scheduler has neither betas nor flow-matching or EDM sigmas.
+            AccelkitError: its timesteps do not tell the noise, or nothing is known of them.
         """
-        if scheduler is None:
-            return REFERENCE
-        for reads in _PROCESSES:
-            axis = reads(scheduler) if hasattr(scheduler, "config") else None
-            if axis is not None:
-                return axis
-        raise AccelkitError(
-            f"cannot place {type(scheduler).__name__} on the noise axis: it has neither betas nor "
-            "flow-matching or EDM sigmas; pass scheduler= one that has"
-        )
+        return REFERENCE if scheduler is None else cls(*process_of(scheduler))
 
     def levels(self, timesteps: Iterable[float] | Any) -> list[float]:
         """Return the noise levels of raw timesteps (a sequence, array or tensor)."""
@@ -89,59 +70,5 @@ class NoiseAxis:
         return self.levels([timestep])[0]
 
 
-class _Knots:
-    """Log-SNR at fractional timesteps of a discrete process: linear between whole ones."""
-
-    def __init__(self, betas: np.ndarray) -> None:
-        self._betas = betas
-
-    @cached_property
-    def _table(self) -> np.ndarray:
-        with np.errstate(divide="ignore"):  # zero terminal SNR: log(0); finite, to interpolate
-            return np.maximum(vp_log_snr(self._betas), _PURE_NOISE)
-
-    def __call__(self, timesteps: np.ndarray) -> np.ndarray:
-        return np.interp(timesteps, np.arange(len(self._table)), self._table)
-
-
-def _flow(scheduler: Any) -> NoiseAxis | None:
-    # x_t = (1 - s) x_0 + s noise with timestep = 1000 s (Liu et al. 2022); a shift changes only
-    # which s a sampler visits, not what s means.
-    config = scheduler.config
-    flows = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
-    if not flows:
-        return None
-    steps = config.get("num_train_timesteps", STEPS)
-
-    def log_snr(timesteps: np.ndarray) -> np.ndarray:
-        sigma = np.clip(timesteps / steps, 1e-12, 1 - 1e-12)
-        return 2 * (np.log1p(-sigma) - np.log(sigma))
-
-    return NoiseAxis(log_snr, "flow matching")
-
-
-def _edm(scheduler: Any) -> NoiseAxis | None:
-    # x = x_0 + sigma noise with timestep = log(sigma) / 4 (Karras et al. 2022, table 1); the data's
-    # deviation is part of the SNR, since the reference process assumes unit variance.
-    sigma_data = scheduler.config.get("sigma_data")
-    if sigma_data is None or not type(scheduler).__name__.startswith("EDM"):
-        return None
-    return NoiseAxis(lambda timesteps: 2 * (np.log(sigma_data) - 4 * timesteps), "EDM")
-
-
-def _discrete(scheduler: Any) -> NoiseAxis | None:
-    betas, config = getattr(scheduler, "betas", None), scheduler.config
-    timesteps_are_log_sigma = (
-        config.get("timestep_type") == "continuous"
-        and config.get("prediction_type") == "v_prediction"
-    )
-    if betas is None or "beta_schedule" not in config or timesteps_are_log_sigma:
-        return None
-    kind = f"discrete VP, {config['beta_schedule']} betas"
-    return NoiseAxis(_Knots(betas.double().cpu().numpy()), kind)
-
-
-_PROCESSES = (_flow, _edm, _discrete)
-
-REFERENCE = NoiseAxis(_Knots(np.linspace(BETA_START, BETA_END, STEPS)), "linear betas")
+REFERENCE = NoiseAxis(knots(_REFERENCE), "linear betas")
 """The axis of the reference process itself: level = timestep / 1000."""

@@ -1,7 +1,8 @@
 """The published schedules, as data."""
 
 from accelkit.compute import Compute
-from accelkit.schedule import SEQUENTIAL, Preset, Schedule, register_presets
+from accelkit.dvd import PARTS, dvd_preset
+from accelkit.schedule import SEQUENTIAL, Preset, Schedule, register_for_all, register_presets
 
 DIT_LAYERS = 28
 """Blocks of DiT-XL, for which the DiT schedules were published."""
@@ -14,6 +15,19 @@ _ASE_DIT = {
     "D3": (28, 25, 22, 19, 16),
     "D4": (28, 24, 20, 16, 12),
     "D6": (28, 28, 24, 22, 20, 18, 12, 10, 8, 6),
+}
+
+UVIT_LAYERS = 6
+"""Decoder blocks of U-ViT-S, for which the U-ViT schedules were published."""
+
+# The same table. Decoder blocks alone are counted; encoder and middle block always run.
+_ASE_UVIT = {
+    "D1": (6, 5, 4, 3, 2),
+    "D2": (6, 5, 3, 2, 1),
+    "D3": (6, 4, 3, 2, 1),
+    "D4": (5, 4, 2, 2, 1),
+    "D5": (5, 4, 2, 1, 1),
+    "D6": (5, 3, 2, 1, 1),
 }
 
 
@@ -30,3 +44,13 @@ def _scaled(name: str, depths: tuple[int, ...], layers: int) -> Preset:
 register_presets(
     SEQUENTIAL, {name: _scaled(name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()}
 )
+for family in ("uvit", "hunyuan"):  # the latter by fraction: its decoder is one of long skips too
+    register_presets(
+        family, {name: _scaled(name, row, UVIT_LAYERS) for name, row in _ASE_UVIT.items()}, least=0
+    )
+# Of a UNet nothing has to run that is counted; the rows of DiT by fraction.
+register_presets(
+    "unet", {name: _scaled(name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()}, least=0
+)
+# Depth-varying diffusion cuts any number of blocks, so one rule serves all families.
+register_for_all({f"dvd-{parts}p": dvd_preset(parts) for parts in PARTS})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelkit.backbones import Backbone
-from accelkit.compute import Merge
+from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
@@ -24,14 +24,17 @@ class Plan:
     Attributes:
         depth: blocks run by the deepest sample.
         active: rows that run each of them, never rising; None when all samples are equally deep.
-        merge: how tokens are merged in the blocks' attention.
+        merge: which of the schedule's ways of merging tokens applies, None for none. A number, as a
+            compiled graph would take a ratio for one of its inputs, whose shapes it decides.
         grad: whether the pass records gradients.
+        grid: height and width of the map of tokens if some are merged.
     """
 
     depth: int
     active: tuple[int, ...] | None
-    merge: Merge | None
+    merge: int | None
     grad: bool
+    grid: tuple[int, int] | None = None
 
     def staying(self, index: int) -> int | None:
         """Return how many rows run block ``index``, None for all."""
@@ -59,8 +62,10 @@ class Router:
 
     Attributes:
         running: the plan of the pass under way, None outside of the model's forward.
+        block: the plan of the last block begun, be it run again for its gradients.
         left: hidden states of the rows that left it, by the block that they left before.
         ready: passes planned ahead of a compiled call, whose graph cannot look at timesteps.
+        taps: what taps the exits on the way (:class:`accelkit.taps.Taps`), None for nothing.
     """
 
     def __init__(
@@ -69,8 +74,10 @@ class Router:
         self.backbone = backbone
         self.schedule = schedule
         self.running: Plan | None = None
+        self.block: Plan | None = None
         self.left: dict[int, Tensor] = {}
         self.ready: list[Pass] | None = None
+        self.taps: Any = None
         self.scheduler = scheduler
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self._axis: tuple[Any, NoiseAxis] | None = None
@@ -84,27 +91,35 @@ class Router:
             self._axis = (scheduler, NoiseAxis.of(scheduler))
         return self._axis[1]
 
-    def passes(self, timestep: Tensor | float, batch: int, narrows: bool) -> list[Pass]:
+    def passes(
+        self,
+        timestep: Tensor | float,
+        batch: int,
+        narrows: bool,
+        grid: tuple[int, int] | None = None,
+    ) -> list[Pass]:
         """Plan a call of ``batch`` samples; ``timestep`` has one value, or one per sample.
 
         Args:
             timestep: as the model is given it.
             batch: number of samples.
             narrows: whether a batch of mixed depths can be run in one pass that samples leave.
+            grid: height and width of the map of tokens, for a schedule that merges some.
         """
-        level, scale = self.axis.level, self.backbone.timestep_scale
-        spent = [self.schedule.at(level(t / scale)) for t in self._values(timestep)]
+        spent = [self.schedule.computes[0]]  # needs no look at the timestep if there is no other
+        if len(self.schedule.computes) > 1:
+            spent = [self.schedule.at(self.axis.level(t)) for t in self._values(timestep)]
         grad = torch.is_grad_enabled()
         kinds = set(spent)
         if len(kinds) == 1:
-            return [Pass(Plan(spent[0].depth, None, spent[0].merge, grad), None)]
+            return [Pass(Plan(spent[0].depth, None, self._merging(spent[0]), grad, grid), None)]
         if len(spent) != batch:
             raise AccelkitError(
                 f"got {len(spent)} timesteps for a batch of {batch}; give one, or one per sample"
             )
         if not narrows or len({c.merge for c in kinds}) > 1:
             return [
-                Pass(Plan(k.depth, None, k.merge, grad), torch.tensor(where))
+                Pass(Plan(k.depth, None, self._merging(k), grad, grid), torch.tensor(where))
                 for k in dict.fromkeys(spent)
                 if (where := [row for row, c in enumerate(spent) if c == k])
             ]
@@ -112,7 +127,10 @@ class Router:
         order = sorted(range(batch), key=lambda row: -depths[row])
         active = tuple(sum(d > i for d in depths) for i in range(max(depths)))
         index = None if order == list(range(batch)) else torch.tensor(order)
-        return [Pass(Plan(max(depths), active, spent[0].merge, grad), index)]
+        return [Pass(Plan(max(depths), active, self._merging(spent[0]), grad, grid), index)]
+
+    def _merging(self, compute: Compute) -> int | None:
+        return None if compute.merge is None else self.schedule.merges.index(compute.merge)
 
     def plan_of(self, hidden: Tensor) -> Plan:
         """Return the plan of the pass that a block is run for on ``hidden``.
@@ -122,7 +140,8 @@ class Router:
         """
         plan = self.running
         if plan is None:
-            return self._plans[hidden]
+            self.block = self._plans[hidden]
+            return self.block
         if plan.grad and not torch.is_grad_enabled():
             raise AccelkitError(
                 "a schedule cannot run inside reentrant gradient checkpointing, where gradients of "
@@ -130,16 +149,22 @@ class Router:
             )
         if plan.grad and not torch.compiler.is_compiling():
             self._plans[hidden] = plan
+        self.block = plan
         return plan
 
     def _values(self, timestep: Tensor | float) -> list[float]:
+        """The scheduler's timesteps of those that the model is given."""
+        scheduled = self.backbone.scheduler_timestep
         if not isinstance(timestep, Tensor):
-            return [float(timestep)]
+            return [scheduled(float(timestep))]
         if timestep.numel() > 1 and any(timestep.stride()):
             values = timestep.flatten().tolist()
         else:
             values = [self._single(timestep)]
-        return self._unrounded(values) if timestep.dtype in _COARSE else values
+        values = [scheduled(value) for value in values]
+        if timestep.dtype not in _COARSE:
+            return values
+        return self._unrounded(values, torch.finfo(timestep.dtype).eps)
 
     def _single(self, timestep: Tensor) -> float:
         """Return the one value of ``timestep`` without waiting for the device if possible.
@@ -151,12 +176,16 @@ class Router:
         place = None if timestep.is_cpu or steps is None else place_in(timestep, steps[0])
         return timestep.flatten()[0].item() if steps is None or place is None else steps[1][place]
 
-    def _unrounded(self, values: list[float]) -> list[float]:
-        """Undo what half precision did to a timestep: bfloat16 moves 999 to 1000."""
-        steps, scale = self._steps(), self.backbone.timestep_scale
+    def _unrounded(self, values: list[float], eps: float) -> list[float]:
+        """Undo what half precision did to a timestep: bfloat16 moves 999 to 1000.
+
+        One that none of the scheduler's can have been rounded to is taken as it is.
+        """
+        steps = self._steps()
         if steps is None:
             return values
-        return [min(steps[1], key=lambda s: abs(s * scale - v)) * scale for v in values]
+        near = [min(steps[1], key=lambda s: abs(s - v)) for v in values]
+        return [s if abs(s - v) <= eps * abs(v) else v for s, v in zip(near, values, strict=True)]
 
     def _steps(self) -> tuple[Tensor, list[float]] | None:
         """The scheduler's timesteps as it has them, and as numbers."""

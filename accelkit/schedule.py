@@ -71,12 +71,12 @@ class Schedule:
         """Read a schedule for a model of ``depth`` blocks.
 
         Args:
-            text: a preset (``"D4"``), ``"full"``, ``"uniform:K"``, a literal of depths at upper
-                edges (``"28@0.2,24@0.4,20@0.6,16@0.8,12@1"``) or the path of a TOML or JSON file
-                as :meth:`to_dict` writes it. A literal's depths are absolute; presets and files
-                made for another depth are scaled (:meth:`rescaled`). ``"+tome:RATIO"`` behind any
-                of them merges tokens as well (:class:`accelkit.compute.Merge`); ``"tome:RATIO"``
-                alone does so at full depth.
+            text: a preset (``"D4"``, or ``"dvd-4p"`` for any family), ``"full"``, ``"uniform:K"``,
+                a literal of depths at upper edges (``"28@0.2,24@0.4,20@0.6,16@0.8,12@1"``) or the
+                path of a TOML or JSON file as :meth:`to_dict` writes it. A literal's depths are
+                absolute; presets and files made for another depth are scaled (:meth:`rescaled`).
+                ``"+tome:RATIO"`` behind any of them merges tokens as well
+                (:class:`accelkit.compute.Merge`); ``"tome:RATIO"`` alone does so at full depth.
             depth: how many blocks the model has.
             family: which backbone family's presets are meant.
 
@@ -204,6 +204,11 @@ class Schedule:
         """The distinct depths, rising: one specialised forward pass each."""
         return tuple(sorted({c.depth for c in self.computes}))
 
+    @property
+    def merges(self) -> tuple[Merge, ...]:
+        """The distinct ways in which tokens are merged, none if they never are."""
+        return tuple(dict.fromkeys(c.merge for c in self.computes if c.merge is not None))
+
     def mean(
         self, of: Callable[[Compute], float], timesteps: Iterable[float] | None = None
     ) -> float:
@@ -283,13 +288,38 @@ def register_presets(family: str, presets: dict[str, Preset], least: int = 1) ->
     _families.setdefault(family, _Family({}, least)).presets.update(presets)
 
 
+OptionedPreset = Callable[[int, str], Schedule]
+_everywhere: dict[str, OptionedPreset] = {}
+
+
+def register_for_all(presets: dict[str, OptionedPreset]) -> None:
+    """Make named schedules known to :meth:`Schedule.parse` for every family.
+
+    Args:
+        presets: what makes each schedule, called with the model's number of counted blocks and with
+            what stands behind the name and a colon, "" for nothing.
+    """
+    _everywhere.update(presets)
+
+
+def is_preset(text: str) -> bool:
+    """Return whether some family knows a schedule's text as a preset, options and merging aside.
+
+    Raises:
+        AccelkitError: the merging cannot be read.
+    """
+    name = _split_merge(text.strip())[0].partition(":")[0].lower()
+    named = [preset.lower() for family in _families.values() for preset in family.presets]
+    return name in _everywhere or name in named
+
+
 def preset_family(family: str) -> str:
     """Return whose presets a family uses: its own if it has any."""
     return family if family in _families else SEQUENTIAL
 
 
 def preset_names(family: str = SEQUENTIAL) -> tuple[str, ...]:
-    """Return the names of a family's presets."""
+    """Return the names of a family's own presets."""
     return tuple(_families[preset_family(family)].presets)
 
 
@@ -297,10 +327,17 @@ def _preset(word: str, family: str, depth: int) -> Schedule:
     known = {name.lower(): make for name, make in _families[family].presets.items()}
     if word.lower() in known:
         return known[word.lower()](depth)
-    names = list(preset_names(family))
-    near = {n.lower(): n for n in [*names, "full", "uniform:K"]}
-    ranked = difflib.get_close_matches(word.lower(), near, n=len(near), cutoff=0.0)
-    shown = ", ".join(near[n] for n in ranked)
+    name, _, options = word.partition(":")
+    if name.lower() in _everywhere:
+        return _everywhere[name.lower()](depth, options)
+    names = [*preset_names(family), *_everywhere, "full", "uniform:K"]
+    likeness = difflib.SequenceMatcher(b=word.lower())
+
+    def unlike(name: str) -> float:
+        likeness.set_seq1(name.lower())
+        return -likeness.ratio()
+
+    shown = ", ".join(sorted(names, key=unlike))  # of names equally near, the family's own first
     raise AccelkitError(
         f"unknown schedule {word!r} for the {family} family; known, nearest first: {shown}; "
         "or depths at upper edges such as 28@0.5,14@1, or a .toml or .json file"

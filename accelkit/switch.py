@@ -180,12 +180,28 @@ def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
             f"{type(backbone.model).__name__} has {backbone.depth}; use "
             f"schedule.rescaled({backbone.depth})"
         )
+    _check_merging(schedule, backbone)
     if schedule.depths[0] < backbone.least:
         raise AccelkitError(
             f"depth {schedule.depths[0]} of {schedule.name or schedule} is below the least that "
             f"a {backbone.family} can run, {backbone.least}"
         )
     return schedule
+
+
+def _check_merging(schedule: Schedule, backbone: Backbone) -> None:
+    if schedule.merges and not any(backbone.attentions()):
+        raise AccelkitError(
+            f"tokens cannot be merged in a {backbone.family}: accelkit knows no self-attention in "
+            f"{type(backbone.model).__name__} that takes them in any order; leave "
+            f"{schedule.merges[0]} out of the schedule"
+        )
+    for merge in schedule.merges:
+        if merge.blocks > (blocks := len(backbone.all_blocks)):
+            raise AccelkitError(
+                f"{merge} merges tokens in {merge.blocks} blocks, this "
+                f"{type(backbone.model).__name__} has {blocks}"
+            )
 
 
 class _SchedulerOf:

@@ -15,7 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
-    SCMScheduler,
+    KarrasVeScheduler,
 )
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors import safe_open
@@ -215,11 +215,11 @@ def test_schedules_for_another_depth(dit):
 
 def test_schedulers_that_cannot_be_placed_leave_the_model_as_it_was(make_pipe, dit):
     before = traces(dit)
-    for scheduler in (SCMScheduler(), "ddim"):
+    for scheduler in (KarrasVeScheduler(), "ddim"):
         with pytest.raises(AccelkitError, match="cannot place"):
             enable(dit, SCHEDULE, scheduler=scheduler)
     assert traces(dit) == before
-    pipe = make_pipe(scheduler=SCMScheduler())
+    pipe = make_pipe(scheduler=KarrasVeScheduler())
     with pytest.raises(AccelkitError, match="cannot place"):
         enable(pipe, SCHEDULE)
     with enable(pipe, SCHEDULE, scheduler=DDIMScheduler()) as state:

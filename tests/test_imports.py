@@ -17,10 +17,12 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 # Each may import what stands in its own tier or in one above.
 TIERS = [
     {"errors"},
-    {"compute", "schedule", "noise", "files", "assets", "settings"},
+    {"compute", "schedule", "noise", "processes", "files", "assets", "settings"},
+    {"dvd"},
     {"presets"},
     {"backbones", "models"},
     {"routing", "hooks", "merging", "switch"},
+    {"taps", "cost", "adapter"},
     {"artifact", "loading"},
     {"data", "train", "sample"},
     {"metrics", "bench"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accelkit.backbones.example import arguments
 from accelkit.errors import AccelkitError
 
 
@@ -32,7 +33,11 @@ class Backbone(ABC):
         block_batched: names of a block call's arguments with one row per sample, the states
             excluded. None if the batch can't shrink on the way, so that a batch of mixed depths is
             run in one pass per depth.
+        layout: in which order the sample has its axes: batch, channels, frames, height, width, or
+            batch, tokens (N), channels.
         timestep_scale: what the model's timestep is of the scheduler's.
+        tokens_protected: how many tokens stand before the map in self-attention (:meth:`grid`) and
+            are never merged, e.g. one for the time.
     """
 
     family: str
@@ -42,14 +47,16 @@ class Backbone(ABC):
     states: tuple[str, ...] = ("hidden_states",)
     hidden: str = "hidden_states"
     block_batched: tuple[str, ...] | None = None
+    layout: str = "BCHW"
     timestep_scale: float = 1.0
+    tokens_protected: int = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @property
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[nn.Module] | nn.ModuleList:
         """The blocks that a schedule counts, in the order in which they run."""
 
     @property
@@ -61,6 +68,11 @@ class Backbone(ABC):
     def null_class(self) -> int | None:
         """The label that stands for no label, real ones are below it; None without labels."""
         return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many labels there are, the null class not counted; None without labels."""
+        return self.null_class
 
     @property
     def depth(self) -> int:
@@ -78,13 +90,77 @@ class Backbone(ABC):
         states = tuple(call[name] for name in self.states)
         return states if len(states) > 1 else states[0]
 
+    def prepare(self, depth: int) -> None:  # noqa: B027 - few families have anything to
+        """Make ready, outside of a compiled graph, what a pass of no gradients needs.
+
+        Args:
+            depth: at which all of its samples leave.
+        """
+
     def narrows(self, call: dict[str, Any]) -> bool:
         """Whether the batch can shrink on the way, given the arguments of the model's call."""
         return self.block_batched is not None
 
+    def timestep(self, call: dict[str, Any]) -> Any:
+        """Return the timestep of a model's call, one value or one per sample, as the model sees it.
+
+        Raises:
+            AccelkitError: the call has none, or none that gives a sample one noise level.
+        """
+        if call.get("timestep") is None:
+            raise AccelkitError(
+                "a model with a schedule needs its timestep to know the noise level; got None"
+            )
+        return call["timestep"]
+
+    def model_timestep(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Return what the model is given for timesteps of the scheduler."""
+        return timestep if self.timestep_scale == 1 else timestep * self.timestep_scale
+
+    def scheduler_timestep(self, timestep: float) -> float:
+        """Return the scheduler's timestep of one that the model is given."""
+        return timestep / self.timestep_scale
+
+    @property
+    def time_embedders(self) -> list[nn.Module]:
+        """The networks that embed the timestep, which fine-tuning can leave alone."""
+        return []
+
+    @property
+    def all_blocks(self) -> Sequence[nn.Module] | nn.ModuleList:
+        """Every block of the model in the order in which they run, counted or not."""
+        return self.blocks
+
     def attentions(self) -> list[list[nn.Module]]:
-        """Return the self-attention modules of each block, none where tokens cannot be merged."""
-        return [[] for _ in self.blocks]
+        """Return the self-attention modules in which tokens may be merged.
+
+        One list for each of ``all_blocks``, by which a merging's placement counts. Such a module is
+        called with tokens (B, N, D) first and returns as many of the same width; it must not mind
+        in which order they stand, so positions have to be part of the tokens. Empty lists where
+        that is not so: a schedule that merges is then refused.
+        """
+        return [[] for _ in self.all_blocks]
+
+    def grid(self, call: dict[str, Any]) -> tuple[int, int]:
+        """Return height and width of the map of tokens, given the arguments of the model's call.
+
+        Asked of families with attention modules to merge in. Here: one token for a patch of the
+        sample (B, C, H, W), whose name stands first in ``batched``.
+        """
+        assert self.batched is not None
+        sample, patch = call[self.batched[0]], self.model.config.patch_size  # type: ignore[union-attr]
+        return sample.shape[-2] // patch, sample.shape[-1] // patch
+
+    def example(self, batch: int = 1, device: torch.device | str = "meta") -> dict[str, Any]:
+        """Return the arguments of a call of ``batch`` samples whose numbers nobody looks at.
+
+        They are in the model's dtype and of the sizes that its config tells, usual ones where it
+        tells none (:mod:`accelkit.backbones.example`).
+
+        Raises:
+            AccelkitError: the model takes something of which it is not known what it is to hold.
+        """
+        return arguments(self.model, self.layout, batch, device)
 
     def restore(self) -> None:  # noqa: B027 - most families have nothing to restore
         """Apply what the model's config records beyond its class, e.g. an original's numerics."""
@@ -94,8 +170,19 @@ class Backbone(ABC):
 
     @contextmanager
     def training(self, freeze_time: bool = False) -> Iterator[None]:
-        """Make the model trainable as its original is, for as long as it is entered."""
-        yield
+        """Make the model trainable as its original is, for as long as it is entered.
+
+        Args:
+            freeze_time: keep the timestep embedders out of the training.
+        """
+        frozen = [p for m in self.time_embedders for p in m.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(not freeze_time)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_()
 
     def notes(self) -> dict[str, Any]:
         """Return what a user should know of this very model, for ``accelkit inspect``."""
@@ -107,6 +194,35 @@ _families: dict[str, type[Backbone]] = {}
 
 def register_backbone(model: str | type[nn.Module], backbone: type[Backbone]) -> None:
     """Let models of a class, or of one derived from it, be read by ``backbone``.
+
+    A family whose blocks follow one another says which they are and what runs after them::
+
+        import accelkit
+
+        class MyBackbone(accelkit.Backbone):
+            family = "mine"
+            batched = ("hidden_states", "encoder_hidden_states")  # of the model's call
+            block_batched = ("encoder_hidden_states", "temb")  # of a block's call
+
+            @property
+            def blocks(self):
+                return self.model.transformer_blocks
+
+            @property
+            def exit(self):
+                return self.model.norm_out
+
+        accelkit.register_backbone(MyTransformer2DModel, MyBackbone)
+        accelkit.enable(pipe, "D4")
+
+    Blocks that return several states name them in ``states``; a model that is given another number
+    than the scheduler's timestep says so by ``timestep_scale``; blocks that leave something to do
+    when skipped, such as joining a long skip, set ``sequential = False`` and do it in ``skipped``.
+    Without ``block_batched`` samples of different depths are run in one pass for each depth.
+
+    A diffusers model of a class that nobody registered is looked at in a trial call without weights
+    (:class:`accelkit.backbones.generic.Generic`). Register it where that fails, where it counts
+    other blocks than it should, or to run a batch of mixed depths in one pass.
 
     Args:
         model: the class, or its name, so that a family costs no import until a model of it
@@ -120,14 +236,20 @@ def backbone_of(model: nn.Module) -> Backbone:
     """Return the family's view of ``model``.
 
     Raises:
-        AccelkitError: no family is registered for its class.
+        AccelkitError: no family is registered for its class, and it is no diffusers model whose
+            blocks a trial call shows.
     """
     for kind in type(model).__mro__:
         if kind.__name__ in _families:
             return _families[kind.__name__](model)
+    if any(kind.__name__ == "ModelMixin" for kind in type(model).__mro__):
+        from accelkit.backbones.generic import Generic
+
+        return Generic(model)
     raise AccelkitError(
-        f"accelkit has no backbone for {type(model).__name__}; "
-        f"it knows {', '.join(sorted(_families))}"
+        f"accelkit has no backbone for {type(model).__name__}; it knows "
+        f"{', '.join(sorted(_families))} and diffusers' other transformers; tell it of another "
+        "with accelkit.register_backbone(cls, backbone)"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit.backbones import original
+from accelkit.backbones import dit_original
 from accelkit.backbones.base import Backbone
 from accelkit.errors import AccelkitWarning
 
@@ -46,9 +46,13 @@ class DiT(Backbone):
     def _embedders(self) -> list[Any]:
         return [block.norm1.emb for block in self.blocks]  # type: ignore[union-attr]
 
+    def attentions(self) -> list[list[nn.Module]]:
+        """Return every block's only attention."""
+        return [[block.attn1] for block in self.blocks]  # type: ignore[list-item]
+
     def restore(self) -> None:
         """Apply the original DiT's timestep frequencies if the config records them."""
-        original.restore_numerics(self.model)
+        dit_original.restore_numerics(self.model)
 
     def check(self) -> None:
         """Warn if the config records the original's frequencies but diffusers' are in use."""
@@ -66,7 +70,7 @@ class DiT(Backbone):
     def notes(self) -> dict[str, Any]:
         """Return which timestep frequencies and norm epsilon are in use, and if embedders agree."""
         return {
-            **original.numerics(self.model),
+            **dit_original.numerics(self.model),
             "embedders_equal": self.embedders_equal,
         }
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item
+from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Moments, frechet_distance
@@ -31,18 +33,21 @@ class Variant:
 
     @property
     def full(self) -> bool:
-        """Whether every block runs at every noise level."""
-        return self.schedule.depths == (self.schedule.layers,)
+        """Whether all is spent at every noise level."""
+        return self.schedule.full
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every variant does: ``images`` images in batches, with a seed and a class each."""
+    """What every variant does: ``images`` images in batches, with a seed and an item each.
+
+    ``classes`` are the items to go round, classes or captions, or None alone for neither.
+    """
 
     images: int
     batch_size: int
     sampling: Sampling
-    classes: tuple[int, ...]
+    classes: tuple[Item, ...]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,8 +57,8 @@ class Work:
                 f"batches of {self.batch_size}"
             )
 
-    def batches(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield labels, going round the classes, and consecutive seeds."""
+    def batches(self) -> Iterator[tuple[list[Item], list[int]]]:
+        """Yield items, going round the classes, and consecutive seeds."""
         for start in range(0, self.images, self.batch_size):
             places = range(start, min(start + self.batch_size, self.images))
             labels = [self.classes[i % len(self.classes)] for i in places]
@@ -126,7 +131,7 @@ def _brief(sampling: Sampling) -> Sampling:
 
 
 def _run(
-    variant: Variant, labels: list[int], seeds: list[int], sampling: Sampling
+    variant: Variant, labels: list[Item], seeds: list[int], sampling: Sampling
 ) -> tuple[np.ndarray, float]:
     schedule = variant.schedule
     with nullcontext() if variant.full else enable(variant.pipe, schedule):
@@ -161,7 +166,7 @@ def _row(
         "seconds": float(np.median(seconds)),
         "seconds_quartiles": [float(q) for q in np.quantile(seconds, (0.25, 0.75))],
         "saving": saving,
-        "ideal_saving": schedule.ideal_saving(levels),
+        "ideal_saving": ideal_saving(denoiser_of(variant.pipe), schedule, levels),
         "mean_depth": schedule.mean_depth(levels),
         "layers": backbone_of(denoiser_of(variant.pipe)).depth,
         "images": work.images,

@@ -8,19 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
+from accelkit.compute import Merge
 from accelkit.errors import AccelkitError
 
 Model = Annotated[
     str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Data = Annotated[str, typer.Option(help="digits, a folder of images (by class) or a zip of one.")]
+Data = Annotated[
+    str,
+    typer.Option(help="digits, a folder of images (by class or with captions) or a zip of one."),
+]
 SkipBad = Annotated[bool, typer.Option(help="Go on without images that cannot be read.")]
 Recipe = Annotated[Path | None, typer.Option(help="TOML file that sets any of these options.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier run left there.")]
 DryRun = Annotated[bool, typer.Option(help="Print the resolved settings and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Sampler = Annotated[str, typer.Option(help="ddpm, ddim or dpm (DPM-Solver++).")]
+Baseline = Annotated[
+    str,
+    typer.Option(
+        help="Token merging to compare with at full depth: tome:RATIO in every block, or in so "
+        "many at the front (tome:0.3:F4), the rear (R) or both ends (B); commas between several."
+    ),
+]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 GuidanceChannels = Annotated[
     int, typer.Option(help="Latent channels that are guided, 0 for all (the original DiT: 3).")
@@ -40,6 +51,28 @@ LossWeight = Annotated[
     str, typer.Option(help="lambda(t): ones, or ramp (0.1 at the data to 1 at noise).")
 ]
 LossWeightUntil = Annotated[float, typer.Option(help="Share of the run after which lambda is 1.")]
+TimestepDensity = Annotated[
+    str, typer.Option(help="Of a flow-matching model's timesteps: uniform or logit-normal (SD3).")
+]
+LogitMean = Annotated[float, typer.Option(help="Of logit-normal timesteps; above 0: more noise.")]
+LogitStd = Annotated[float, typer.Option(help="Of logit-normal timesteps.")]
+IntermediateWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="Of the losses at the exits that a sample passes by; 0: off. "
+        "Default: 1 with a dvd schedule, else 0."
+    ),
+]
+IntermediateMatch = Annotated[
+    str,
+    typer.Option(
+        help="Noise level that such an exit's target is taken from, among its own: nearest to the "
+        "sample's, relative, middle or random."
+    ),
+]
+LoraRank = Annotated[
+    int, typer.Option(help="Train adapters of this rank in place of all weights; 0: off.")
+]
 FreezeTime = Annotated[bool, typer.Option(help="Keep the timestep embedder as it is.")]
 Accumulation = Annotated[int, typer.Option(help="Parts that a batch is run in.")]
 Checkpointing = Annotated[bool, typer.Option(help="Recompute blocks to save memory.")]
@@ -71,6 +104,17 @@ def run_of(kind: Any, settings: dict[str, Any]) -> Any:
         preview_every=settings["preview_every"],
         report_to=settings["report_to"],
     )
+
+
+def baselines(text: str) -> tuple[Merge, ...]:
+    """Read the ways of merging tokens to compare with."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.lower().startswith("tome:"):
+            raise AccelkitError(
+                f"--baseline takes token merging such as tome:0.3 or tome:0.3:B4, got {part!r}"
+            )
+    return tuple(Merge.parse(part[len("tome:") :]) for part in parts)
 
 
 def checked(kind: Any, values: Any, table: str) -> Any:

@@ -11,6 +11,7 @@ import typer
 from accelkit.cli.options import (
     Accumulation,
     AsJson,
+    Baseline,
     BatchSize,
     CheckpointEvery,
     Checkpointing,
@@ -22,8 +23,13 @@ from accelkit.cli.options import (
     FreezeTime,
     Guidance,
     GuidanceChannels,
+    IntermediateMatch,
+    IntermediateWeight,
     LabelDropout,
     LearningRate,
+    LogitMean,
+    LogitStd,
+    LoraRank,
     LossWeight,
     LossWeightUntil,
     LrSchedule,
@@ -40,8 +46,10 @@ from accelkit.cli.options import (
     Sampler,
     SkipBad,
     Steps,
+    TimestepDensity,
     TrainSeed,
     WeightDecay,
+    baselines,
     checked,
     pick,
     reporter,
@@ -49,8 +57,9 @@ from accelkit.cli.options import (
     sampling_of,
 )
 from accelkit.cli.show import out, print_rows, shown
+from accelkit.compute import Merge
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Schedule, preset_names
+from accelkit.schedule import SEQUENTIAL, Schedule, is_preset
 from accelkit.settings import read_recipe, resolve
 
 _ANY_DEPTH = 1_000_000
@@ -83,6 +92,12 @@ def finetune(
     label_dropout: LabelDropout = 0.1,
     loss_weight: LossWeight = "ones",
     loss_weight_until: LossWeightUntil = 1 / 3,
+    intermediate_weight: IntermediateWeight = None,
+    intermediate_match: IntermediateMatch = "nearest",
+    timestep_density: TimestepDensity = "uniform",
+    logit_mean: LogitMean = 0.0,
+    logit_std: LogitStd = 1.0,
+    lora_rank: LoraRank = 0,
     freeze_time_embedder: FreezeTime = True,
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
@@ -92,6 +107,7 @@ def finetune(
     checkpoints_kept: CheckpointsKept = 2,
     preview_every: PreviewEvery = 0,
     report_to: ReportTo = None,
+    baseline: Baseline = "",
     eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
     eval_batch_size: Annotated[int, typer.Option()] = 250,
     sampler: Sampler = "ddim",
@@ -106,6 +122,8 @@ def finetune(
       accelkit finetune --schedule D4
 
       accelkit finetune --schedule D4 --model DiT-XL-2-256x256.pt --data imagenet/train -o runs/d4
+
+      accelkit finetune --schedule D4 --baseline tome:0.3:B4,tome:0.3
 
       accelkit finetune -o runs/d4 --resume latest
 
@@ -126,9 +144,12 @@ def finetune(
     from accelkit.jobs.common import Evaluation, Run, Source
     from accelkit.train.config import TrainConfig
 
+    _supervise(settings)
     config = pick(TrainConfig, settings)
     # an unknown name is worth knowing before a model is fetched; its depth is checked against it
-    Schedule.parse(settings["schedule"], depth=_ANY_DEPTH)
+    if not is_preset(settings["schedule"]):
+        Schedule.parse(settings["schedule"], depth=_ANY_DEPTH)
+    merges = baselines(settings["baseline"])
     if shown(settings, dry_run, as_json):
         return
     from accelkit.jobs.finetune import finetune as job
@@ -139,7 +160,11 @@ def finetune(
             settings["schedule"],
             config,
             Evaluation(
-                settings["eval_images"], settings["eval_batch_size"], 0, sampling_of(settings)
+                settings["eval_images"],
+                settings["eval_batch_size"],
+                0,
+                sampling_of(settings),
+                merges,
             ),
             run_of(Run, settings),
             report,
@@ -171,6 +196,8 @@ def train(
     label_dropout: LabelDropout = 0.1,
     loss_weight: LossWeight = "ones",
     loss_weight_until: LossWeightUntil = 1 / 3,
+    intermediate_weight: IntermediateWeight = None,
+    intermediate_match: IntermediateMatch = "nearest",
     freeze_time_embedder: FreezeTime = False,
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
@@ -194,6 +221,7 @@ def train(
     from accelkit.jobs.common import Run, Source
     from accelkit.train.config import TrainConfig
 
+    _supervise(settings)
     config = pick(TrainConfig, settings)
     if shown({**settings, **sizes}, dry_run, as_json):
         return
@@ -228,6 +256,7 @@ def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict
             **run["source"],
             **run["train"],
             "schedule": _spelled(run["schedule"]),
+            "baseline": ",".join(str(Merge(**m)) for m in evaluation.get("baselines", [])),
             "eval_images": evaluation["images"],
             "eval_batch_size": evaluation["batch_size"],
             "sampler": evaluation["sampling"]["sampler"],
@@ -245,9 +274,20 @@ def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict
 
 
 def _spelled(stored: dict[str, Any]) -> str:
+    """How to ask for the schedule again: by its name if that still stands for it."""
     schedule = Schedule.from_dict(stored)
-    named = schedule.name in preset_names()
-    return schedule.name if named else str(schedule)
+    try:
+        named = Schedule.parse(schedule.name, schedule.layers, schedule.family or SEQUENTIAL)
+    except AccelkitError:  # the name of a file, say
+        return str(schedule)
+    return schedule.name if named == schedule else str(schedule)
+
+
+def _supervise(settings: dict[str, Any]) -> None:
+    """Supervise the parts on the way where depth-varying diffusion is asked for and no weight."""
+    if settings["intermediate_weight"] is None:
+        dvd = settings["schedule"].lower().startswith("dvd-")
+        settings["intermediate_weight"] = 1.0 if dvd else 0.0
 
 
 def _slug(text: str) -> str:

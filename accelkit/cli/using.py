@@ -11,6 +11,7 @@ from rich.table import Table
 
 from accelkit.cli.options import (
     AsJson,
+    Baseline,
     Data,
     DryRun,
     Guidance,
@@ -21,6 +22,7 @@ from accelkit.cli.options import (
     Revision,
     Sampler,
     SkipBad,
+    baselines,
     pick,
     reporter,
     sampling_of,
@@ -93,6 +95,7 @@ def bench(
     schedules: Annotated[
         str, typer.Option(help="Presets or files separated by commas; literals by semicolons.")
     ] = "D1,D3,D4,D6",
+    baseline: Baseline = "",
     data: Data = "digits",
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/bench"),
     number: Annotated[int, typer.Option("-n", "--number", help="Images per schedule.")] = 1000,
@@ -115,9 +118,12 @@ def bench(
 
       accelkit bench --schedules D1,D3,D4,D6
 
+      accelkit bench --schedules D4,D4+tome:0.3 --baseline tome:0.3,tome:0.3:B4
+
       accelkit bench --model runs/finetune-D4 --schedules D4 --sampler ddpm --steps 250
     """
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
+    merges = baselines(settings["baseline"])
     if shown(settings, dry_run, as_json):
         return
     from accelkit.jobs.common import Evaluation, Source
@@ -128,7 +134,9 @@ def bench(
         rows = job(
             pick(Source, settings),
             _split(settings["schedules"]),
-            Evaluation(settings["number"], settings["batch_size"], settings["seed"], sampling),
+            Evaluation(
+                settings["number"], settings["batch_size"], settings["seed"], sampling, merges
+            ),
             settings["output"],
             settings["overwrite"],
             report,
@@ -228,11 +236,14 @@ def inspect(
         if key != "gmacs_by_depth":
             table.add_row(key.replace("_", " "), worded(value))
     out.print(table)
-    costs = seen["gmacs_by_depth"]
-    depths = sorted({1, *(len(costs) * i // 4 for i in range(1, 5))} - {0})
+    if not (costs := seen.get("gmacs_by_depth")):
+        return
+    least, most = seen["least_depth"], seen["blocks"]
     cost = Table("depth", "GMACs per call", "of full")
-    for d in depths:
-        cost.add_row(str(d), f"{costs[d - 1]:.4g}", f"{costs[d - 1] / costs[-1]:.1%}")
+    for d in sorted({least, *(most * i // 4 for i in range(1, 5))}):
+        if d >= least:
+            spent = costs[d - least]
+            cost.add_row(str(d), f"{spent:.4g}", f"{spent / costs[-1]:.1%}")
     out.print(cost)
 
 

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
-import shutil
-import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from accelkit.data import shards
+from accelkit.data.shards import INDEX, Rows, Shards, default_cache
 from accelkit.data.sources import ImageSource, iter_images
-from accelkit.errors import AccelkitError, AccelkitWarning
+
+__all__ = ["INDEX", "Latents", "default_cache", "encode_latents"]
 
 FORMAT = 1
-SHARD = 4096
-INDEX = "index.json"
 AT_USE = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
 """Settings of an autoencoder that apply to its latents when they are used, not when made."""
 
 
 class Latents:
     """Latents of a data set, mapped from their files: memory does not grow with their number.
+
+    Without an autoencoder they are the pixels themselves, scaled to [-1, 1].
 
     Attributes:
         path: the folder of shards.
@@ -43,32 +36,33 @@ class Latents:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
     """
 
-    def __init__(self, path: Path, vae: Any) -> None:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    def __init__(self, path: Path, vae: Any | None) -> None:
         self.path = path
-        self.classes: tuple[str, ...] = tuple(index["classes"])
-        self.skipped: int = index["skipped"]
-        self._scale = vae.config.scaling_factor
-        self._shift = getattr(vae.config, "shift_factor", None) or 0.0
-        self._shards = [load_file(path / name) for name in index["files"]]
-        self._starts = [0, *accumulate(len(shard["mean"]) for shard in self._shards)]
-        if len(self) != index["count"] or len(self) == 0:
-            raise ValueError(f"{len(self)} latents where {index['count']} were written")
+        self._shards = Shards(path)
+        self.classes: tuple[str, ...] = tuple(self._shards.index["classes"])
+        self.skipped: int = self._shards.index["skipped"]
+        config = {} if vae is None else vae.config
+        self._scale = config.get("scaling_factor", 1.0)
+        self._shift = config.get("shift_factor") or 0.0
+        self._pixels = vae is None
 
     @cached_property
     def labels(self) -> Tensor | None:
         """Class of each latent, int64 (n,), or None."""
-        if "label" not in self._shards[0]:
-            return None
-        return torch.cat([shard["label"] for shard in self._shards])
+        return self._shards.column("label") if "label" in self._shards.names else None
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Which image of the source each latent is of, int64 (n,)."""
+        return self._shards.column("index")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one latent, (C, h, w)."""
-        return tuple(self._shards[0]["mean"].shape[1:])
+        return self._shards.shape("pixels" if self._pixels else "mean")
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._shards)
 
     def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
         """Return latents drawn from the posteriors and scaled as the denoiser expects them.
@@ -80,15 +74,17 @@ class Latents:
         Returns:
             float32 (B, C, h, w): (mean + deviation * noise - shift) * scale.
         """
-        places = [(bisect_right(self._starts, i) - 1, i) for i in indices.tolist()]
-        mean = torch.stack([self._shards[s]["mean"][i - self._starts[s]] for s, i in places])
-        std = torch.stack([self._shards[s]["std"][i - self._starts[s]] for s, i in places])
-        return (mean + std * noise - self._shift) * self._scale
+        if self._pixels:
+            return self._shards.rows("pixels", indices).float() / 127.5 - 1
+        values = self._shards.rows("mean", indices)
+        if "std" in self._shards.names:
+            values = values + self._shards.rows("std", indices) * noise
+        return (values - self._shift) * self._scale
 
 
 def encode_latents(
     source: ImageSource,
-    vae: Any,
+    vae: Any | None,
     *,
     size: int,
     cache_dir: Path | None = None,
@@ -104,12 +100,13 @@ def encode_latents(
     half done, and two at a time both end with a whole one.
 
     Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
-    float32 (n, C, h, w), because half precision would round them; ``index``, the place of the
-    image in ``source``, and with classes ``label``, int64 (n,).
+    float32 (n, C, h, w), because half precision would round them, without ``std`` for a
+    deterministic autoencoder, or in their place ``pixels``, uint8 (n, 3, h, w), without one;
+    ``index``, the place of the image in ``source``, and with classes ``label``, int64 (n,).
 
     Args:
         source: the images.
-        vae: a diffusers AutoencoderKL, on ``device``.
+        vae: a diffusers autoencoder of images, on ``device``; None for a model of pixels.
         size: pixels a side that images are brought to.
         cache_dir: default ``$ACCELKIT_CACHE/latents``, else ``~/.cache/accelkit/latents``.
         batch: images encoded at a time.
@@ -120,121 +117,59 @@ def encode_latents(
     Raises:
         AccelkitError: an image cannot be read, or the cache cannot be written.
     """
-    cache = cache_dir or default_cache()
-    folder = cache / _key(source, vae, size, flip)
-    cached = _cached(folder, vae)
+    folder = (cache_dir or default_cache()) / _key(source, vae, size, flip)
+    cached = shards.cached(folder, lambda path: Latents(path, vae), "latents")
     # images left out by an earlier call are this one's errors, unless it leaves them out as well
     if cached is not None and (source.skip_bad or not cached.skipped):
         return cached
-    part = cache / f"partial-{secrets.token_hex(8)}"
-    try:
-        part.mkdir(parents=True)
-        _write(
-            source,
-            _encode(source, vae, size, min(batch, SHARD), device, flip),
-            progress,
-            flip,
+    total = len(source) * (1 + flip)
+
+    def make(part: Path) -> Latents:
+        index = shards.write(
+            _encode(source, vae, size, min(batch, shards.SHARD), device, flip),
             part,
+            lambda done: progress(done, total) if progress else None,
         )
-        latents = Latents(part, vae)  # mapped before it is in anybody's reach
-        _install(part, folder)
-    except (OSError, SafetensorError) as error:
-        raise AccelkitError(
-            f"cannot write latents to {cache} ({error}); make room there, or name another folder "
-            "in ACCELKIT_CACHE"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        skipped = len(source) - index["count"] // (1 + flip)
+        shards.write_index(part, {**index, "classes": source.classes, "skipped": skipped})
+        return Latents(part, vae)
+
+    latents = shards.made(folder, make, "latents")
     latents.path = folder
     return latents
 
 
-def default_cache() -> Path:
-    """Return ``$ACCELKIT_CACHE/latents``, or the user's cache directory's."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ACCELKIT_CACHE") or Path(home) / "accelkit") / "latents"
-
-
-def _key(source: ImageSource, vae: Any, size: int, flip: bool) -> str:
-    settings = {k: v for k, v in vae.config.items() if k[0] != "_" and k not in AT_USE}
-    digest = hashlib.sha256(f"{type(vae).__name__} {sorted(settings.items())}".encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+def _key(source: ImageSource, vae: Any | None, size: int, flip: bool) -> str:
+    digest = hashlib.sha256()
+    if vae is not None:
+        shards.add_network(digest, vae, AT_USE)
     digest.update(f"{source.fingerprint} {size} {flip} {FORMAT}".encode())
     return digest.hexdigest()[:16]
 
 
-def _cached(folder: Path, vae: Any) -> Latents | None:
-    if not folder.exists():
-        return None
-    try:
-        return Latents(folder, vae)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        warnings.warn(
-            f"the cached latents in {folder} are broken ({error}); encoding again",
-            AccelkitWarning,
-            stacklevel=3,
-        )
-        return None
-
-
 @torch.no_grad()
 def _encode(
-    source: ImageSource, vae: Any, size: int, batch: int, device: torch.device | str, flip: bool
-) -> Iterator[dict[str, Tensor]]:
+    source: ImageSource,
+    vae: Any | None,
+    size: int,
+    batch: int,
+    device: torch.device | str,
+    flip: bool,
+) -> Iterator[Rows]:
     for mirrored in (False, True) if flip else (False,):
         for indices, images in iter_images(source, size, batch):
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
             pixels = pixels.flip(-1) if mirrored else pixels
-            posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-            rows = {"mean": posterior.mean, "std": posterior.std}
-            rows = {n: tensor.float().cpu().contiguous() for n, tensor in rows.items()}
+            rows = {"pixels": pixels} if vae is None else _posterior(vae, pixels.to(device))
             rows["index"] = torch.from_numpy(indices)
             if source.labels is not None:
                 rows["label"] = torch.from_numpy(source.labels[indices])
             yield rows
 
 
-def _write(
-    source: ImageSource,
-    batches: Iterator[dict[str, Tensor]],
-    progress: Callable[[int, int], None] | None,
-    flip: bool,
-    folder: Path,
-) -> None:
-    files: list[str] = []
-    held: list[dict[str, Tensor]] = []
-    done = kept = 0
-
-    def flush() -> None:
-        files.append(f"shard-{len(files):05d}.safetensors")
-        save_file({n: torch.cat([rows[n] for rows in held]) for n in held[0]}, folder / files[-1])
-        held.clear()
-
-    for rows in batches:
-        if done - kept + len(rows["index"]) > SHARD:
-            flush()
-            kept = done
-        held.append(rows)
-        done += len(rows["index"])
-        if progress is not None:
-            progress(done, len(source) * (1 + flip))
-    flush()
-    skipped = len(source) - done // (1 + flip)
-    index = {"count": done, "files": files, "classes": source.classes, "skipped": skipped}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _install(part: Path, folder: Path) -> None:
-    """Rename ``part`` to ``folder``; what lies there is moved away whole, never seen half gone."""
-    old = part.with_name(f"{part.name}-replaced")
-    with suppress(FileNotFoundError):
-        folder.rename(old)
-    try:
-        part.rename(folder)
-    except OSError:  # another process was first, with the same content
-        if not (folder / INDEX).is_file():
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _posterior(vae: Any, pixels: Tensor) -> Rows:
+    encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype))
+    if not hasattr(encoded, "latent_dist"):  # AutoencoderDC
+        return {"mean": encoded.latent.float().cpu()}
+    posterior = encoded.latent_dist
+    return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from accelkit.data.captions import captioned, is_text, read_captions
 from accelkit.data.digits import SIZE, digits
 from accelkit.errors import AccelkitError
 
@@ -21,7 +22,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
 class ImageSource(ABC):
-    """A set of images, labelled by class or not.
+    """A set of images, labelled by class or not, captioned or not.
 
     Attributes:
         name: what was asked for.
@@ -39,6 +40,15 @@ class ImageSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    def captions(self) -> tuple[str, ...] | None:
+        """A text for each image, None if there are none.
+
+        Raises:
+            AccelkitError: some images have one and others don't, or they cannot be read.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -61,6 +71,8 @@ def open_source(spec: str | Path, *, skip_bad: bool = False) -> ImageSource:
         spec: ``digits``; a folder with a sub-folder per class (sorted names are labels 0, 1, ...);
             a folder of images without classes; or a zip of either, of which a path may name a part,
             as in ``cifar10.zip/train``. A single outermost folder of a zip is looked through.
+            Captions lie in ``metadata.jsonl`` (``file_name`` and ``text`` a line, paths relative
+            to it) or in a ``.txt`` beside each image; images with captions need no classes.
         skip_bad: pass over images that cannot be read instead of raising.
 
     Raises:
@@ -160,10 +172,11 @@ def _is_image(path: PurePosixPath) -> bool:
 
 
 class _Files(ABC):
-    """Named images, wherever they lie."""
+    """Named images and what may tell of them, wherever they lie."""
 
     where: str
     names: list[PurePosixPath]
+    texts: set[PurePosixPath]
 
     @abstractmethod
     def content(self, name: PurePosixPath) -> bytes:
@@ -175,8 +188,9 @@ class _Folder(_Files):
         self.where = str(path)
         self._path = path
         found = (Path(top) / f for top, _, files in os.walk(path, followlinks=True) for f in files)
-        names = (PurePosixPath(p.relative_to(path).as_posix()) for p in found)
+        names = [PurePosixPath(p.relative_to(path).as_posix()) for p in found]
         self.names = [n for n in names if _is_image(n)]
+        self.texts = {n for n in names if is_text(n)}
 
     def content(self, name: PurePosixPath) -> bytes:
         return (self._path / name).read_bytes()
@@ -201,6 +215,8 @@ class _Zip(_Files):
             top = tops.pop()[0]
             self._prefix /= top
             self.names = [n.relative_to(top) for n in self.names]
+        inside = [m for m in self._members if m.is_relative_to(self._prefix)]
+        self.texts = {n for m in inside if is_text(n := m.relative_to(self._prefix))}
 
     def _archive(self) -> zipfile.ZipFile:
         # a handle shared with a forked process would share its position in the file
@@ -224,6 +240,9 @@ class _Images(ImageSource):
             )
         loose = [n for n in self._names if len(n.parts) == 1]
         self.classes = tuple(sorted({n.parts[0] for n in self._names if len(n.parts) > 1}))
+        self._captioned = captioned(files, self._names)
+        if loose and self._captioned:
+            self.classes = ()
         if loose and self.classes:
             raise AccelkitError(
                 f"{files.where} holds images ({loose[0]}, …) beside class folders "
@@ -238,6 +257,11 @@ class _Images(ImageSource):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @cached_property
+    def captions(self) -> tuple[str, ...] | None:
+        """From ``metadata.jsonl``, else from the ``.txt`` beside each image."""
+        return read_captions(self._files, self._names) if self._captioned else None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +13,21 @@ from PIL import Image
 
 from accelkit import artifact
 from accelkit.assets import BUILTIN
-from accelkit.backbones import backbone_of
+from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.bench.compare import Work
+from accelkit.compute import Compute, Merge
 from accelkit.data.latents import Latents, encode_latents
+from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.sample.samplers import make_sampler
-from accelkit.switch import disable, enabled_on
+from accelkit.schedule import Schedule
+from accelkit.switch import disable, enable, enabled_on
 from accelkit.train.config import TrainConfig
-from accelkit.train.loop import Progress, Watch, make_accelerator
+from accelkit.train.forward import FlowProcess
+from accelkit.train.loop import Progress, Watch, make_accelerator, process_for
 from accelkit.train.rundir import RunDirectory
 
 MAY_DIFFER = frozenset({"evaluation"})
@@ -60,17 +65,33 @@ class Source:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How variants are compared: images, batch size, first seed, sampler."""
+    """How variants are compared: images, batch size, first seed, sampler; and with what beside.
+
+    ``baselines`` are ways of merging tokens, each of which is run at full depth.
+    """
 
     images: int = 1000
     batch_size: int = 250
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    baselines: tuple[Merge, ...] = ()
 
     def check(self, scheduler: Any) -> None:
         """Raise AccelkitError for what would fail only after a run's training."""
         Work(self.images, self.batch_size, self.sampling, (0,), self.seed)
         make_sampler(self.sampling.sampler, scheduler, self.sampling.steps)
+
+    def baselines_of(self, model: Any) -> list[Schedule]:
+        """Return the baselines' schedules; AccelkitError if ``model`` cannot run one."""
+        depth = backbone_of(model).depth
+        schedules = [
+            Schedule((1.0,), (Compute(depth, merge),), depth, str(merge))
+            for merge in self.baselines
+        ]
+        for schedule in schedules:
+            with enable(model, schedule):
+                pass
+        return schedules
 
 
 @dataclass(frozen=True)
@@ -100,21 +121,50 @@ def on_device(pipe: Any) -> Any:
 
 
 def open_images(source: Source, model: Any) -> ImageSource:
-    """Return the data, refusing more classes than the model has."""
+    """Return the data, refusing more classes than the model has, or none of the captions it takes.
+
+    Raises:
+        AccelkitError: the data do not suit the model, or accelkit cannot call it.
+    """
     images = open_source(source.data, skip_bad=source.skip_bad)
-    known = backbone_of(model).null_class
-    if len(images.classes) > known:
+    known = backbone_of(model).num_classes
+    if known is not None and len(images.classes) > known:
         raise AccelkitError(
             f"{source.data} has {len(images.classes)} classes, the model has {known}; "
             "leave some out or give another model"
         )
+    items_of(images, model)
     return images
+
+
+def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
+    """Return what a model makes images of: the data's captions or classes, or None for neither.
+
+    Raises:
+        AccelkitError: the model is prompted by text and there are no captions, or it takes a class
+            and there are none.
+    """
+    backbone = backbone_of(model)
+    if conditioning_of(backbone).text:
+        if images.captions is None:
+            raise AccelkitError(
+                f"a {type(model).__name__} is prompted by text and {images.name} has no captions; "
+                "put a metadata.jsonl (file_name and text a line) or a .txt for each image there"
+            )
+        return tuple(dict.fromkeys(images.captions))
+    if backbone.num_classes is None or (images.labels is None and backbone.null_class is not None):
+        return (None,)
+    if images.labels is None:
+        raise AccelkitError(
+            f"this {type(model).__name__} takes a class with every image, {images.name} has none; "
+            "put the images into a folder per class"
+        )
+    return tuple(range(len(images.classes)))
 
 
 def image_size(pipe: Any) -> int:
     """Return height and width in pixels of a pipeline's images."""
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return pipe.transformer.config.sample_size * factor
+    return conditioning_of(backbone_of(denoiser_of(pipe))).pixels(pipe)
 
 
 @contextmanager
@@ -151,10 +201,11 @@ def encoded(
     pipe: Any, images: ImageSource, flip: bool, accelerator: Any, reporter: Reporter
 ) -> Latents:
     """Return the data's latents, computed by one process and read by all."""
+    vae = getattr(pipe, "vae", None)
     with accelerator.main_process_first():
         latents = encode_latents(
             images,
-            pipe.vae.to(accelerator.device),
+            None if vae is None else vae.to(accelerator.device),
             size=image_size(pipe),
             device=accelerator.device,
             flip=flip,
@@ -165,9 +216,26 @@ def encoded(
     return latents
 
 
+def prompted(
+    pipe: Any, images: ImageSource, latents: Latents, accelerator: Any, reporter: Reporter
+) -> Prompts | None:
+    """Return the captions' embeddings, computed by one process; None for a model without text."""
+    conditioning = conditioning_of(backbone_of(denoiser_of(pipe)))
+    if not conditioning.text or images.captions is None:
+        return None
+    captions = [images.captions[place] for place in latents.places.tolist()]
+    with accelerator.main_process_first():
+        return encode_captions(
+            captions,
+            pipe,
+            conditioning,
+            progress=lambda done, total: reporter.advance("encoding captions", done, total),
+        )
+
+
 def watch(
     pipe: Any,
-    classes: int,
+    items: Sequence[Item],
     config: TrainConfig,
     where: Run,
     accelerator: Any,
@@ -183,10 +251,12 @@ def watch(
             accelerator.log(values, step=progress.step)
 
     def preview(step: int, model: Any) -> None:
-        labels = [i % max(1, classes) for i in range(16)]
+        chosen = [items[i % len(items)] for i in range(16)]
         path = where.output / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_picture(grid(generate(pipe, labels, list(range(16)), Sampling(steps=20))), path)
+        straight = isinstance(process_for(pipe.scheduler, config), FlowProcess)
+        how = Sampling("flow" if straight else "ddim", steps=20)
+        save_picture(grid(generate(pipe, chosen, list(range(16)), how)), path)
 
     return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)
 

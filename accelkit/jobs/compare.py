@@ -10,6 +10,7 @@ import numpy as np
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item
 from accelkit.bench import report
 from accelkit.bench.compare import Variant, Work, compare, reference_moments
 from accelkit.data.sources import ImageSource, iter_images
@@ -19,6 +20,7 @@ from accelkit.jobs.common import (
     Reporter,
     Source,
     image_size,
+    items_of,
     open_images,
     open_model,
     save_picture,
@@ -82,7 +84,8 @@ def measure(
 
     Args:
         pipe: the pipeline with its own weights, without a schedule.
-        schedules: run on ``pipe``; full depth is put first if it is not among them.
+        schedules: run on ``pipe``; full depth is put first if it is not among them, the
+            evaluation's baselines last.
         tuned: the pipeline with tuned weights, None if there is none.
         tuned_for: the schedule that ``tuned`` is run with.
         source: names of model and data.
@@ -95,15 +98,16 @@ def measure(
     depth = backbone_of(model).depth
     full = Schedule.uniform(depth, depth, "full")
     wanted = [full, *(s for s in schedules if s != full)]
+    wanted += [s for s in evaluation.baselines_of(model) if s not in wanted]
     if tuned_for is not None and tuned_for not in wanted:
         wanted.append(tuned_for)
     variants = [Variant(pipe, schedule) for schedule in wanted]
     if tuned is not None and tuned_for is not None:
         variants.append(Variant(tuned, tuned_for, tuned=True))
     images = open_images(source, model)
-    classes = _classes(images, model)
+    items = items_of(images, model)
     how = evaluation.sampling
-    work = Work(evaluation.images, evaluation.batch_size, how, classes, evaluation.seed)
+    work = Work(evaluation.images, evaluation.batch_size, how, items, evaluation.seed)
     features, reference = _quality(images, image_size(pipe))
     if features is None:
         reporter.say(f"no feature extractor for {images.name} comes with accelkit: fid is null")
@@ -122,22 +126,15 @@ def measure(
             **protocol,
             "data": {"name": images.name, "fingerprint": images.fingerprint, "n": len(images)},
             "evaluation": asdict(evaluation),
-            "classes": len(classes),
+            "classes": len(items),
             "features": features and {"name": features.name, "sha256": features.sha256},
             "order": "interleaved batch by batch; saving = median over batches of 1 - time / full",
         },
         rows,
     )
     report.plot(output / report.PLOT, rows, f"{how.sampler.upper()}, {how.steps} steps")
-    _write_samples(variants, classes, evaluation, output / SAMPLES)
+    _write_samples(variants, items, evaluation, output / SAMPLES)
     return rows
-
-
-def _classes(images: ImageSource, model: Any) -> tuple[int, ...]:
-    """The classes to go round: the data's, or the null class alone for unlabelled images."""
-    if images.labels is None:
-        return (backbone_of(model).null_class,)
-    return tuple(range(len(images.classes)))
 
 
 def _quality(images: ImageSource, size: int) -> tuple[FeatureExtractor | None, Moments | None]:
@@ -149,13 +146,13 @@ def _quality(images: ImageSource, size: int) -> tuple[FeatureExtractor | None, M
 
 
 def _write_samples(
-    variants: list[Variant], classes: tuple[int, ...], evaluation: Evaluation, path: Path
+    variants: list[Variant], items: tuple[Item, ...], evaluation: Evaluation, path: Path
 ) -> None:
     """One row of images per variant, the same labels and seeds in every row."""
-    labels = [classes[i % len(classes)] for i in range(10)]
+    chosen = [items[i % len(items)] for i in range(10)]
     seeds = [evaluation.seed + i for i in range(10)]
     pictures = []
     for variant in variants:
         with enable(variant.pipe, variant.schedule):
-            pictures.append(generate(variant.pipe, labels, seeds, evaluation.sampling))
+            pictures.append(generate(variant.pipe, chosen, seeds, evaluation.sampling))
     save_picture(grid(np.concatenate(pictures), columns=10), path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.errors import AccelkitError
 from accelkit.jobs.common import (
     Evaluation,
     Reporter,
@@ -15,15 +16,19 @@ from accelkit.jobs.common import (
     Source,
     claimed,
     encoded,
+    items_of,
     open_images,
     open_model,
+    prompted,
     watch,
 )
 from accelkit.jobs.compare import measure
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
+from accelkit.train import lora
 from accelkit.train.config import TrainConfig
-from accelkit.train.loop import train
+from accelkit.train.dvd import supervision_for
+from accelkit.train.loop import process_for, train
 
 
 def finetune(
@@ -38,7 +43,7 @@ def finetune(
 
     Leaves in the output directory the artifact, ``checkpoints``, ``results.json``, a plot and a
     picture of samples at equal seeds. Returns the rows of the comparison (none on processes other
-    than the main one): full depth, the schedule before fine-tuning and after.
+    than the main one): full depth, the schedule before fine-tuning, baselines, the schedule after.
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
@@ -50,6 +55,16 @@ def finetune(
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
     evaluation.check(pipe.scheduler)
+    process = process_for(pipe.scheduler, config)
+    supervision_for(config, backbone, parsed, pipe.scheduler, process)
+    lora.check(config.lora_rank)
+    origin = artifact.config_of(source.model, source.revision)
+    if config.lora_rank and origin is not None:
+        raise AccelkitError(
+            f"{source.model} holds weights that were tuned already, to which no adapter can be "
+            f"added; train all weights, or start from {origin['base_model_name_or_path']}"
+        )
+    evaluation.baselines_of(model)
     settings = {
         "job": "finetune",
         "source": asdict(source),
@@ -59,13 +74,18 @@ def finetune(
     }
     with claimed(settings, config, where) as (run, accelerator):
         before = copy.copy(pipe)  # the same pipeline around weights of its own
-        before.register_modules(transformer=copy.deepcopy(model))
+        name = next(name for name, part in pipe.components.items() if part is model)
+        before.register_modules(**{name: copy.deepcopy(model)})
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
-        watching = watch(pipe, len(images.classes), config, where, accelerator, reporter)
-        train(model, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
+        prompts = prompted(pipe, images, latents, accelerator, reporter)
+        items = items_of(images, model)
+        watching = watch(pipe, items, config, where, accelerator, reporter)
+        adapter = train(
+            model, pipe.scheduler, parsed, latents, config, run, accelerator, watching, prompts
+        )
         if not accelerator.is_main_process:
             return []
-        origin = artifact.config_of(source.model, source.revision) or {
+        origin = origin or {
             "base_model_name_or_path": source.model,
             "revision": source.revision,
         }
@@ -79,6 +99,7 @@ def finetune(
                     revision=origin["revision"],
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},
                     metrics=metrics,
+                    adapter=adapter,
                 )
 
         save({})  # before measuring, which can be interrupted

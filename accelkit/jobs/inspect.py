@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from accelkit import artifact
-from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
-from accelkit.bench.cost import macs_by_depth
+from accelkit.cost import cost_of, macs_by_depth
+from accelkit.errors import AccelkitError
 from accelkit.loading import ORIGINAL_SUFFIXES
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
@@ -19,6 +23,9 @@ def inspect(
     model: str, revision: str | None, schedule: str | None, num_heads: int | None
 ) -> dict[str, Any]:
     """Return family, class, blocks, parameters, numerics, process and cost per depth.
+
+    ``gmacs_by_depth`` begins at ``least_depth``. Where the cost cannot be counted, ``cost`` says
+    why in its place.
 
     Args:
         model: as :func:`accelkit.from_pretrained` takes it; of an original-layout file the network
@@ -41,28 +48,46 @@ def inspect(
     backbone = backbone_of(network)
     scheduler = None if alone else target.scheduler
     state = enabled_on(network)
-    costs = macs_by_depth(network)
     seen: dict[str, Any] = {
         "model": model,
         "family": backbone.family,
         "class": type(network).__name__,
         "blocks": backbone.depth,
+        "blocks_in_all": len(backbone.all_blocks),
+        "least_depth": backbone.least,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "block_parameters": sum(p.numel() for p in backbone.blocks[0].parameters()),
+        "block_parameters": _range(backbone.blocks),
         "dtype": str(network.dtype).removeprefix("torch."),
         "noise_axis": NoiseAxis.of(scheduler).kind,
         **backbone.notes(),
-        "gmacs_by_depth": [cost / 1e9 for cost in costs],
     }
     chosen = Schedule.parse(schedule, backbone.depth, backbone.family) if schedule else None
     if chosen is None and state is not None:
         chosen = state.schedule
     if chosen is not None:
-        widths = zip((0.0, *chosen.edges), chosen.edges, chosen.computes, strict=False)
-        mean = sum((b - a) * costs[c.depth - 1] for a, b, c in widths)
         seen |= {
             "schedule": " ".join(dict.fromkeys((chosen.name, str(chosen)))).strip(),
             "mean_depth": round(chosen.mean_depth(), 3),
-            "mac_saving": f"{1 - mean / costs[-1]:.2%}",
         }
+    try:
+        seen |= _costs(network, backbone, chosen)
+    except AccelkitError as error:
+        seen["cost"] = f"not counted: {error}"
     return seen
+
+
+def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[str, Any]:
+    shape = next(iter(backbone.example().values())).shape
+    costs = {
+        "cost_of_a_sample": " x ".join(map(str, shape[1:])),
+        "gmacs_by_depth": [cost / 1e9 for cost in macs_by_depth(network)],
+    }
+    if schedule is not None:
+        costs["mac_saving"] = f"{schedule.ideal_saving(cost=cost_of(network)):.2%}"
+    return costs
+
+
+def _range(blocks: Iterable[nn.Module]) -> int | list[int]:
+    """Parameters of a block, or of the smallest and the largest where they differ."""
+    sizes = sorted({sum(p.numel() for p in block.parameters()) for block in blocks})
+    return sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]]

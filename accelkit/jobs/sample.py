@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.files import write_json
 from accelkit.jobs.common import Reporter, on_device, save_picture
@@ -61,16 +63,16 @@ def sample(
         if enabled_on(pipe) is not None:
             disable(pipe)
         enable(pipe, schedule)
-    classes = parse_labels(labels) if labels else known_labels(pipe)
+    items = _items(pipe, labels)
     output.mkdir(parents=True, exist_ok=True)
     images, rows, files = [], [], []
     for start in range(0, number, batch_size):
         places = range(start, min(start + batch_size, number))
-        chosen = [classes[i % len(classes)] for i in places]
+        chosen = [items[i % len(items)] for i in places]
         batch = generate(pipe, chosen, [seed + i for i in places], how)
         images.append(batch)
         for place, label, image in zip(places, chosen, batch, strict=True):
-            files.append(output / f"{place:06d}-class{label}.png")
+            files.append(output / f"{place:06d}{'' if label is None else f'-class{label}'}.png")
             save_picture(image, files[-1])
             rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
         reporter.advance("sampling", places.stop, number)
@@ -103,7 +105,21 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-def known_labels(pipe: Any) -> list[int]:
-    """Return the classes a pipeline has names for, or all that its model has."""
+def known_labels(pipe: Any) -> Sequence[Item]:
+    """Return the classes a pipeline has names for, or all that its model has; None for none."""
     named = sorted(set(getattr(pipe, "labels", {}).values()))
-    return named or list(range(backbone_of(denoiser_of(pipe)).null_class))
+    count = backbone_of(denoiser_of(pipe)).num_classes
+    return named or ([None] if count is None else range(count))
+
+
+def _items(pipe: Any, labels: str | None) -> Sequence[Item]:
+    model = denoiser_of(pipe)
+    backbone = backbone_of(model)
+    if conditioning_of(backbone).text:
+        raise AccelkitError(
+            f"accelkit sample makes images of classes, a {type(model).__name__} is prompted by "
+            "text; open it with accelkit.from_pretrained and call it with your prompts"
+        )
+    if labels and backbone.num_classes is None:
+        raise AccelkitError(f"this {type(model).__name__} has no classes; leave --labels out")
+    return parse_labels(labels) if labels else known_labels(pipe)

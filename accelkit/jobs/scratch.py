@@ -13,11 +13,12 @@ from torch import nn
 from accelkit.backbones import DiT
 from accelkit.data.sources import ImageSource, iter_images, open_source
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Run, Source, claimed, encoded, watch
+from accelkit.jobs.common import Reporter, Run, Source, claimed, encoded, items_of, watch
 from accelkit.loading import reading
 from accelkit.schedule import Schedule
 from accelkit.train.autoencoder import AutoencoderConfig, train_autoencoder
 from accelkit.train.config import TrainConfig
+from accelkit.train.dvd import parts_of
 from accelkit.train.loop import train
 
 PIPELINE, AUTOENCODER = "pipeline", "autoencoder"
@@ -70,6 +71,8 @@ def scratch(
             "factor times the patch size"
         )
     parsed = Schedule.parse(schedule, model.layers)
+    if config.intermediate_weight:
+        parts_of(parsed)  # or it would fail when the autoencoder is trained
     settings = {
         "job": "train",
         "source": asdict(source),
@@ -82,7 +85,8 @@ def scratch(
         vae = _autoencoder(images, model, autoencoder, where, accelerator, reporter)
         pipe = _pipeline(images, model, vae, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
-        watching = watch(pipe, len(images.classes), config, where, accelerator, reporter)
+        items = items_of(images, pipe.transformer)
+        watching = watch(pipe, items, config, where, accelerator, reporter)
         train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
         if accelerator.is_main_process:
             part = where.output / (PIPELINE + ".partial")

@@ -1,6 +1,6 @@
-"""Images from a class-conditional pipeline, each from its own seed.
+"""Images from a pipeline, each from its own seed and its class or caption, if the model has any.
 
-An image depends on its label and seed alone, not on the batch it was made in: noise is drawn on
+An image depends on these alone, not on the batch it was made in: noise is drawn on
 the CPU by one generator per image, for samplers that keep adding noise as well.
 """
 
@@ -15,9 +15,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from accelkit.backbones import backbone_of
+from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import make_sampler
+from accelkit.sample.samplers import STOCHASTIC, make_sampler
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Sampling:
     """How images are sampled.
 
     Attributes:
-        sampler: ``ddpm``, ``ddim`` or ``dpm`` (DPM-Solver++).
+        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`.
         steps: network calls per image.
         guidance: classifier-free guidance scale; 1 is none and runs no second half of the batch.
         guidance_channels: how many latent channels are guided, None for all as diffusers does;
@@ -49,75 +50,82 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = Non
 
 @torch.no_grad()
 def generate_latents(
-    pipe: Any, labels: Sequence[int], seeds: Sequence[int], how: Sampling
+    pipe: Any, items: Sequence[Item], seeds: Sequence[int], how: Sampling
 ) -> Tensor:
     """Return latents of shape (B, C, H, W), before the autoencoder's scaling is undone.
 
     Args:
-        pipe: a pipeline with ``transformer`` and ``scheduler``, with or without a schedule.
-        labels: a class per image.
+        pipe: a pipeline, with or without a schedule.
+        items: a class, or for a model that is prompted by text a caption, per image; None for
+            neither.
         seeds: a seed per image.
         how: sampler, steps and guidance.
 
     Raises:
-        AccelkitError: labels the model lacks, or as many seeds as labels are not given.
+        AccelkitError: classes the model lacks, guidance for a model without classes or captions,
+            or as many seeds as items are not given.
     """
-    model = pipe.transformer
-    null, channels, size = (
-        backbone_of(model).null_class,
-        model.config.in_channels,
-        model.config.sample_size,
-    )
-    if len(labels) != len(seeds):
-        raise AccelkitError(f"got {len(labels)} labels for {len(seeds)} seeds; give one of each")
-    outside = [label for label in labels if not 0 <= label <= null]
-    if outside:
-        raise AccelkitError(f"the model has classes 0 to {null - 1}, got {outside[0]}")
-    learned = _learns_variance(model)
+    model: Any = denoiser_of(pipe)
+    calls = conditioning_of(backbone_of(model))
+    if len(items) != len(seeds):
+        raise AccelkitError(f"got {len(items)} labels for {len(seeds)} seeds; give one of each")
+    learned = calls.learns_variance
     sampler = make_sampler(how.sampler, pipe.scheduler, how.steps, learned)
     uses_variance = how.sampler == "ddpm" and learned
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device, dtype = model.device, model.dtype
-    shape = (len(labels), channels, size, size)
+    shape = (len(items), *calls.shape)
     x = randn_tensor(shape, generators, torch.device("cpu")).to(device, dtype)
-    x = x * sampler.init_noise_sigma
-    y = torch.tensor(labels, device=device)
+    x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching's have neither of the two
+    scale_input = getattr(sampler, "scale_model_input", lambda x, t: x)
+    rows = calls.encode(pipe, items)
     guided = how.guidance != 1
     if guided:
-        y = torch.cat([y, torch.full_like(y, null)])
+        if not rows:
+            raise AccelkitError(
+                f"a {type(model).__name__} without classes or captions has nothing to guide by; "
+                "use guidance 1"
+            )
+        nulls = calls.encode(pipe, [None] * len(items))
+        rows = {name: torch.cat([rows[name], nulls[name]]) for name in rows}
     for t in sampler.timesteps:
-        scaled = sampler.scale_model_input(x, t)
+        scaled = scale_input(x, t)
         inputs = torch.cat([scaled, scaled]) if guided else scaled
-        output = model(inputs, timestep=t.expand(len(inputs)).to(device), class_labels=y).sample
-        eps, variance = output[:, :channels], output[:, channels:]
+        timestep = t.expand(len(inputs)).to(device)
+        output = model(**calls.arguments(inputs, timestep, rows), return_dict=False)[0]
+        output = calls.prediction(output, inputs)
+        predicted, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
         if guided:
-            cond, uncond = eps.chunk(2)
-            eps = guide(cond, uncond, how.guidance, how.guidance_channels)
+            cond, uncond = predicted.chunk(2)
+            predicted = guide(cond, uncond, how.guidance, how.guidance_channels)
             variance = variance.chunk(2)[0]
-        predicted = torch.cat([eps, variance], dim=1) if uses_variance else eps
-        noise = {"generator": generators} if how.sampler == "ddpm" else {}
+        if uses_variance:
+            predicted = torch.cat([predicted, variance], dim=1)
+        noise = {"generator": generators} if how.sampler in STOCHASTIC else {}
         x = sampler.step(predicted, t, x, **noise).prev_sample
     return x
 
 
 @torch.no_grad()
 def generate(
-    pipe: Any, labels: Sequence[int], seeds: Sequence[int], how: Sampling | None = None
+    pipe: Any, items: Sequence[Item], seeds: Sequence[int], how: Sampling | None = None
 ) -> np.ndarray:
-    """Return images, uint8 of shape (B, height, width, 3), from a class and a seed each.
+    """Return images, uint8 of shape (B, height, width, 3), from an item and a seed each.
 
     Arguments and errors as :func:`generate_latents`; rounding to bytes as diffusers does.
     """
-    latents = generate_latents(pipe, labels, seeds, how or Sampling())
-    config = pipe.vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    pixels = pipe.vae.decode(1 / config.scaling_factor * latents + shift).sample
+    latents = generate_latents(pipe, items, seeds, how or Sampling())
+    pixels = _decoded(getattr(pipe, "vae", None), latents)
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
 
 
-def _learns_variance(model: Any) -> bool:
-    return model.out_channels == 2 * model.config.in_channels
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Undo what training did to an autoencoder's latents; a pixel model's are the pixels."""
+    if vae is None:
+        return latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode(1 / vae.config.scaling_factor * latents + shift).sample
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:

@@ -1,19 +1,45 @@
-"""The samplers accelkit offers by name, all of them diffusers' schedulers."""
+"""The samplers accelkit offers by name: diffusers' schedulers and two of the continuous VP SDE."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
+import numpy as np
 
 from accelkit.errors import AccelkitError
+from accelkit.noise import NoiseAxis
+from accelkit.sample.vp_sde import (
+    VPSDEDPMSolverScheduler,
+    VPSDEEulerMaruyamaScheduler,
+    VPSDEScheduler,
+)
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
     "dpm": "DPMSolverMultistepScheduler",
+    "dpm-fast": "DPMSolverSinglestepScheduler",
+    "em": "VPSDEEulerMaruyamaScheduler",
+    "flow": "FlowMatchEulerDiscreteScheduler",
 }
-"""Ancestral sampling (Ho et al. 2020), DDIM (Song et al. 2021), DPM-Solver++ (Lu et al. 2022)."""
+"""Ancestral sampling (Ho et al. 2020), DDIM (Song et al. 2021), DPM-Solver++ in several steps and
+in single ones of order 3 (Lu et al. 2022), Euler-Maruyama on the continuous VP SDE (Song et al.
+2021), Euler on the flow-matching ODE (Liu et al. 2022) without a shift that follows the resolution.
+
+On the continuous VP SDE ``dpm-fast`` is the DPM-Solver that the U-ViT paper samples with; ``ddpm``,
+``ddim`` and ``dpm`` run on the betas that have its noise at whole timesteps."""
+
+STOCHASTIC = ("ddpm", "em")
+"""Samplers that keep adding noise, and take generators for it."""
+
+_CONTINUOUS: dict[str, type[VPSDEScheduler]] = {
+    "dpm-fast": VPSDEDPMSolverScheduler,
+    "em": VPSDEEulerMaruyamaScheduler,
+}
+
+_PROCESS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
 
 
 def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool = False) -> Any:
@@ -26,24 +52,57 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
         learned_variance: the network predicts a variance, which ancestral sampling then uses.
 
     Raises:
-        AccelkitError: unknown sampler, or a number of steps the process does not have.
+        AccelkitError: unknown sampler, one that does not follow the process, or a number of steps
+            that the process does not have.
     """
     if name not in SAMPLERS:
         raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    # DPM-Solver's last interval would have no width
-    longest = scheduler.config.num_train_timesteps - (name == "dpm")
+    whole = range(scheduler.config.get("num_train_timesteps", 1000))
+    # the last interval of DPM-Solver would have no width
+    longest = len(whole) - name.startswith("dpm")
     if not 1 <= steps <= longest:
         raise AccelkitError(f"{steps} sampling steps asked for; give 1 to {longest}")
-    options: dict[str, Any] = {"variance_type": None}
-    if name == "ddpm":
-        options["variance_type"] = "learned_range" if learned_variance else "fixed_small"
-    if name == "dpm":
-        options |= {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-    else:  # their default clips, which latents do not bear
-        options["clip_sample"] = scheduler.config.get("clip_sample", False)
-    sampler = getattr(diffusers, SAMPLERS[name]).from_config(scheduler.config, **options)
+    sampler = _follow(name, scheduler, _options(name, scheduler, learned_variance))
+    axis = NoiseAxis.of(scheduler)
+    if not np.allclose(NoiseAxis.of(sampler).levels(whole), axis.levels(whole), atol=1e-4):
+        raise AccelkitError(
+            f"the sampler {name} does not follow the process of {type(scheduler).__name__} "
+            f"({axis.kind}); name another one, or sample with the pipeline itself"
+        )
     sampler.set_timesteps(steps)
     return sampler
+
+
+def _follow(name: str, scheduler: Any, options: dict[str, Any]) -> Any:
+    """Build a sampler as close to ``scheduler`` as it can be described to it.
+
+    Defaults are each sampler's own unless they are of the process.
+    """
+    config, vp_sde = scheduler.config, isinstance(scheduler, VPSDEScheduler)
+    defaults = set(config.get("_use_default_values", ())) - _PROCESS
+    described = {key: value for key, value in config.items() if key not in defaults} | options
+    kind: Any = _CONTINUOUS.get(name) if vp_sde or name == "em" else None
+    if kind is None:
+        kind = getattr(diffusers, SAMPLERS[name])
+        if vp_sde:
+            described["trained_betas"] = scheduler.discrete_betas()
+            described["timestep_spacing"] = "trailing"  # from pure noise on
+    takes = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in described.items() if key in takes})
+
+
+def _options(name: str, scheduler: Any, learned_variance: bool) -> dict[str, Any]:
+    # how a resolution shifts the steps is known to the pipeline alone
+    options: dict[str, Any] = {"variance_type": None, "use_dynamic_shifting": False}
+    if name == "ddpm":
+        options["variance_type"] = "learned_range" if learned_variance else "fixed_small"
+    if name.startswith("dpm"):
+        options |= {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    # a default that clips is nothing that latents bear
+    options["clip_sample"] = scheduler.config.get("clip_sample", False)
+    if name == "dpm-fast":
+        options |= {"solver_order": 3, "lower_order_final": True}
+    return options
 
 
 def parse_sampler(text: str, default_steps: int = 50) -> tuple[str, int]:

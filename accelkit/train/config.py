@@ -10,6 +10,8 @@ from accelkit.errors import AccelkitError
 
 LR_SCHEDULES = ("constant", "cosine")
 LOSS_WEIGHTS = ("ones", "ramp")
+DENSITIES = ("uniform", "logit-normal")
+MATCHES = ("nearest", "relative", "middle", "random")
 PRECISIONS = ("no", "bf16", "fp16")
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -36,6 +38,16 @@ class TrainConfig:
         loss_weight: lambda(t) of Moon et al. 2024, algorithm 1, whose form the paper leaves open:
             ``ones`` as in its authors' code; ``ramp`` grows from 0.1 at the data to 1 at noise.
         loss_weight_until: share of the run after which the weight is 1 everywhere (cycle C).
+        timestep_density: how positions on the straight path of a flow-matching model are drawn,
+            before its scheduler's shift: ``uniform``, or ``logit-normal`` as SD3's (Esser et al.
+            2024, section 3.1). Other models' timesteps are uniform.
+        logit_mean, logit_std: of the logit-normal density; a mean above 0 favours noise.
+        intermediate_weight: of the losses at the exits that a sample passes by, beside the one at
+            its own (depth-varying diffusion, :mod:`accelkit.train.dvd`); 0 trains without them.
+        intermediate_match: which timestep of an exit's own noise levels its target is taken from:
+            ``nearest`` to the sample's, ``relative`` position, ``middle`` or ``random``.
+        lora_rank: train low-rank adapters of this rank (Hu et al. 2022) beside the blocks' linear
+            layers, and nothing else; 0 trains all weights.
         freeze_time_embedder: keep it out of the optimiser, as the authors' command does.
         gradient_accumulation: parts that a step's batch is run in.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
@@ -55,6 +67,12 @@ class TrainConfig:
     label_dropout: float = 0.1
     loss_weight: str = "ones"
     loss_weight_until: float = 1 / 3
+    timestep_density: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    intermediate_weight: float = 0.0
+    intermediate_match: str = "nearest"
+    lora_rank: int = 0
     freeze_time_embedder: bool = True
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -70,8 +88,11 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
+        self._require("lora_rank", self.lora_rank >= 0, "0 or more")
+        self._require("logit_mean", math.isfinite(self.logit_mean), "finite")
+        self._require("logit_std", 0 < self.logit_std < math.inf, "above 0")
         self._require("seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
-        for name in ("lr_warmup_steps", "weight_decay"):
+        for name in ("lr_warmup_steps", "weight_decay", "intermediate_weight"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         for name in ("label_dropout", "loss_weight_until"):
@@ -79,6 +100,8 @@ class TrainConfig:
         for name, known in (
             ("lr_schedule", LR_SCHEDULES),
             ("loss_weight", LOSS_WEIGHTS),
+            ("timestep_density", DENSITIES),
+            ("intermediate_match", MATCHES),
             ("mixed_precision", PRECISIONS),
         ):
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")

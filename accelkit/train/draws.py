@@ -6,6 +6,7 @@ it: every process draws the whole batch (latents are small) and takes its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,10 +34,11 @@ class Draw:
 
     Attributes:
         rows: (B,) int64, which samples; every sample once an epoch.
-        timestep: (B,) int64, uniform over the process.
+        timestep: (B,) as the process draws them.
         posterior: (B, *S) float32, standard normal, for the autoencoder's posterior.
         noise: (B, *S) float32, standard normal.
         drop: (B,) bool, whose label is dropped.
+        place: (B,) float32, uniform in [0, 1): what else a method has to draw.
     """
 
     rows: Tensor
@@ -44,6 +46,7 @@ class Draw:
     posterior: Tensor
     noise: Tensor
     drop: Tensor
+    place: Tensor
 
     def part(self, index: int, count: int) -> Draw:
         """Return every ``count``-th sample from ``index`` on."""
@@ -57,18 +60,29 @@ def draw(
     *,
     size: int,
     shape: tuple[int, ...],
-    timesteps: int,
+    timesteps: Callable[[int, torch.Generator], Tensor],
     dropout: float,
 ) -> Draw:
-    """Return the draw of a 0-based ``step`` from a data set of ``size`` samples."""
+    """Return the draw of a 0-based ``step`` from a data set of ``size`` samples.
+
+    Args:
+        seed, step: what it is a function of, with the rest of these.
+        batch: number of samples.
+        size: samples of the data set.
+        shape: of one sample.
+        timesteps: draws as many timesteps as it is told from a generator, e.g.
+            :meth:`accelkit.train.forward.ForwardProcess.draw`.
+        dropout: share of samples whose label is dropped.
+    """
     first = step * batch
     places = [divmod(first + i, size) for i in range(batch)]
     rows = torch.stack([_epoch(seed, epoch, size)[place] for epoch, place in places])
     rng = generator(seed, _STEP, step)
     return Draw(
         rows=rows,
-        timestep=torch.randint(timesteps, (batch,), generator=rng),
+        timestep=timesteps(batch, rng),
         posterior=torch.randn(batch, *shape, generator=rng),
         noise=torch.randn(batch, *shape, generator=rng),
         drop=torch.rand(batch, generator=rng) < dropout,
+        place=torch.rand(batch, generator=rng),
     )

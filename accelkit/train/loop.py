@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,14 +22,20 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from accelkit.backbones import backbone_of
+from accelkit.adapter import Adapter
+from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones.conditioning import Conditioning, Rows, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
+from accelkit.taps import Taps
+from accelkit.train import lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw
-from accelkit.train.objectives import DiscreteProcess, denoising_loss
+from accelkit.train.dvd import Supervision, supervision_for
+from accelkit.train.forward import Density, ForwardProcess, forward_process
+from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 
 LOOP_STATE = "loop.pt"
@@ -51,6 +57,44 @@ class Samples(Protocol):
 
     def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
         """Return latents (B, C, H, W) of the samples ``indices`` for standard normal ``noise``."""
+
+
+class Conditions(Protocol):
+    """What samples are conditioned on."""
+
+    def rows(self, indices: Tensor, drop: Tensor) -> Rows:
+        """Return B rows for the samples ``indices`` (B,), those of no condition where ``drop``."""
+
+
+class Labels:
+    """Classes as conditions; nothing for a model without classes.
+
+    Args:
+        labels: class of each sample, int64 (n,), or None.
+        backbone: of the model.
+
+    Raises:
+        AccelkitError: there are none, and the model was never trained without.
+    """
+
+    def __init__(self, labels: Tensor | None, backbone: Backbone) -> None:
+        self.labels, self.null = labels, backbone.null_class
+        self.classes = backbone.num_classes
+        if labels is None and self.null is None and self.classes is not None:
+            raise AccelkitError(
+                f"this {type(backbone.model).__name__} takes a class with every image and has none "
+                "that stands for no class; give images in a folder per class"
+            )
+
+    def rows(self, indices: Tensor, drop: Tensor) -> Rows:
+        """Return the class labels of the samples, dropped if the model knows a missing label."""
+        if self.classes is None:
+            return {}
+        if self.null is None:
+            assert self.labels is not None
+            return {"class_labels": self.labels[indices]}
+        kept = torch.full_like(indices, self.null) if self.labels is None else self.labels[indices]
+        return {"class_labels": torch.where(drop, self.null, kept)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +137,8 @@ def train(
     run: RunDirectory,
     accelerator: Accelerator,
     watch: Watch,
-) -> None:
+    conditions: Conditions | None = None,
+) -> Adapter | None:
     """Train ``model`` in place and leave it in eval mode with the teacher's weights.
 
     Goes on from the run directory's latest checkpoint if it has one. On one CPU process the final
@@ -108,6 +153,10 @@ def train(
         run: the run's open directory.
         accelerator: from :func:`make_accelerator`.
         watch: progress, checkpoints and previews.
+        conditions: what the samples are conditioned on; default: their labels.
+
+    Returns:
+        With a ``lora_rank``, the adapter that was trained, added to the model's weights already.
 
     Raises:
         AccelkitError: the loss is not finite (the last checkpoint stays good), the batch cannot be
@@ -122,9 +171,20 @@ def train(
             f"give a multiple of {parts}"
         )
     backbone = backbone_of(model)
+    calls = conditioning_of(backbone)
+    if conditions is None:
+        if calls.text:
+            raise AccelkitError(f"a {type(model).__name__} is prompted by text; give its captions")
+        conditions = Labels(samples.labels, backbone)
+    process = process_for(scheduler, config, accelerator.device)
+    supervision = supervision_for(config, backbone, schedule, scheduler, process)
     model.to(accelerator.device)
     with ExitStack() as stack:
         stack.enter_context(backbone.training(freeze_time=config.freeze_time_embedder))
+        adapters = None
+        if config.lora_rank:
+            adapters = stack.enter_context(lora.injected(backbone, config.lora_rank, config.seed))
+            _keep_only_trained(model, accelerator, stack)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, config.learning_rate, weight_decay=config.weight_decay
@@ -136,15 +196,20 @@ def train(
             num_training_steps=config.steps,
         )
         ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-        stack.enter_context(enable(model, schedule, scheduler=scheduler))
+        enabled = stack.enter_context(enable(model, schedule, scheduler=scheduler))
+        supervised = None
+        if supervision is not None:
+            supervised = (stack.enter_context(Taps(enabled)), supervision)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()  # type: ignore[operator]
             stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
         stack.callback(accelerator.free_memory)
         stack.callback(_unprepare, model, model.__dict__.get("forward"))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        step = _Step(wrapped, scheduler, samples, config, accelerator)
-        done = _restore(run, accelerator, {"ema": ema, "rates": rates})
+        step = _Step(
+            wrapped, calls, scheduler, samples, conditions, config, accelerator, supervised
+        )
+        done = _restore(run, accelerator, adapters is not None, {"ema": ema, "rates": rates})
         stop = stack.enter_context(_signals())
 
         def save() -> None:
@@ -182,7 +247,11 @@ def train(
                         watch.preview(done, model)
                 accelerator.wait_for_everyone()
         ema.copy_to(parameters)
+        trained = None if adapters is None else adapters.adapter()
+    if trained is not None:
+        trained.apply(model)
     model.eval()
+    return trained
 
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
@@ -198,22 +267,33 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     )
 
 
+def process_for(
+    scheduler: Any, config: TrainConfig, device: torch.device | str = "cpu"
+) -> ForwardProcess:
+    """Return the forward process of a run; AccelkitError if training knows none."""
+    density = Density(config.timestep_density, config.logit_mean, config.logit_std)
+    return forward_process(scheduler, device, density)
+
+
 class _Step:
     """Runs the forward and backward passes of one step on this process's share."""
 
     def __init__(
         self,
         model: nn.Module,
+        calls: Conditioning,
         scheduler: Any,
         samples: Samples,
+        conditions: Conditions,
         config: TrainConfig,
         accelerator: Accelerator,
+        supervised: tuple[Taps, Supervision] | None,
     ) -> None:
-        self.model, self.samples, self.config = model, samples, config
-        self.accelerator = accelerator
-        self.process = DiscreteProcess.of(scheduler, accelerator.device)
-        self.levels = torch.tensor(NoiseAxis.of(scheduler).levels(range(self.process.steps)))
-        self.null = backbone_of(accelerator.unwrap_model(model)).null_class
+        self.model, self.calls, self.config = model, calls, config
+        self.samples, self.conditions = samples, conditions
+        self.accelerator, self.supervised = accelerator, supervised
+        self.process = process_for(scheduler, config, accelerator.device)
+        self.axis = NoiseAxis.of(scheduler)
         self.stopping = False
 
     def backward(self, step: int, watch_signal: bool) -> float:
@@ -225,7 +305,7 @@ class _Step:
             config.batch_size,
             size=len(self.samples),
             shape=self.samples.shape,
-            timesteps=self.process.steps,
+            timesteps=self.process.draw,
             dropout=config.label_dropout,
         )
         count = config.gradient_accumulation
@@ -246,23 +326,45 @@ class _Step:
         device = self.accelerator.device
         x0 = self.samples.sample(share.rows, share.posterior).to(device)
         eps, t = share.noise.to(device), share.timestep.to(device)
-        labels = self.samples.labels
-        kept = torch.full_like(share.rows, self.null) if labels is None else labels[share.rows]
-        y = torch.where(share.drop, self.null, kept).to(device)
         xt = self.process.add_noise(x0, eps, t)
-        output = self.model(xt, timestep=t, class_labels=y, return_dict=False)[0]
-        weight = self.config.weight_at(step, self.levels[share.timestep]).to(device)
+        rows = self.conditions.rows(share.rows, share.drop)
+        output = self.model(**self.calls.arguments(xt, t, rows), return_dict=False)[0]
+        output = self.calls.prediction(output, xt)
+        level = torch.tensor(self.axis.levels(share.timestep))
+        weight = self.config.weight_at(step, level).to(device)
         losses = denoising_loss(self.process, output, x0, eps, xt, t)
+        if self.supervised is not None:
+            taps, supervision = self.supervised
+            passed = [
+                replace(tap, output=self.calls.prediction(tap.output, xt[tap.rows]))
+                for tap in taps.pop()
+            ]
+            on_the_way = supervision.losses(passed, x0, eps, t, share.place.to(device))
+            losses = losses + self.config.intermediate_weight * on_the_way
         return (weight.float() * losses).mean()
 
 
-def _restore(run: RunDirectory, accelerator: Accelerator, own: dict[str, Any]) -> int:
+def _keep_only_trained(model: nn.Module, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Leave what is frozen out of checkpoints, as long as ``stack`` is entered."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        for state in weights:
+            for name in [n for n in state if n.removeprefix("module.") not in trained]:
+                del state[name]
+
+    stack.callback(accelerator.register_save_state_pre_hook(strip).remove)
+
+
+def _restore(
+    run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dict[str, Any]
+) -> int:
     latest = run.latest()
     if latest is None:
         return 0
     step, folder = latest
     try:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), strict=not adapted)
         state = torch.load(folder / LOOP_STATE, map_location="cpu", weights_only=True)
         for name, part in own.items():
             part.load_state_dict(state[name])

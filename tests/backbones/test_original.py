@@ -14,9 +14,8 @@ from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from accelkit.backbones.dit_original import PATCH_SIZES, PUBLISHED
 from accelkit.backbones.original import (
-    PATCH_SIZES,
-    PUBLISHED,
     load_original,
     numerics,
     read_state_dict,
@@ -372,7 +371,7 @@ def test_nearest_published_configuration(tmp_path, shape, name):
 def test_other_layouts(tmp_path):
     save_file({"transformer_blocks.0.norm1.linear.bias": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(
-        AccelkitError, match=r"no known family \(dit\); it holds transformer_blocks"
+        AccelkitError, match=r"no known family \(dit, uvit\); it holds transformer_blocks"
     ):
         load_original(tmp_path / "x.safetensors")
     with pytest.raises(AccelkitError, match="no original DiT"):
@@ -512,13 +511,13 @@ def test_embedders_that_drifted_apart(small):
 def test_models_without_an_original_layout(tmp_path):
     with pytest.raises(AccelkitError, match="attention_bias=False"):
         to_original(diffusers_dit(attention_bias=False), allow_inexact=True)
-    with pytest.raises(TypeError, match="expected a DiTTransformer2DModel, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a DiTTransformer2DModel or .*, got Linear"):
         to_original(torch.nn.Linear(1, 1))
 
 
 def test_save_refuses_before_writing(small, tmp_path):
     model = load_original(small(), num_heads=4)
-    with pytest.raises(AccelkitError, match=r"suffix '\.bin'; give \.safetensors or \.pt"):
+    with pytest.raises(AccelkitError, match=r"suffix '\.bin'; give \.safetensors, \.pt or \.pth"):
         save_original(model, tmp_path / "x.bin")
     with pytest.raises(AccelkitError, match="is not a folder; create it first"):
         save_original(model, tmp_path / "none" / "x.pt")

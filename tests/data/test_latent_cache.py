@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import text_pipes
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from accelkit.data import latents as module
+from accelkit.data import shards as module
 from accelkit.data.latents import INDEX, default_cache, encode_latents
 from accelkit.data.sources import crop_and_resize, open_source
 from accelkit.errors import AccelkitError, AccelkitWarning
@@ -260,3 +261,27 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "xdg" / "accelkit" / "latents"
     monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "own"))
     assert default_cache() == tmp_path / "own" / "latents"
+
+
+def test_without_an_autoencoder_the_latents_are_the_pixels(folder, tmp_path):
+    source = open_source(folder)
+    latents = encode_latents(source, None, size=8, cache_dir=tmp_path / "cache", flip=True)
+    assert latents.shape == (3, 8, 8)
+    assert latents.labels.tolist() == [0, 0, 0, 0, 1, 1, 1] * 2
+    assert latents.places.tolist() == [*range(7)] * 2
+    expected = torch.from_numpy(picture_at_8(0)).permute(2, 0, 1) / 127.5 - 1
+    noise = torch.randn(2, 3, 8, 8)
+    drawn = latents.sample(torch.tensor([0, 7]), noise)
+    assert drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn[1], expected.flip(-1), rtol=0, atol=1e-6)
+
+
+def test_a_deterministic_autoencoder(folder, tmp_path):
+    vae = text_pipes.make("sana").vae
+    latents = encode_latents(open_source(folder), vae, size=8, cache_dir=tmp_path / "cache")
+    pixels = torch.from_numpy(picture_at_8(0)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent * 0.4
+    drawn = latents.sample(torch.tensor([0]), torch.ones(1, *latents.shape))
+    torch.testing.assert_close(drawn, expected)

@@ -8,7 +8,12 @@ from scipy import stats
 
 from accelkit.train.draws import draw, generator
 
-HOW = {"size": 10, "shape": (2, 3, 3), "timesteps": 1000, "dropout": 0.5}
+
+def whole(steps):
+    return lambda count, rng: torch.randint(steps, (count,), generator=rng)
+
+
+HOW = {"size": 10, "shape": (2, 3, 3), "timesteps": whole(1000), "dropout": 0.5}
 FIELDS = ("rows", "timestep", "posterior", "noise", "drop")
 
 
@@ -121,7 +126,7 @@ def test_distributions():
 
 
 def test_timesteps_of_a_shorter_process():
-    drawn = draw(0, 0, 500, **{**HOW, "timesteps": 4})
+    drawn = draw(0, 0, 500, **{**HOW, "timesteps": whole(4)})
     assert set(drawn.timestep.tolist()) == {0, 1, 2, 3}
 
 

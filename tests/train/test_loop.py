@@ -29,8 +29,9 @@ from accelkit.schedule import Schedule
 from accelkit.switch import enabled_on
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
+from accelkit.train.forward import DiscreteProcess
 from accelkit.train.loop import Watch, make_accelerator, train
-from accelkit.train.objectives import DiscreteProcess, denoising_loss
+from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 
 LAYERS, CLASSES, SHAPE = 5, 10, (4, 4, 4)
@@ -139,7 +140,7 @@ def drawn(config, step):
         config.batch_size,
         size=11,
         shape=SHAPE,
-        timesteps=1000,
+        timesteps=DiscreteProcess(DDIMScheduler().betas).draw,
         dropout=config.label_dropout,
     )
 
@@ -582,6 +583,7 @@ SHARED = {
     "plain": PAIR,
     "accumulated": replace(PAIR, gradient_accumulation=2),
     "recomputed": replace(PAIR, gradient_checkpointing=True),
+    "adapters": replace(PAIR, lora_rank=2),
     "stopped": PAIR,
 }
 
@@ -624,7 +626,12 @@ def test_two_processes_do_what_one_does(pair, tmp_path, name):
     for rank, model in enumerate((one, other)):
         model.load_state_dict(torch.load(pair / f"{name}-{rank}.pt", weights_only=True))
     assert_same(one, other)
-    assert_close(one, fit(tmp_path, PAIR))
+    assert_close(one, fit(tmp_path, replace(PAIR, lora_rank=SHARED[name].lora_rank)))
+    theirs, ours = (
+        load_file(RunDirectory(run).latest()[1] / "model.safetensors")
+        for run in (pair / name, tmp_path)
+    )
+    assert theirs.keys() == ours.keys()
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(pair):

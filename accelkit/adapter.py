@@ -1,0 +1,70 @@
+"""Low-rank adapters as an artifact holds them, and how they are added to a model's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from accelkit.backbones import Backbone
+from accelkit.errors import AccelkitError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of linear layers: weight + B A (Hu et al. 2022, eq. 3, alpha = rank).
+
+    Attributes:
+        rank: of all products.
+        tensors: ``NAME.lora_A.weight`` (rank, in) and ``NAME.lora_B.weight`` (out, rank) for each
+            layer, as PEFT and diffusers name them.
+    """
+
+    rank: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the layers."""
+        return sorted({key.rsplit(".lora_", 1)[0] for key in self.tensors})
+
+    def check(self, model: nn.Module) -> None:
+        """Raise AccelkitError if ``model`` lacks a layer, or has it in another shape."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in self.targets:
+            down, up = (self.tensors.get(f"{name}.lora_{part}.weight") for part in "AB")
+            fits = down is not None and up is not None and len(down) == up.shape[1] == self.rank
+            if not fits or shapes.get(f"{name}.weight") != (len(up), down.shape[1]):  # type: ignore[arg-type, union-attr]
+                raise AccelkitError(f"the adapter does not fit this model: its {name} is another")
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Add the change to the weights of ``model``, computed in float32.
+
+        Raises:
+            AccelkitError: the model lacks a layer or has it in another shape; it is as it was.
+        """
+        self.check(model)
+        for name in self.targets:
+            weight = model.get_parameter(f"{name}.weight")
+            down, up = (
+                self.tensors[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB"
+            )
+            weight.copy_(weight.float() + up.float() @ down.float())
+
+
+def targets_of(backbone: Backbone) -> list[str]:
+    """Return the names of the linear layers that adapters are trained for.
+
+    All of the attention and the feed-forward nets of every block, skip projections included; not
+    those that make a block's modulation from timestep and condition.
+    """
+    blocks = {id(block): None for block in backbone.all_blocks}
+    inside = [name for name, module in backbone.model.named_modules() if id(module) in blocks]
+    return [
+        f"{block}.{name}"
+        for block in inside
+        for name, module in backbone.model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear) and not any("norm" in part for part in name.split("."))
+    ]

@@ -1,0 +1,127 @@
+"""What one network call costs, counted by torch on a twin without weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones.example import Design, call
+from accelkit.compute import Compute
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.schedule import Schedule
+from accelkit.switch import enable
+
+
+def macs_by_depth(model: nn.Module) -> list[int]:
+    """Return the multiply-accumulates of one call on one sample, from the least depth to the full.
+
+    Counted with ``torch.utils.flop_counter`` (two flops are one MAC; matrix products, convolutions
+    and attention, not element-wise work) for the sample that :meth:`Backbone.example` makes up. A
+    skipped block costs what it still runs, e.g. a U-ViT's skip projection.
+
+    Raises:
+        AccelkitError: a call of the model cannot be made up, or not without weights.
+    """
+    return list(_by_depth(Design.of(model)))
+
+
+def macs(model: nn.Module, compute: Compute) -> int:
+    """Return the multiply-accumulates of one call that spends ``compute``, as macs_by_depth."""
+    return _macs(Design.of(model), compute)
+
+
+def ideal_saving(
+    model: nn.Module, schedule: Schedule, timesteps: Iterable[float] | None = None
+) -> float:
+    """Return the share of a full call's cost that ``schedule`` saves on ``model``, of 1.
+
+    Where every block is counted, all are alike and none merges tokens, that is the share of blocks
+    left out, as published figures have it. Elsewhere it is the share of multiply-accumulates; if
+    they cannot be counted, it is that of the counted blocks again, and AccelkitWarning says so.
+
+    Args:
+        model: the network.
+        schedule: made for its depth.
+        timesteps: as :meth:`Schedule.mean` takes them.
+    """
+    if schedule.full or (_alike(backbone_of(model)) and not schedule.merges):
+        return schedule.ideal_saving(timesteps)
+    try:
+        return schedule.ideal_saving(timesteps, cost_of(model))
+    except AccelkitError as error:
+        warnings.warn(
+            f"the ideal saving is given as the share of counted blocks: {error}",
+            AccelkitWarning,
+            stacklevel=2,
+        )
+        return schedule.ideal_saving(timesteps)
+
+
+def cost_of(model: nn.Module) -> Callable[[Compute], int]:
+    """Return what gives the multiply-accumulates of a call by what it spends."""
+    costs, full = macs_by_depth(model), backbone_of(model).depth
+    return lambda spent: costs[spent.depth - full - 1] if not spent.merge else macs(model, spent)
+
+
+def _alike(backbone: Backbone) -> bool:
+    sizes = {sum(p.numel() for p in block.parameters()) for block in backbone.blocks}
+    return len(sizes) == 1 and len(backbone.all_blocks) == backbone.depth
+
+
+@lru_cache(maxsize=16)
+def _by_depth(design: Design) -> tuple[int, ...]:
+    backbone = backbone_of(design.twin())
+    least, depth = backbone.least, backbone.depth
+    total, ran = _count(design, Compute(depth))
+    _, skipped = _count(design, Compute(least))
+    costs = [total]  # each block costs the same whichever others run
+    for index in reversed(range(least, depth)):
+        costs.insert(0, costs[0] - ran[index] + skipped[index])
+    return tuple(costs)
+
+
+@lru_cache(maxsize=64)
+def _macs(design: Design, compute: Compute) -> int:
+    return _count(design, compute)[0]
+
+
+def _count(design: Design, compute: Compute) -> tuple[int, list[int]]:
+    """Return the multiply-accumulates of a call and of each counted block, be it skipped."""
+    twin = design.twin()
+    backbone = backbone_of(twin)
+    backbone.restore()
+    counter = FlopCounterMode(display=False)
+    flops = [0] * backbone.depth
+
+    def watch(index: int, block: nn.Module) -> None:
+        def begin(*_: Any) -> None:
+            flops[index] -= counter.get_total_flops()
+
+        def end(*_: Any) -> None:
+            flops[index] += counter.get_total_flops()
+
+        block.register_forward_pre_hook(begin)
+        block.register_forward_hook(end)
+
+    for index, block in enumerate(backbone.blocks):
+        watch(index, block)
+    given = backbone.example()
+    schedule = Schedule((1.0,), (compute,), backbone.depth)
+    try:
+        with enable(twin, schedule), counter, torch.no_grad():
+            call(twin, given, "meta")
+    except AccelkitError:
+        raise
+    except Exception as error:  # whatever a network does that needs values
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise AccelkitError(
+            f"the cost of a {type(twin).__name__} cannot be counted without its weights ({reason})"
+        ) from error
+    return counter.get_total_flops() // 2, [count // 2 for count in flops]

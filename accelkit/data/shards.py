@@ -1,0 +1,181 @@
+"""What is computed once for a data set and kept: tensors in shards, in folders keyed by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from accelkit.errors import AccelkitError, AccelkitWarning
+
+SHARD = 4096
+SHARD_BYTES = 512 * 2**20
+INDEX = "index.json"
+
+Rows = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class Shards:
+    """Rows of named tensors, mapped from their files: memory does not grow with their number.
+
+    Attributes:
+        index: what its writer recorded beside them.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        self._files = [load_file(path / name) for name in self.index["files"]]
+        self._starts = [0, *accumulate(len(next(iter(f.values()))) for f in self._files)]
+        if len(self) != self.index["count"] or len(self) == 0:
+            raise ValueError(f"{len(self)} rows where {self.index['count']} were written")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors."""
+        return sorted(self._files[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one row."""
+        return tuple(self._files[0][name].shape[1:])
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Return the rows (B, ...) at ``indices``, int64 (B,)."""
+        places = [(bisect_right(self._starts, i) - 1, i) for i in indices.tolist()]
+        return torch.stack([self._files[s][name][i - self._starts[s]] for s, i in places])
+
+    def column(self, name: str) -> Tensor:
+        """Return all rows of a small tensor."""
+        return torch.cat([file[name] for file in self._files])
+
+
+def write(batches: Iterator[Rows], folder: Path, on_rows: Callable[[int], None]) -> dict[str, Any]:
+    """Write batches of rows into ``folder`` and return the index that :class:`Shards` reads.
+
+    A shard holds up to 4,096 rows or 512 MiB, at least one batch; the index is the caller's to
+    complete and to write, last, by :func:`write_index`.
+
+    Args:
+        batches: rows by name, of as many rows each; the names never differ.
+        folder: exists.
+        on_rows: called with the rows written so far.
+    """
+    files: list[str] = []
+    held: list[Rows] = []
+    done = kept = size = 0
+
+    def flush() -> None:
+        files.append(f"shard-{len(files):05d}.safetensors")
+        save_file({n: torch.cat([rows[n] for rows in held]) for n in held[0]}, folder / files[-1])
+        held.clear()
+
+    for rows in batches:
+        count = len(next(iter(rows.values())))
+        more = sum(tensor.nbytes for tensor in rows.values())
+        if held and (done - kept + count > SHARD or size + more > SHARD_BYTES):
+            flush()
+            kept, size = done, 0
+        held.append({name: tensor.contiguous() for name, tensor in rows.items()})
+        done, size = done + count, size + more
+        on_rows(done)
+    flush()
+    return {"count": done, "files": files}
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write what :func:`write` returned, and whatever else is worth recording."""
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def cached(folder: Path, read: Callable[[Path], T], what: str) -> T | None:
+    """Return what ``read`` makes of ``folder``; None if it isn't there, or broken, which warns."""
+    if not folder.exists():
+        return None
+    try:
+        return read(folder)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        warnings.warn(
+            f"the cached {what} in {folder} are broken ({error}); encoding again",
+            AccelkitWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def made(folder: Path, make: Callable[[Path], T], what: str) -> T:
+    """Return what ``make`` writes and reads back, in a folder that is then renamed to ``folder``.
+
+    An interrupted making leaves nothing half done, and two at a time both end with a whole one.
+
+    Raises:
+        AccelkitError: the cache cannot be written.
+    """
+    part = folder.parent / f"partial-{secrets.token_hex(8)}"
+    try:
+        part.mkdir(parents=True)
+        result = make(part)  # mapped before it is in anybody's reach
+        _install(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise AccelkitError(
+            f"cannot write {what} to {folder.parent} ({error}); make room there, or name another "
+            "folder in ACCELKIT_CACHE"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return result
+
+
+def default_cache(what: str = "latents") -> Path:
+    """Return ``$ACCELKIT_CACHE/latents``, or the user's cache directory's."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ACCELKIT_CACHE") or Path(home) / "accelkit") / what
+
+
+def add_network(digest: Any, network: nn.Module, leave_out: frozenset[str] = frozenset()) -> None:
+    """Add a network's class, configuration and weights to a hashlib digest.
+
+    Args:
+        digest: of hashlib.
+        network: of diffusers or transformers.
+        leave_out: names of settings that don't count.
+    """
+    config: Any = network.config
+    settings = dict(config if isinstance(config, dict) else config.to_diff_dict())
+    settings = {k: v for k, v in settings.items() if k[0] != "_" and k not in leave_out}
+    digest.update(f"{type(network).__name__} {sorted(settings.items())}".encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+
+
+def _install(part: Path, folder: Path) -> None:
+    """Rename ``part`` to ``folder``; what lies there is moved away whole, never seen half gone."""
+    old = part.with_name(f"{part.name}-replaced")
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first, with the same content
+        if not (folder / INDEX).is_file():
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

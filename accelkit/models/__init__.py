@@ -1,0 +1,6 @@
+"""Networks that no library has, in diffusers' form, and the pipelines around them."""
+
+from accelkit.models.uvit import PUBLISHED, UViTTransformer2DModel
+from accelkit.models.uvit_pipeline import UViTPipeline
+
+__all__ = ["PUBLISHED", "UViTPipeline", "UViTTransformer2DModel"]

@@ -1,0 +1,183 @@
+"""What a network returns after the earlier parts of its blocks, taken on the way to the end.
+
+A call runs each sample as deep as its noise level asks. The shallower depths of the schedule are
+exits that a deeper sample passes by; taps keep the hidden states there and turn them into
+predictions, as supervising all parts at once needs (depth-varying diffusion), and no block runs
+twice. The final norm, the modulation and the projection are the network's own, whatever its family,
+because they run in its own forward: once more for each exit, around no block at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelkit import hooks
+from accelkit.backbones.base import Backbone, rows
+from accelkit.errors import AccelkitError
+from accelkit.routing import Plan
+from accelkit.schedule import Schedule
+from accelkit.switch import Enabled
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A prediction made on the way.
+
+    Attributes:
+        depth: after how many of the counted blocks.
+        rows: (n,) int64, which samples of the batch: those that run deeper.
+        output: (n, ...), what the network cut to this depth returns for them.
+    """
+
+    depth: int
+    rows: Tensor
+    output: Tensor
+
+
+def check(backbone: Backbone, schedule: Schedule) -> None:
+    """Raise AccelkitError for a schedule of one depth, or a model whose exit is not known."""
+    if len(schedule.depths) < 2:
+        raise AccelkitError(
+            f"the schedule {schedule.name or schedule} runs the same blocks at every noise level, "
+            "so that there is no earlier exit to supervise; name one such as dvd-4p, or train "
+            "without an intermediate loss"
+        )
+    if backbone.exit is None:
+        raise AccelkitError(
+            f"a {backbone.family} cannot be supervised on the way: accelkit knows no module that "
+            "turns its hidden states into a prediction; train it without an intermediate loss"
+        )
+
+
+class Taps:
+    """Taps the exits of a model with a schedule in force, for as long as it is entered.
+
+    Only calls that record gradients are tapped. Their own outputs stay as they are.
+
+    Args:
+        enabled: what :func:`accelkit.enable` returned for the model.
+
+    Attributes:
+        depths: those of the exits that deeper samples pass by, rising.
+
+    Raises:
+        AccelkitError: as :func:`check`.
+    """
+
+    def __init__(self, enabled: Enabled) -> None:
+        check(enabled.backbone, enabled.schedule)
+        self._router, self._backbone = enabled._router, enabled.backbone
+        self.depths = enabled.schedule.depths[:-1]
+        self._seen: list[tuple[Plan, int, dict[str, Any]]] = []
+        self._taken: list[Tap] = []
+        self._leaving: Tensor | None = None  # hidden states that only the exit is run on
+
+    def __enter__(self) -> Taps:
+        self._router.taps = self
+        self.attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        hooks.detach(self._backbone.model, hooks.TAP)
+        self._router.taps = None
+
+    def attach(self) -> None:
+        """Hook into the model, outside of the schedule's own hooks."""
+        exit = self._backbone.exit
+        assert exit is not None  # or there would be no taps
+        counted = {block: index for index, block in enumerate(self._backbone.blocks)}
+        for block in self._backbone.all_blocks:
+            hooks.put(block, _BlockTap(self, block, counted.get(block)), hooks.TAP)
+        hooks.put(exit, _ExitTap(self, exit), hooks.TAP)
+
+    def pop(self) -> list[Tap]:
+        """Return what the last call gave, shallowest first, and forget it.
+
+        No more than one tap for a depth, none where no sample of the batch runs deeper.
+        """
+        taken, self._taken = self._taken, []
+        return taken
+
+    def see(self, index: int, call: dict[str, Any]) -> None:
+        """Keep what block ``index`` was called with, if something is tapped there or before."""
+        plan = self._router.running  # None when a block is run again for its gradients
+        if plan is not None and plan.grad and index >= self.depths[0]:
+            self._seen.append((plan, index, call))
+
+    def finish(self, run: Callable[[Tensor], Any], passes: list[tuple[Plan, Tensor]]) -> None:
+        """Turn what was seen in a model's call into predictions.
+
+        Args:
+            run: calls the model, below the schedule's hook, on these rows of the batch.
+            passes: the call's plans, and the rows of the batch that each was for.
+        """
+        seen, self._seen, self._taken = self._seen, [], []
+        for depth in self.depths:
+            parts = []
+            for plan, index in passes:
+                calls = {i: call for p, i, call in seen if p is plan and i >= depth}
+                hidden = self._hidden(depth, plan, calls)
+                if hidden is not None:
+                    parts.append((hidden, index[: len(hidden)]))
+            if parts:
+                self._leaving = torch.cat([hidden for hidden, _ in parts])
+                where = torch.cat([index for _, index in parts])
+                try:
+                    output = run(where)
+                finally:
+                    self._leaving = None
+                output = output if isinstance(output, Tensor) else output[0]
+                self._taken.append(Tap(depth, where, output))
+
+    def _hidden(self, depth: int, plan: Plan, calls: dict[int, dict[str, Any]]) -> Tensor | None:
+        """Return the exit's input for the samples of a pass that run deeper than ``depth``."""
+        backbone, name, staying = self._backbone, self._backbone.hidden, plan.staying(depth)
+        if staying == 0:
+            return None
+        deeper = slice(staying)  # the deepest samples come first
+        hidden = calls[depth][name][deeper]
+        if backbone.sequential:
+            return hidden
+        per_sample = (*backbone.states, *(backbone.block_batched or ()))
+        for index in sorted(calls):  # a block that was left out may still do something
+            call = {k: rows(v, deeper) if k in per_sample else v for k, v in calls[index].items()}
+            states = backbone.skipped(index, {**call, name: hidden}, None)
+            hidden = states[backbone.states.index(name)] if len(backbone.states) > 1 else states
+        return hidden
+
+
+class _BlockTap(hooks.Hook):
+    """Shows the taps what a block is called with; passes states on where only the exit runs."""
+
+    def __init__(self, taps: Taps, block: nn.Module, index: int | None) -> None:
+        super().__init__(taps._router)
+        self.taps, self.index = taps, index
+        self.names = hooks.parameters(block)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        if self.taps._leaving is not None:
+            states = tuple(call[name] for name in self.router.backbone.states)
+            return states if len(states) > 1 else states[0]
+        if self.index is not None:
+            self.taps.see(self.index, call)
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class _ExitTap(hooks.Hook):
+    """Gives the exit the tapped hidden states in place of those that no block has run on."""
+
+    def __init__(self, taps: Taps, exit: nn.Module) -> None:
+        super().__init__(taps._router)
+        self.taps = taps
+        self.name = hooks.parameters(exit)[0]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (hidden := self.taps._leaving) is not None:
+            args, kwargs = (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != self.name}
+        return self.fn_ref.original_forward(*args, **kwargs)

@@ -1,0 +1,96 @@
+"""Low-rank adapters (Hu et al. 2022) for models too big to train whole, through PEFT.
+
+PEFT is needed to train an adapter; applying one is two matrix products (:mod:`accelkit.adapter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelkit.adapter import Adapter, targets_of
+from accelkit.backbones import Backbone
+from accelkit.errors import AccelkitError
+
+NAME = "accelkit"
+
+
+def check(rank: int) -> None:
+    """Raise AccelkitError if adapters are asked for and PEFT is not installed."""
+    if rank:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise AccelkitError(
+                f"training adapters of rank {rank} needs PEFT: pip install 'accelkit[lora]', or "
+                "train all weights with --lora-rank 0"
+            ) from error
+
+
+@dataclass
+class Injected:
+    """Adapters that are being trained inside a model.
+
+    Attributes:
+        rank: of each.
+        targets: full names of the linear layers beside which they lie.
+    """
+
+    model: nn.Module
+    rank: int
+    targets: list[str] = field(default_factory=list)
+
+    def adapter(self) -> Adapter:
+        """Return what they have learned, copied to the CPU."""
+        tensors = {}
+        for name in self.targets:
+            layer: Any = self.model.get_submodule(name)
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(layer, part)[NAME].weight
+                tensors[f"{name}.{part}.weight"] = weight.detach().cpu().clone()
+        return Adapter(self.rank, tensors)
+
+
+@contextmanager
+def injected(backbone: Backbone, rank: int, seed: int) -> Iterator[Injected]:
+    """Put trainable adapters beside the linear layers of all blocks, as long as it is entered.
+
+    Everything else is frozen. Afterwards the model is as it was, adapters gone.
+
+    Args:
+        backbone: of the model.
+        rank: of the adapters, whose product is added unscaled (alpha = rank).
+        seed: of their first factor; the second one starts at 0.
+
+    Raises:
+        AccelkitError: PEFT is missing, or the model has adapters already.
+    """
+    check(rank)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = backbone.model
+    if hasattr(model, "peft_config"):
+        raise AccelkitError(
+            "this model carries adapters already; fuse or unload them before training others"
+        )
+    names = targets_of(backbone)
+    originals = {name: model.get_submodule(name) for name in names}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, NAME)
+    try:
+        yield Injected(model, rank, names)
+    finally:
+        for name, original in originals.items():
+            model.set_submodule(name, original)
+        for parameter in trainable:
+            parameter.requires_grad_()
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(name, None)

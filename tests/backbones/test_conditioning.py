@@ -1,0 +1,238 @@
+"""How networks are called: as diffusers' own pipelines call them, argument by argument."""
+
+import inspect
+
+import pytest
+import text_pipes
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones.conditioning import (
+    Captions,
+    Conditioning,
+    _known,
+    conditioning_of,
+    register_conditioning,
+)
+from accelkit.errors import AccelkitError
+
+PROMPT = "a red bird"
+OPTIONS = {
+    "pixart": {"use_resolution_binning": False, "height": 16, "width": 16},
+    "sd3": {"height": 16, "width": 16},
+    "flux": {"height": 16, "width": 16},
+    "hunyuan": {
+        "use_resolution_binning": False,
+        "height": 64,
+        "width": 64,
+        "original_size": (64, 64),
+        "target_size": (64, 64),
+    },
+    "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
+}
+
+
+class Stack(Backbone):
+    """Of a family that this test is not about."""
+
+    family = "stack"
+
+    @property
+    def blocks(self):
+        return next(m for m in self.model.children() if isinstance(m, torch.nn.ModuleList))
+
+
+def recorded(pipe, family, latents):
+    """What the pipeline gave its network at its only step, and what it got."""
+    seen = []
+    handle = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])),
+        with_kwargs=True,
+    )
+    if family == "flux":
+        latents = pipe._pack_latents(latents, 1, 4, 8, 8)
+    guidance = {} if family == "flux" else {"guidance_scale": 2.0}
+    pipe(
+        PROMPT,
+        latents=latents,
+        num_inference_steps=1,
+        output_type="latent",
+        **guidance,
+        **OPTIONS[family],
+    )
+    handle.remove()
+    args, kwargs, output = seen[0]
+    names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs, output
+
+
+def conditioning(pipe):
+    kind = _known[type(pipe.transformer).__name__]
+    try:
+        return kind(backbone_of(pipe.transformer))
+    except AccelkitError:
+        return kind(Stack(pipe.transformer))
+
+
+def same(ours, theirs, name):
+    if isinstance(ours, dict):
+        for key, value in ours.items():
+            same(value, theirs[key], f"{name}.{key}")
+    elif isinstance(ours, (tuple, list)):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            same(*pair, f"{name}[{i}]")
+    elif ours is None:
+        assert theirs is None, name
+    else:
+        theirs = torch.as_tensor(theirs).to(ours.dtype)
+        torch.testing.assert_close(ours, theirs.expand_as(ours), msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", text_pipes.FAMILIES)
+def test_a_call_is_the_pipelines_own(family):
+    pipe = text_pipes.make(family)
+    calls = conditioning(pipe)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    theirs, output = recorded(pipe, family, latents)
+    items = [PROMPT] if family == "flux" else [None, PROMPT]
+    doubled = latents.expand(len(items), -1, -1, -1)
+    t = pipe.scheduler.timesteps[:1].expand(len(items))
+    ours = calls.arguments(doubled, t, calls.encode(pipe, items))
+    for name, value in ours.items():
+        same(value, theirs[name], name)
+    ours_alone = {k for k, v in theirs.items() if v is not None} - set(ours)
+    assert ours_alone <= {"return_dict", "joint_attention_kwargs", "attention_kwargs"}
+    with torch.no_grad():
+        predicted = calls.prediction(pipe.transformer(**ours, return_dict=False)[0], doubled)
+    if family == "flux":
+        output = pipe._unpack_latents(output, 16, 16, pipe.vae_scale_factor)
+    torch.testing.assert_close(predicted, output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "learned"), [("pixart", True), ("sd3", False), ("flux", False), ("hunyuan", True)]
+)
+def test_a_learned_variance_is_seen(family, learned):
+    assert conditioning(text_pipes.make(family)).learns_variance is learned
+
+
+def test_rows_of_half_precision_encoders_join_the_latents():
+    calls = conditioning(text_pipes.make("pixart"))
+    rows = {"states": torch.ones(2, 3, dtype=torch.bfloat16), "mask": torch.ones(2, 3).long()}
+    call = calls.arguments(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), rows)
+    assert call["states"].dtype == torch.float32
+    assert call["mask"].dtype == torch.int64
+
+
+def test_the_scale_of_the_timestep():
+    calls = conditioning(text_pipes.make("sana"))
+    call = calls.arguments(torch.zeros(2, 4, 8, 8), torch.tensor([10.0, 600.0]), {})
+    assert call["timestep"].tolist() == [5.0, 300.0]
+
+
+def test_classes(pipe):
+    calls = conditioning_of(backbone_of(pipe.transformer))
+    assert not calls.text
+    assert calls.encode(pipe, [3, None])["class_labels"].tolist() == [3, 1000]
+    with pytest.raises(AccelkitError, match="classes 0 to 999, got 1001"):
+        calls.encode(pipe, [1001])
+    with pytest.raises(AccelkitError, match="classes 0 to 999, got a bird"):
+        calls.encode(pipe, ["a bird"])
+
+
+def test_a_caption_is_no_class():
+    pipe = text_pipes.make("pixart")
+    with pytest.raises(AccelkitError, match="prompted by text, got class 3"):
+        conditioning(pipe).encode(pipe, [3])
+
+
+def test_a_network_without_conditions():
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    calls = conditioning_of(Stack(network))
+    assert calls.shape == (3, 8, 8)
+    assert calls.encode(None, [None, None]) == {}
+    call = calls.arguments(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), {})
+    assert set(call) == {"sample", "timestep"}
+
+
+class Strange(ModelMixin):
+    """Takes what nobody can know."""
+
+    def forward(self, hidden_states, timestep, melody, class_labels=None):
+        raise AssertionError
+
+
+class Listener(Captions):
+    returns = ("melody",)
+
+
+def test_a_network_whose_call_is_not_known():
+    with pytest.raises(AccelkitError, match="what melody is to hold is not known") as caught:
+        conditioning_of(Stack(Strange()))
+    assert "\n" not in str(caught.value)
+
+
+def test_registering_one(monkeypatch):
+    monkeypatch.setattr("accelkit.backbones.conditioning._known", {})
+    register_conditioning(Strange, Listener)
+    assert isinstance(conditioning_of(Stack(Strange())), Listener)
+
+
+def test_conditions_beside_text_are_refused():
+    network = UNet2DConditionModel(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16,
+    )
+    with pytest.raises(AccelkitError, match="'text_time'"):
+        conditioning_of(Stack(network))
+
+
+def test_classes_without_a_null_class(pipe, monkeypatch):
+    backbone = backbone_of(pipe.transformer)
+    monkeypatch.setattr(type(backbone), "null_class", None)
+    monkeypatch.setattr(type(backbone), "num_classes", 10)
+    calls = Conditioning(backbone)
+    assert calls.encode(pipe, [0, 9])["class_labels"].tolist() == [0, 9]
+    with pytest.raises(AccelkitError, match="classes 0 to 9, got 10"):
+        calls.encode(pipe, [10])
+    with pytest.raises(AccelkitError, match="never trained without labels"):
+        calls.encode(pipe, [None])
+
+
+def test_u_vit_is_given_its_own_number():
+    """999 t of the continuous process, whose timesteps are 1000 t - 1."""
+    from accelkit.models import UViTTransformer2DModel
+
+    network = UViTTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=10,
+        timestep_scale=0.999,
+        timestep_offset=0.999,
+    )
+    calls = conditioning_of(backbone_of(network))
+    t = torch.tensor([0.0, 0.25, 1.0])
+    rows = calls.encode(None, [0, 9, 3])
+    call = calls.arguments(torch.zeros(3, 3, 8, 8), 1000 * t - 1, rows)
+    torch.testing.assert_close(call["timestep"], 999 * t, rtol=1e-5, atol=1e-4)
+    assert network(**call).sample.shape == (3, 3, 8, 8)
+    with pytest.raises(AccelkitError, match="never trained without labels"):
+        calls.encode(None, [None])

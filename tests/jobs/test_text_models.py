@@ -1,0 +1,194 @@
+"""Fine-tuning a model that is prompted by text, and one of pixels, from data to artifact."""
+
+import json
+
+import numpy as np
+import pytest
+import text_pipes
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import accelkit
+from accelkit.cli import app
+from accelkit.errors import AccelkitError
+from accelkit.switch import enabled_on
+
+SMALL = ["--eval-images", "2", "--eval-batch-size", "2", "--sampling-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of pipelines, by family."""
+    made = {}
+
+    def directory(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "model"
+            text_pipes.make(family).save_pretrained(made[family])
+        return made[family]
+
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six captioned images."""
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for i in range(6):
+        pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"picture {'abc'[i % 3]}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def command(model, data, run, *more):
+    return [
+        *("finetune", "--model", model, "--data", data, "--schedule", "4@0.5,2@1", "-o", run),
+        *("--steps", "2", "--batch-size", "4", "--learning-rate", "1e-2", "--ema-decay", "0"),
+        *("--preview-every", "2", *SMALL, *more),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("pixart", []),
+        ("sd3", ["--sampler", "flow", "--timestep-density", "logit-normal"]),
+        ("pixart", ["--lora-rank", "2"]),
+    ],
+    ids=["pixart", "sd3", "adapters"],
+)
+def test_from_captions_to_an_artifact(models, data, tmp_path, family, options):
+    model, run = models(family), tmp_path / "run"
+    done = cli(*command(model, data, run, *options, "--json"))
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["tuned"] for row in rows] == [False, False, True]
+    assert (run / "previews" / "step-00000002.png").is_file()
+
+    pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
+    assert str(enabled_on(pipe).schedule) == "4@0.5,2@1"
+    own, other = pipe.transformer.state_dict(), before.transformer.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    config = json.loads((run / "accelkit.json").read_text())
+    held = load_file(run / "accelkit.safetensors")
+    if options[:1] == ["--lora-rank"]:
+        assert config["lora"]["rank"] == 2
+        assert changed == {f"{name}.weight" for name in config["lora"]["targets"]}
+        assert all(".lora_" in name for name in held)
+    else:
+        assert "lora" not in config
+        assert held.keys() == own.keys()
+        assert any("attn" in name for name in changed)
+        assert not any("timestep_embedder" in name for name in changed)
+    assert 'pipe("a red bird")' in (run / "README.md").read_text()
+    assert "text-to-image" in (run / "README.md").read_text()
+
+
+def test_a_finished_run_is_measured_again_without_encoding(models, data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    cli(*command(models("pixart"), data, run, "--lora-rank", "2"))
+    first = load_file(run / "accelkit.safetensors")
+    cli("finetune", "-o", run, "--resume", "latest", "--eval-images", "1")
+    again = load_file(run / "accelkit.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_captions_are_missing(models, data, tmp_path):
+    (data / "metadata.jsonl").unlink()
+    with pytest.raises(AccelkitError, match=r"prompted by text and .* has no captions") as caught:
+        cli(*command(models("pixart"), data, tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "match"),
+    [
+        ("sd3", [], "sampler ddim does not follow"),
+        ("pixart", ["--timestep-density", "logit-normal"], "is one of flow matching"),
+    ],
+)
+def test_what_does_not_suit_the_process_is_refused_at_once(
+    models, data, tmp_path, family, options, match
+):
+    with pytest.raises(AccelkitError, match=match):
+        cli(*command(models(family), data, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_of_an_artifact_are_refused(models, data, tmp_path):
+    run = tmp_path / "run"
+    cli(*command(models("pixart"), data, run, "--preview-every", "0"))
+    with pytest.raises(AccelkitError, match="tuned already, to which no adapter"):
+        cli(*command(run, data, tmp_path / "other", "--lora-rank", "2"))
+
+
+def test_sampling_by_class_is_refused(models, tmp_path):
+    with pytest.raises(AccelkitError, match="prompted by text; open it with"):
+        cli("sample", "--model", models("pixart"), "-o", tmp_path / "samples")
+
+
+def test_a_model_without_classes_or_autoencoder(data, tmp_path, monkeypatch):
+    """Pixels in, pixels out; a U-Net of diffusers stands for all of them."""
+    from accelkit.backbones import Backbone, register_backbone
+    from accelkit.backbones import base as families
+
+    class Middle(Backbone):
+        family = "middle"
+        batched = ("sample",)
+
+        @property
+        def blocks(self):
+            return self.model.mid_block.resnets
+
+        def skipped(self, index, call, depth):
+            return call["input_tensor"]
+
+        states, hidden, sequential = ("input_tensor",), "input_tensor", False
+        block_batched = ("temb",)
+
+    monkeypatch.setattr(families, "_families", dict(families._families))
+    register_backbone("UNet2DModel", Middle)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
+    model = tmp_path / "model"
+    DDIMPipeline(network, DDIMScheduler()).save_pretrained(model)
+    run = tmp_path / "run"
+    arguments = command(model, data, run)
+    arguments[arguments.index("4@0.5,2@1")] = "2@0.5,1@1"
+    cli(*arguments)
+    assert str(enabled_on(accelkit.from_pretrained(run)).schedule) == "2@0.5,1@1"
+    out = tmp_path / "samples"
+    cli("sample", "--model", run, "-o", out, "-n", "2", "--steps", "2")
+    assert {p.name for p in out.glob("0*")} == {"000000.png", "000001.png"}
+    with pytest.raises(AccelkitError, match="has no classes; leave --labels out"):
+        cli("sample", "--model", run, "-o", tmp_path / "x", "--labels", "3")
+    with pytest.raises(AccelkitError, match="nothing to guide by"):
+        cli("sample", "--model", run, "-o", tmp_path / "y", "-n", "1", "--guidance", "2")

@@ -1,0 +1,241 @@
+"""Tiny pipelines that are prompted by text: random weights, tokenizers that spell."""
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+WORDS = ["<pad>", "<unk>", "</s>", "<s>", *"abcdefghijklmnopqrstuvwxyz "]
+WIDTH = 16
+FLOW = {"shift": 3.0}
+
+
+def tokenizer(length=120, words=WORDS):
+    """One token a letter and one at the end."""
+    spelled = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    spelled.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    spelled.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=spelled,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        bos_token="<s>",
+        model_max_length=length,
+    )
+
+
+def filled(network, std=0.1):
+    """Without a zero weight, so that all of it shows in the output."""
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return network.eval()
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return filled(transformers.T5EncoderModel(config), 0.5)
+
+
+def clip(projected=True):
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH // 2 if projected else WIDTH,
+        intermediate_size=16,
+        projection_dim=WIDTH // 2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        eos_token_id=2,
+        bos_token_id=3,
+        pad_token_id=0,
+    )
+    named = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    return filled(getattr(transformers, named)(config), 0.5)
+
+
+def vae(channels=4, levels=2):
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    ).eval()
+
+
+def pixart(layers=4, scheduler=None, **options):
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+        **options,
+    )
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer(), t5(), vae(), scheduler=scheduler, transformer=filled(transformer)
+    )
+
+
+def sd3(layers=4):
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=WIDTH,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=filled(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(77),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+    )
+
+
+def flux():
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+        vae=vae(),
+        text_encoder=clip(projected=False),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+        transformer=filled(transformer),
+    )
+
+
+def hunyuan():
+    transformer = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=4,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=8,
+        text_len=77,
+        text_len_t5=256,
+        activation_fn="gelu-approximate",
+    )
+    bert = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    return diffusers.HunyuanDiTPipeline(
+        vae=vae(levels=4),
+        text_encoder=filled(transformers.BertModel(bert), 0.5),
+        tokenizer=tokenizer(77),
+        transformer=filled(transformer),
+        scheduler=diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(256),
+    )
+
+
+def sana():
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=8,
+        patch_size=1,
+        timestep_scale=0.5,
+    )
+    gemma = transformers.Gemma2Config(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    dc = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.4,
+    )
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer(300),
+        text_encoder=filled(transformers.Gemma2Model(gemma), 0.5),
+        vae=dc.eval(),
+        transformer=filled(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+    )
+
+
+def make(family, **options):
+    """Return a family's pipeline, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = globals()[family](**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana")
