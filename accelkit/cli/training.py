@@ -30,6 +30,7 @@ from accelkit.cli.options import (
     LrWarmup,
     MaxGradNorm,
     Model,
+    NumHeads,
     Overwrite,
     Precision,
     PreviewEvery,
@@ -41,12 +42,14 @@ from accelkit.cli.options import (
     SkipBad,
     Steps,
     TrainSeed,
+    Vae,
     WeightDecay,
     checked,
     pick,
     reporter,
     run_of,
     sampling_of,
+    source_of,
 )
 from accelkit.cli.show import out, print_rows, shown
 from accelkit.errors import AccelkitError
@@ -70,6 +73,8 @@ def finetune(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    vae: Vae = None,
+    num_heads: NumHeads = 0,
     skip_bad: SkipBad = False,
     flip: Flip = False,
     steps: Steps = 10_000,
@@ -123,7 +128,7 @@ def finetune(
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
-    from accelkit.jobs.common import Evaluation, Run, Source
+    from accelkit.jobs.common import Evaluation, Run
     from accelkit.train.config import TrainConfig
 
     config = pick(TrainConfig, settings)
@@ -135,7 +140,7 @@ def finetune(
 
     with reporter() as report:
         rows = job(
-            pick(Source, settings),
+            source_of(settings),
             settings["schedule"],
             config,
             Evaluation(
@@ -191,7 +196,7 @@ def train(
     layer = read_recipe(recipe, tables) if recipe else {}
     sizes = {name: layer.pop(name, {}) for name in tables}
     settings = resolve(ctx, layer)
-    from accelkit.jobs.common import Run, Source
+    from accelkit.jobs.common import Run
     from accelkit.train.config import TrainConfig
 
     config = pick(TrainConfig, settings)
@@ -202,7 +207,7 @@ def train(
 
     with reporter() as report:
         scratch(
-            pick(Source, settings),
+            source_of(settings),
             settings["schedule"],
             checked(ModelConfig, sizes["model"], "model"),
             checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder"),

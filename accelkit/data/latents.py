@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,7 @@ from accelkit.errors import AccelkitError, AccelkitWarning
 FORMAT = 1
 SHARD = 4096
 INDEX = "index.json"
+_LOCK = ".lock"
 AT_USE = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
 """Settings of an autoencoder that apply to its latents when they are used, not when made."""
 
@@ -101,7 +103,7 @@ def encode_latents(
 
     A folder is keyed by the autoencoder's weights and architecture, the data's fingerprint, size
     and flip. It is written beside and renamed into place, so an interrupted encoding leaves nothing
-    half done, and two at a time both end with a whole one.
+    half done, and two at a time both end with a whole one. What killed processes left is removed.
 
     Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
     float32 (n, C, h, w), because half precision would round them; ``index``, the place of the
@@ -126,25 +128,23 @@ def encode_latents(
     # images left out by an earlier call are this one's errors, unless it leaves them out as well
     if cached is not None and (source.skip_bad or not cached.skipped):
         return cached
-    part = cache / f"partial-{secrets.token_hex(8)}"
     try:
-        part.mkdir(parents=True)
-        _write(
-            source,
-            _encode(source, vae, size, min(batch, SHARD), device, flip),
-            progress,
-            flip,
-            part,
-        )
-        latents = Latents(part, vae)  # mapped before it is in anybody's reach
-        _install(part, folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with _at_work(cache) as part:
+            _write(
+                source,
+                _encode(source, vae, size, min(batch, SHARD), device, flip),
+                progress,
+                flip,
+                part,
+            )
+            latents = Latents(part, vae)  # mapped before it is in anybody's reach
+            _install(part, folder)
     except (OSError, SafetensorError) as error:
         raise AccelkitError(
             f"cannot write latents to {cache} ({error}); make room there, or name another folder "
             "in ACCELKIT_CACHE"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     latents.path = folder
     return latents
 
@@ -153,6 +153,30 @@ def default_cache() -> Path:
     """Return ``$ACCELKIT_CACHE/latents``, or the user's cache directory's."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ACCELKIT_CACHE") or Path(home) / "accelkit") / "latents"
+
+
+@contextmanager
+def _at_work(cache: Path) -> Iterator[Path]:
+    """Give a new folder to encode into; remove it afterwards, and those of killed processes before.
+
+    All who encode share a lock that the system releases with a process, however that ends. Who
+    gets it alone knows that the folders lying there belong to nobody.
+    """
+    lock = os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for stale in cache.glob("partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        part = cache / f"partial-{secrets.token_hex(8)}"
+        try:
+            part.mkdir()
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _key(source: ImageSource, vae: Any, size: int, flip: bool) -> str:

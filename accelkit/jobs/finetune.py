@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
@@ -16,7 +16,7 @@ from accelkit.jobs.common import (
     claimed,
     encoded,
     open_images,
-    open_model,
+    open_unscheduled,
     watch,
 )
 from accelkit.jobs.compare import measure
@@ -44,7 +44,7 @@ def finetune(
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.train.loop.Stopped: a signal ended it; it can be resumed.
     """
-    pipe = open_model(source.model, source.revision)
+    pipe = open_unscheduled(source)
     model = denoiser_of(pipe)
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
@@ -65,18 +65,18 @@ def finetune(
         train(model, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
         if not accelerator.is_main_process:
             return []
-        origin = artifact.config_of(source.model, source.revision) or {
-            "base_model_name_or_path": source.model,
-            "revision": source.revision,
-        }
+        tuned = artifact.config_of(source.model, source.revision)
+        origin = replace(source, **artifact.base_of(tuned)) if tuned else source
 
         def save(metrics: dict[str, Any]) -> None:
             with enable(pipe, parsed):
                 artifact.save(
                     pipe,
                     where.output,
-                    base_model=origin["base_model_name_or_path"],
-                    revision=origin["revision"],
+                    base_model=origin.model,
+                    revision=origin.revision,
+                    vae=origin.vae,
+                    num_heads=origin.num_heads,
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},
                     metrics=metrics,
                 )

@@ -44,13 +44,3 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
     sampler = getattr(diffusers, SAMPLERS[name]).from_config(scheduler.config, **options)
     sampler.set_timesteps(steps)
     return sampler
-
-
-def parse_sampler(text: str, default_steps: int = 50) -> tuple[str, int]:
-    """Return name and steps of ``"ddim"``, ``"ddim:50"`` or the like."""
-    name, _, steps = text.partition(":")
-    if steps and not steps.isdecimal():
-        raise AccelkitError(f"cannot read the sampler {text!r}; write name:steps, e.g. ddim:50")
-    if name not in SAMPLERS:
-        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    return name, int(steps or default_steps)

@@ -10,7 +10,7 @@ from diffusers import (
 )
 
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import SAMPLERS, make_sampler, parse_sampler
+from accelkit.sample.samplers import SAMPLERS, make_sampler
 
 ORIGINALS = {
     "ddim": DDIMScheduler(clip_sample=False),
@@ -114,27 +114,3 @@ def test_ddim_step_against_its_equation():
     expected = abar[250].sqrt() * x0 + (1 - abar[250]).sqrt() * eps
     stepped = sampler.step(eps.float(), sampler.timesteps[1], x.float()).prev_sample
     torch.testing.assert_close(stepped.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [("ddim", ("ddim", 50)), ("ddpm:250", ("ddpm", 250)), ("dpm:", ("dpm", 50))],
-)
-def test_parse(text, parsed):
-    assert parse_sampler(text) == parsed
-
-
-def test_parse_with_another_default():
-    assert parse_sampler("ddim", 20) == ("ddim", 20)
-
-
-@pytest.mark.parametrize("text", ["ddim:fifty", "ddim:-5", "ddim:5.0", "ddim:5:6", "ddim: 5"])
-def test_cannot_parse(text):
-    with pytest.raises(AccelkitError, match="cannot read the sampler"):
-        parse_sampler(text)
-
-
-@pytest.mark.parametrize("text", ["euler", "euler:5", "", ":5", "DDIM"])
-def test_parse_unknown(text):
-    with pytest.raises(AccelkitError, match="unknown sampler"):
-        parse_sampler(text)
