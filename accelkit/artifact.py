@@ -13,7 +13,7 @@ from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.files import explain_full_disk, read_json, write_json
-from accelkit.loading import open_pipeline, reading
+from accelkit.loading import is_original, open_pipeline, reading, refuse_original_settings
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
 
@@ -27,6 +27,8 @@ def save(
     *,
     base_model: str | None = None,
     revision: str | None = None,
+    vae: str | None = None,
+    num_heads: int | None = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
@@ -40,6 +42,8 @@ def save(
         base_model: what the rest of the pipeline is loaded from: ``builtin``, a directory or hub
             id. Default: where ``pipe`` was loaded from.
         revision: of the base model.
+        vae: directory or hub id of the autoencoder of a base model in the original layout.
+        num_heads: attention heads of such a model of unpublished size.
         training: settings worth keeping, plain data.
         metrics: results worth keeping, plain data.
         adapter: what was added to the base model's weights; kept in place of all weights.
@@ -48,7 +52,8 @@ def save(
         The directory.
 
     Raises:
-        AccelkitError: no schedule is in force, or the base model is not known.
+        AccelkitError: no schedule is in force, the base model is not known, or ``vae`` or
+            ``num_heads`` is given for one that is not in the original layout.
     """
     from safetensors.torch import save_file
 
@@ -61,10 +66,9 @@ def save(
             "this pipeline was not loaded from anywhere; say with base_model= what "
             "accelkit.from_pretrained should load it from"
         )
-    if Path(base) == builtin():
-        base = BUILTIN
-    elif Path(base).exists():
-        base = str(Path(base).resolve())  # so that it is found from any working directory
+    base = BUILTIN if Path(base) == builtin() else _findable(base)
+    if not is_original(base):
+        refuse_original_settings(base, vae, num_heads)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / (WEIGHTS + ".partial")
@@ -80,9 +84,11 @@ def save(
         "accelkit": __version__,
         "family": state.backbone.family,
         "schedule": state.schedule.to_dict(),
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base,
         "revision": revision,
         **({} if adapter is None else {"lora": {"rank": adapter.rank, "targets": adapter.targets}}),
+        "vae": vae and _findable(vae),
+        "num_heads": num_heads,
         "training": training or {},
         "metrics": metrics or {},
     }
@@ -91,6 +97,12 @@ def save(
     card = _card(config, directory.resolve().name, state.schedule, saving, _call(pipe))
     (directory / CARD).write_text(card, encoding="utf-8")
     return directory
+
+
+def _findable(name: str | Path) -> str:
+    """Make a local path absolute, so that it is found from any working directory."""
+    local = str(name) != BUILTIN and Path(name).exists()
+    return str(Path(name).resolve()) if local else str(name)
 
 
 def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabled:
@@ -144,7 +156,13 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
     return state
 
 
-def from_pretrained(source: str | Path, *, revision: str | None = None) -> Any:
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    vae: str | None = None,
+    num_heads: int | None = None,
+) -> Any:
     """Return a ready pipeline: base model, tuned weights and schedule in force.
 
     Args:
@@ -152,14 +170,18 @@ def from_pretrained(source: str | Path, *, revision: str | None = None) -> Any:
             original-layout file, a hub id) is returned as it is, without a schedule, with the
             original DiT's numerics restored where its config records them.
         revision: of a hub id.
+        vae: directory or hub id of the autoencoder that goes with an original-layout file.
+        num_heads: attention heads of an original-layout file of unpublished size.
 
     Raises:
-        AccelkitError: as :func:`load`, or the base model cannot be read.
+        AccelkitError: as :func:`load`, the base model cannot be read, or ``vae`` or ``num_heads``
+            is given for what is no original-layout file.
     """
-    if not _is_artifact(source, revision):
-        return open_pipeline(source, revision=revision)
-    _, config = _fetch(source, revision)
-    pipe = open_pipeline(config["base_model_name_or_path"], revision=config.get("revision"))
+    config = config_of(source, revision)
+    if config is None:
+        return open_pipeline(source, revision=revision, vae=vae, num_heads=num_heads)
+    refuse_original_settings(str(source), vae, num_heads)
+    pipe = open_pipeline(**base_of(config))
     load(pipe, source, revision=revision)
     return pipe
 
@@ -171,6 +193,12 @@ def config_of(source: str | Path, revision: str | None = None) -> dict[str, Any]
         AccelkitError: it is one, but broken or of another format.
     """
     return _fetch(source, revision)[1] if _is_artifact(source, revision) else None
+
+
+def base_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what an artifact's base model is opened by, as :func:`open_pipeline` takes it."""
+    rest = {name: config.get(name) for name in ("revision", "vae", "num_heads")}
+    return {"model": config["base_model_name_or_path"], **rest}
 
 
 def _is_artifact(source: str | Path, revision: str | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,18 +35,35 @@ def open_pipeline(
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
 
     Raises:
-        AccelkitError: nothing is there, it is no pipeline, or it cannot be read.
+        AccelkitError: nothing is there, it is no pipeline, it cannot be read, or ``vae`` or
+            ``num_heads`` is given for what is no original-layout checkpoint.
     """
     name = str(model)
-    path = builtin() if name == BUILTIN else Path(name)
-    if path.suffix in ORIGINAL_SUFFIXES or path.is_file():
-        return _around_original(path, vae, num_heads)
+    if is_original(model):
+        return _around_original(Path(model), vae, num_heads)
+    refuse_original_settings(name, vae, num_heads)
     with reading(name):
         from diffusers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         pipe = _diffusers_pipeline(located(name), revision)
     return _ready(pipe)
+
+
+def is_original(model: str | Path) -> bool:
+    """Return whether ``model`` is a file, or named as one, of the original layout."""
+    path = Path(model)
+    return str(model) != BUILTIN and (path.suffix in ORIGINAL_SUFFIXES or path.is_file())
+
+
+def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) -> None:
+    """Raise AccelkitError if either is given for ``name``, which brings its own."""
+    given = {"an autoencoder": vae, "a number of heads": num_heads}
+    if words := " and ".join(word for word, value in given.items() if value is not None):
+        raise AccelkitError(
+            f"{name} has its own settings; leave {words} out, which go with an original-layout "
+            f"checkpoint ({', '.join(sorted(ORIGINAL_SUFFIXES))})"
+        )
 
 
 def _diffusers_pipeline(place: str, revision: str | None) -> Any:
@@ -58,6 +74,9 @@ def _diffusers_pipeline(place: str, revision: str | None) -> Any:
     index = read_json(Path(folder) / "model_index.json")
     kind = getattr(diffusers, str(index.get("transformer", [""])[-1]), None)
     given = {"transformer": open_whole(kind, folder, subfolder="transformer")} if kind else {}
+    if isinstance(names := index.get("id2label"), dict):
+        # JSON has text for keys only, of which diffusers warns, expecting numbers
+        given["id2label"] = {int(label): name for label, name in names.items()}
     pipe = load.from_pretrained(folder, **given)
     pipe.register_to_config(_name_or_path=place)
     return pipe
@@ -125,7 +144,12 @@ def _around_original(path: Path, vae: str | None, num_heads: int | None) -> Any:
     with reading(vae or ORIGINAL_VAE):
         from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
-        autoencoder = AutoencoderKL.from_pretrained(vae or ORIGINAL_VAE)
+        autoencoder = open_whole(AutoencoderKL, vae or ORIGINAL_VAE)
+    if autoencoder.config.latent_channels != transformer.config.in_channels:
+        raise AccelkitError(
+            f"the autoencoder {vae or ORIGINAL_VAE} makes {autoencoder.config.latent_channels} "
+            f"latent channels, {path} takes {transformer.config.in_channels}; give its own"
+        )
     scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
     )
@@ -148,5 +172,3 @@ def quiet() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # accelerate tells of the shared embedders at every checkpoint
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

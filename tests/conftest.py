@@ -62,6 +62,19 @@ def pipe(make_pipe):
     return make_pipe()
 
 
+@pytest.fixture
+def original(make_dit, tmp_path):
+    """An original-layout file of six blocks, two heads each."""
+    from accelkit.backbones.original import save_original
+
+    model = make_dit()
+    shared = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(shared)
+    save_original(model, tmp_path / "dit.safetensors", allow_inexact=True)
+    return tmp_path / "dit.safetensors"
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of outputs recorded from the original implementations."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import accelkit
 from accelkit import artifact
 from accelkit.adapter import Adapter
-from accelkit.backbones.original import numerics, save_original
+from accelkit.backbones.original import numerics
 from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule
 from accelkit.switch import enabled_on
@@ -109,6 +109,8 @@ def test_what_it_records(saved, base):
         },
         "base_model_name_or_path": str(base),
         "revision": None,
+        "vae": None,
+        "num_heads": None,
         "training": {"steps": 3},
         "metrics": {},
     }
@@ -377,17 +379,6 @@ def test_what_is_not_on_the_hub_is_one_line(hub, pipe):
 # --- models from original checkpoints
 
 
-@pytest.fixture
-def original(make_dit, tmp_path):
-    """An original-layout file of six blocks."""
-    model = make_dit()
-    shared = model.transformer_blocks[0].norm1.emb.state_dict()
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(shared)
-    save_original(model, tmp_path / "dit.safetensors", allow_inexact=True)
-    return tmp_path / "dit.safetensors"
-
-
 def test_a_model_from_an_original_checkpoint_keeps_its_frequencies(original, make_pipe, tmp_path):
     pipe = make_pipe()
     pipe.register_modules(transformer=accelkit.load_original(original, num_heads=2))
@@ -474,3 +465,49 @@ def test_a_broken_record_of_an_adapter(adapted, make_pipe):
     (folder / "accelkit.json").write_text(json.dumps(config))
     with pytest.raises(AccelkitError, match=r"accelkit\.json"):
         accelkit.load(make_pipe(), folder)
+
+
+@pytest.fixture
+def vae(pipe, tmp_path):
+    """The directory of an autoencoder."""
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_an_artifact_of_an_original_checkpoint_is_opened_again(
+    original, vae, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    pipe = accelkit.from_pretrained("dit.safetensors", vae="vae", num_heads=2)
+    accelkit.enable(pipe, SCHEDULE)
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.bias.add_(1)  # tuned
+    accelkit.save(pipe, "tuned", base_model="dit.safetensors", vae="vae", num_heads=2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = artifact.config_of(tmp_path / "tuned")
+    assert config["base_model_name_or_path"] == str(original)
+    assert (config["vae"], config["num_heads"]) == (str(vae), 2)
+    again = accelkit.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(outputs(again), outputs(pipe))
+    assert same(again.vae.state_dict(), pipe.vae.state_dict())
+
+
+def test_an_artifact_from_before_these_were_recorded(saved, tuned):
+    config = json.loads((saved / "accelkit.json").read_text())
+    assert config["format"] == 1
+    old = {k: v for k, v in config.items() if k not in ("vae", "num_heads", "revision")}
+    (saved / "accelkit.json").write_text(json.dumps(old))
+    assert torch.equal(outputs(accelkit.from_pretrained(saved)), outputs(tuned))
+
+
+@pytest.mark.parametrize("given", [{"vae": "some/vae"}, {"num_heads": 2}])
+def test_what_has_its_own_autoencoder_and_heads_is_given_none(saved, tuned, base, tmp_path, given):
+    word = "an autoencoder" if "vae" in given else "a number of heads"
+    for name in (saved, base, "builtin"):
+        with pytest.raises(AccelkitError, match=f"{name} has its own settings; leave {word} out"):
+            accelkit.from_pretrained(name, **given)
+    with pytest.raises(AccelkitError, match=f"{base} has its own"):
+        accelkit.save(tuned, tmp_path / "b", base_model=str(base), **given)
+    assert not (tmp_path / "b").exists()

@@ -21,7 +21,7 @@ TIERS = [
     {"dvd"},
     {"presets"},
     {"backbones", "models"},
-    {"routing", "hooks", "merging", "switch"},
+    {"routing", "hooks", "compiling", "merging", "switch"},
     {"taps", "cost", "adapter"},
     {"artifact", "loading"},
     {"data", "train", "sample"},

@@ -1,6 +1,7 @@
 """Which pipeline a name means, and one line when there is none."""
 
 import json
+import logging
 import os
 
 import huggingface_hub.constants
@@ -71,8 +72,16 @@ def test_half_precision_files_are_opened_in_float32(pipe, tmp_path):
             assert torch.equal(parameter, stored[key].float())
 
 
-def test_nothing_is_written_to_the_terminal(saved, capfd):
-    open_pipeline(saved)
+@pytest.mark.parametrize("names", [None, {"0": "cat", "1": "dog, hound"}])
+def test_nothing_is_written_to_the_terminal(saved, names, capfd, monkeypatch):
+    warned = []
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    monkeypatch.setattr(logger, "warning", warned.append)  # its stream is not always captured
+    index = json.loads((saved / "model_index.json").read_text())
+    (saved / "model_index.json").write_text(json.dumps({**index, "id2label": names}))
+    labels = open_pipeline(saved).labels
+    assert labels == ({"cat": 0, "dog": 1, "hound": 1} if names else {})
+    assert warned == []
     assert capfd.readouterr() == ("", "")
 
 
@@ -188,6 +197,10 @@ def test_an_original_file_becomes_a_pipeline(original, saved, tmp_path):
 def test_what_an_original_file_lacks_is_said(original, saved, tmp_path, monkeypatch):
     refused(original, "num_heads", vae=str(saved / "vae"))
     refused(original, "nowhere", vae=str(tmp_path / "nowhere"), num_heads=2)
+    refused(original, "those of a AutoencoderKL", vae=str(saved / "transformer"), num_heads=2)
+    narrow = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3)
+    narrow.save_pretrained(tmp_path / "rgb")
+    refused(original, "makes 3 latent channels", vae=str(tmp_path / "rgb"), num_heads=2)
     (tmp_path / "cut.pt").write_bytes(original.read_bytes()[:500])
     refused(tmp_path / "cut.pt", "cut.pt")
     refused(tmp_path / "gone.pt", "gone.pt does not exist")

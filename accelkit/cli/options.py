@@ -15,6 +15,13 @@ Model = Annotated[
     str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(help="Directory or hub id of an original-layout file's autoencoder."),
+]
+NumHeads = Annotated[
+    int, typer.Option(help="Attention heads of an original-layout file; 0: as published.")
+]
 Data = Annotated[
     str,
     typer.Option(help="digits, a folder of images (by class or with captions) or a zip of one."),
@@ -89,6 +96,13 @@ ReportTo = Annotated[str | None, typer.Option(help="tensorboard, wandb, …")]
 def pick(kind: Any, settings: dict[str, Any]) -> Any:
     """Build a settings class from the settings of the same names."""
     return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
+
+
+def source_of(settings: dict[str, Any]) -> Any:
+    """Build the names of model and data; 0 heads means those of the published table."""
+    from accelkit.jobs.common import Source
+
+    return pick(Source, {**settings, "num_heads": settings.get("num_heads") or None})
 
 
 def run_of(kind: Any, settings: dict[str, Any]) -> Any:

@@ -36,6 +36,7 @@ from accelkit.cli.options import (
     LrWarmup,
     MaxGradNorm,
     Model,
+    NumHeads,
     Overwrite,
     Precision,
     PreviewEvery,
@@ -48,6 +49,7 @@ from accelkit.cli.options import (
     Steps,
     TimestepDensity,
     TrainSeed,
+    Vae,
     WeightDecay,
     baselines,
     checked,
@@ -55,6 +57,7 @@ from accelkit.cli.options import (
     reporter,
     run_of,
     sampling_of,
+    source_of,
 )
 from accelkit.cli.show import out, print_rows, shown
 from accelkit.compute import Merge
@@ -79,6 +82,8 @@ def finetune(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    vae: Vae = None,
+    num_heads: NumHeads = 0,
     skip_bad: SkipBad = False,
     flip: Flip = False,
     steps: Steps = 10_000,
@@ -141,7 +146,7 @@ def finetune(
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
-    from accelkit.jobs.common import Evaluation, Run, Source
+    from accelkit.jobs.common import Evaluation, Run
     from accelkit.train.config import TrainConfig
 
     _supervise(settings)
@@ -156,7 +161,7 @@ def finetune(
 
     with reporter() as report:
         rows = job(
-            pick(Source, settings),
+            source_of(settings),
             settings["schedule"],
             config,
             Evaluation(
@@ -218,7 +223,7 @@ def train(
     layer = read_recipe(recipe, tables) if recipe else {}
     sizes = {name: layer.pop(name, {}) for name in tables}
     settings = resolve(ctx, layer)
-    from accelkit.jobs.common import Run, Source
+    from accelkit.jobs.common import Run
     from accelkit.train.config import TrainConfig
 
     _supervise(settings)
@@ -230,7 +235,7 @@ def train(
 
     with reporter() as report:
         scratch(
-            pick(Source, settings),
+            source_of(settings),
             settings["schedule"],
             checked(ModelConfig, sizes["model"], "model"),
             checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder"),

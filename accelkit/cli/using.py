@@ -17,15 +17,17 @@ from accelkit.cli.options import (
     Guidance,
     GuidanceChannels,
     Model,
+    NumHeads,
     Overwrite,
     Recipe,
     Revision,
     Sampler,
     SkipBad,
+    Vae,
     baselines,
-    pick,
     reporter,
     sampling_of,
+    source_of,
 )
 from accelkit.cli.show import intervals, out, overview, print_rows, shown, worded
 from accelkit.errors import AccelkitError
@@ -55,6 +57,8 @@ def sample(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    vae: Vae = None,
+    num_heads: NumHeads = 0,
 ) -> None:
     """Sample images: one PNG each and a grid of all.
 
@@ -71,8 +75,7 @@ def sample(
 
     with reporter() as report:
         files = job(
-            settings["model"],
-            settings["revision"],
+            source_of(settings),
             settings["schedule"],
             settings["labels"],
             settings["number"],
@@ -110,6 +113,8 @@ def bench(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    vae: Vae = None,
+    num_heads: NumHeads = 0,
     skip_bad: SkipBad = False,
 ) -> None:
     """Time schedules against full depth, interleaved in one run, and score their images.
@@ -126,13 +131,13 @@ def bench(
     merges = baselines(settings["baseline"])
     if shown(settings, dry_run, as_json):
         return
-    from accelkit.jobs.common import Evaluation, Source
+    from accelkit.jobs.common import Evaluation
     from accelkit.jobs.compare import bench as job
 
     sampling = sampling_of({**settings, "sampling_steps": settings["steps"]})
     with reporter() as report:
         rows = job(
-            pick(Source, settings),
+            source_of(settings),
             _split(settings["schedules"]),
             Evaluation(
                 settings["number"], settings["batch_size"], settings["seed"], sampling, merges
@@ -192,7 +197,7 @@ def schedules(
 def convert(
     source: Annotated[Path, typer.Argument(help="An original-layout file or a diffusers DiT.")],
     target: Annotated[Path, typer.Argument(help="A directory, or a .pt or .safetensors file.")],
-    num_heads: Annotated[int, typer.Option(help="Attention heads, for unpublished sizes.")] = 0,
+    num_heads: NumHeads = 0,
     allow_inexact: Annotated[
         bool, typer.Option(help="Convert though the original code computes slightly else.")
     ] = False,
@@ -216,7 +221,7 @@ def inspect(
     model: Model = "builtin",
     schedule: Annotated[str | None, typer.Option(help="Show its cost on this model.")] = None,
     revision: Revision = None,
-    num_heads: Annotated[int, typer.Option(help="Attention heads, for unpublished sizes.")] = 0,
+    num_heads: NumHeads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show what accelkit sees in a model: family, blocks, parameters, cost per depth.

@@ -97,7 +97,7 @@ def encode_latents(
 
     A folder is keyed by the autoencoder's weights and architecture, the data's fingerprint, size
     and flip. It is written beside and renamed into place, so an interrupted encoding leaves nothing
-    half done, and two at a time both end with a whole one.
+    half done, and two at a time both end with a whole one. What killed processes left is removed.
 
     Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
     float32 (n, C, h, w), because half precision would round them, without ``std`` for a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -9,7 +10,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from accelkit.errors import AccelkitError, AccelkitWarning
 SHARD = 4096
 SHARD_BYTES = 512 * 2**20
 INDEX = "index.json"
+_LOCK = ".lock"
 
 Rows = dict[str, Tensor]
 T = TypeVar("T")
@@ -125,23 +127,47 @@ def made(folder: Path, make: Callable[[Path], T], what: str) -> T:
     """Return what ``make`` writes and reads back, in a folder that is then renamed to ``folder``.
 
     An interrupted making leaves nothing half done, and two at a time both end with a whole one.
+    What killed processes left is removed.
 
     Raises:
         AccelkitError: the cache cannot be written.
     """
-    part = folder.parent / f"partial-{secrets.token_hex(8)}"
+    cache = folder.parent
     try:
-        part.mkdir(parents=True)
-        result = make(part)  # mapped before it is in anybody's reach
-        _install(part, folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with _at_work(cache) as part:
+            result = make(part)  # mapped before it is in anybody's reach
+            _install(part, folder)
     except (OSError, SafetensorError) as error:
         raise AccelkitError(
-            f"cannot write {what} to {folder.parent} ({error}); make room there, or name another "
-            "folder in ACCELKIT_CACHE"
+            f"cannot write {what} to {cache} ({error}); make room there, or name another folder "
+            "in ACCELKIT_CACHE"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return result
+
+
+@contextmanager
+def _at_work(cache: Path) -> Iterator[Path]:
+    """Give a new folder to write into; remove it afterwards, and those of killed processes before.
+
+    All who write share a lock that the system releases with a process, however that ends. Who
+    gets it alone knows that the folders lying there belong to nobody.
+    """
+    lock = os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for stale in cache.glob("partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        part = cache / f"partial-{secrets.token_hex(8)}"
+        try:
+            part.mkdir()
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def default_cache(what: str = "latents") -> Path:

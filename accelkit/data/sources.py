@@ -9,6 +9,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -76,8 +77,8 @@ def open_source(spec: str | Path, *, skip_bad: bool = False) -> ImageSource:
         skip_bad: pass over images that cannot be read instead of raising.
 
     Raises:
-        AccelkitError: nothing is there, there are no images, the zip is broken, or images lie
-            beside class folders.
+        AccelkitError: nothing is there, there are no images, the zip is broken, images lie beside
+            class folders, a class folder holds none, or it holds folders in their place.
     """
     if str(spec) == "digits":
         return _Digits()
@@ -166,17 +167,21 @@ class _Digits(ImageSource):
         return image if size == SIZE else crop_and_resize(Image.fromarray(image), size)
 
 
+def _is_seen(path: PurePosixPath) -> bool:
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 def _is_image(path: PurePosixPath) -> bool:
-    unseen = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not unseen
+    return path.suffix.lower() in SUFFIXES and _is_seen(path)
 
 
 class _Files(ABC):
-    """Named images and what may tell of them, wherever they lie."""
+    """Named images and what may tell of them, wherever they lie, and the outermost folders."""
 
     where: str
     names: list[PurePosixPath]
     texts: set[PurePosixPath]
+    folders: set[str]
 
     @abstractmethod
     def content(self, name: PurePosixPath) -> bytes:
@@ -191,6 +196,9 @@ class _Folder(_Files):
         names = [PurePosixPath(p.relative_to(path).as_posix()) for p in found]
         self.names = [n for n in names if _is_image(n)]
         self.texts = {n for n in names if is_text(n)}
+        self.folders = {
+            p.name for p in path.iterdir() if p.is_dir() and _is_seen(PurePosixPath(p.name))
+        }
 
     def content(self, name: PurePosixPath) -> bytes:
         return (self._path / name).read_bytes()
@@ -202,21 +210,28 @@ class _Zip(_Files):
         self._path = path
         self._open: tuple[int, zipfile.ZipFile] | None = None
         try:
-            members = [i.filename for i in self._archive().infolist() if not i.is_dir()]
+            members = self._archive().namelist()
         except (zipfile.BadZipFile, OSError) as error:
             raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._prefix = PurePosixPath(part)
         # paths leave out a leading "./", by which the archive would not find the file again
         self._members = {PurePosixPath(m): m for m in members}
+        self._list()
+        if part == "." and len(self.folders) == 1 and all(len(n.parts) > 1 for n in self.names):
+            self._prefix = PurePosixPath(*self.folders)
+            self.where = f"{path}/{self._prefix}"
+            self._list()
+
+    def _list(self) -> None:
         inside = [m for m in self._members if m.is_relative_to(self._prefix)]
-        self.names = [n for m in inside if _is_image(n := m.relative_to(self._prefix))]
-        tops = {m.parts[:1] for m in self.names}
-        if part == "." and len(tops) == 1 and all(len(m.parts) > 1 for m in self.names):
-            top = tops.pop()[0]
-            self._prefix /= top
-            self.names = [n.relative_to(top) for n in self.names]
-        inside = [m for m in self._members if m.is_relative_to(self._prefix)]
-        self.texts = {n for m in inside if is_text(n := m.relative_to(self._prefix))}
+        below = [(m.relative_to(self._prefix), self._members[m].endswith("/")) for m in inside]
+        self.names = [n for n, is_folder in below if _is_image(n) and not is_folder]
+        self.texts = {n for n, is_folder in below if is_text(n) and not is_folder}
+        self.folders = {
+            n.parts[0]
+            for n, is_folder in below
+            if len(n.parts) > (0 if is_folder else 1) and _is_seen(n)
+        }
 
     def _archive(self) -> zipfile.ZipFile:
         # a handle shared with a forked process would share its position in the file
@@ -248,12 +263,31 @@ class _Images(ImageSource):
                 f"{files.where} holds images ({loose[0]}, …) beside class folders "
                 f"({self.classes[0]}, …); put every image into a class, or remove the folders"
             )
+        if self.classes:
+            self._check_classes()
         places = {c: i for i, c in enumerate(self.classes)}
         self.labels = (
             np.array([places[n.parts[0]] for n in self._names], dtype=np.int64)
             if self.classes
             else None
         )
+
+    def _check_classes(self) -> None:
+        where = self._files.where
+        if empty := sorted(self._files.folders - set(self.classes)):
+            raise AccelkitError(
+                f"{where}/{empty[0]} holds no images, and without it the classes after it would "
+                "have other labels; put images in, or remove it"
+            )
+        own = {n.parts[0] for n in self._names if len(n.parts) == 2}
+        within = sorted({n.parts[:2] for n in self._names if n.parts[0] not in own})
+        # one sub-folder alone, as in Tiny ImageNet, is a class's own way to keep its images
+        for (name, first), (again, second) in pairwise(within):
+            if name == again:
+                raise AccelkitError(
+                    f"{where}/{name} holds folders of images ({first}, {second}, …) where a class "
+                    f"holds images; name the part that has the classes, as in {where}/{name}"
+                )
 
     def __len__(self) -> int:
         return len(self._names)

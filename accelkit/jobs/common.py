@@ -52,6 +52,8 @@ class Source:
         model: as :func:`accelkit.from_pretrained` takes it.
         data: ``digits``, a folder or a zip.
         revision: of a hub id.
+        vae: directory or hub id of the autoencoder that goes with an original-layout file.
+        num_heads: attention heads of an original-layout file of unpublished size.
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.
     """
@@ -59,6 +61,8 @@ class Source:
     model: str = BUILTIN
     data: str = "digits"
     revision: str | None = None
+    vae: str | None = None
+    num_heads: int | None = None
     skip_bad: bool = False
     flip: bool = False
 
@@ -107,17 +111,20 @@ class Run:
     report_to: str | None = None
 
 
-def open_model(model: str, revision: str | None = None) -> Any:
-    """Return the pipeline a job works on, on the GPU if there is one, without a schedule."""
-    pipe = artifact.from_pretrained(model, revision=revision)
+def open_model(source: Source) -> Any:
+    """Return the pipeline a job works on, on the GPU if there is one; a tuned one is scheduled."""
+    pipe = artifact.from_pretrained(
+        source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
+    )
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_unscheduled(source: Source) -> Any:
+    """Return what :func:`open_model` does, without a schedule."""
+    pipe = open_model(source)
     if enabled_on(pipe) is not None:
         disable(pipe)
-    return on_device(pipe)
-
-
-def on_device(pipe: Any) -> Any:
-    """Return the pipeline on the GPU if there is one."""
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe
 
 
 def open_images(source: Source, model: Any) -> ImageSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from accelkit.jobs.common import (
     image_size,
     items_of,
     open_images,
-    open_model,
+    open_unscheduled,
     save_picture,
 )
 from accelkit.metrics.features import FeatureExtractor, extractor
@@ -57,9 +57,8 @@ def bench(
             f"{output / report.RESULTS} exists; replace it with --overwrite or give another -o"
         )
     config = artifact.config_of(source.model, source.revision)
-    base = source.model if config is None else config["base_model_name_or_path"]
-    pipe = open_model(base, source.revision if config is None else config["revision"])
-    tuned = open_model(source.model, source.revision) if config else None
+    tuned = open_unscheduled(source) if config else None
+    pipe = open_unscheduled(replace(source, **artifact.base_of(config)) if config else source)
     tuned_for = Schedule.from_dict(config["schedule"]) if config else None
     backbone = backbone_of(denoiser_of(pipe))
     parsed = [Schedule.parse(text, backbone.depth, backbone.family) for text in schedules]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
@@ -18,7 +18,7 @@ from accelkit.jobs.common import (
     encoded,
     items_of,
     open_images,
-    open_model,
+    open_unscheduled,
     prompted,
     watch,
 )
@@ -49,7 +49,7 @@ def finetune(
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.train.loop.Stopped: a signal ended it; it can be resumed.
     """
-    pipe = open_model(source.model, source.revision)
+    pipe = open_unscheduled(source)
     model = denoiser_of(pipe)
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
@@ -58,11 +58,12 @@ def finetune(
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
-    origin = artifact.config_of(source.model, source.revision)
-    if config.lora_rank and origin is not None:
+    tuned = artifact.config_of(source.model, source.revision)
+    origin = replace(source, **artifact.base_of(tuned)) if tuned else source
+    if config.lora_rank and tuned:
         raise AccelkitError(
             f"{source.model} holds weights that were tuned already, to which no adapter can be "
-            f"added; train all weights, or start from {origin['base_model_name_or_path']}"
+            f"added; train all weights, or start from {origin.model}"
         )
     evaluation.baselines_of(model)
     settings = {
@@ -85,18 +86,16 @@ def finetune(
         )
         if not accelerator.is_main_process:
             return []
-        origin = origin or {
-            "base_model_name_or_path": source.model,
-            "revision": source.revision,
-        }
 
         def save(metrics: dict[str, Any]) -> None:
             with enable(pipe, parsed):
                 artifact.save(
                     pipe,
                     where.output,
-                    base_model=origin["base_model_name_or_path"],
-                    revision=origin["revision"],
+                    base_model=origin.model,
+                    revision=origin.revision,
+                    vae=origin.vae,
+                    num_heads=origin.num_heads,
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},
                     metrics=metrics,
                     adapter=adapter,

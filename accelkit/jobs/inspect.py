@@ -13,7 +13,7 @@ from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
 from accelkit.cost import cost_of, macs_by_depth
 from accelkit.errors import AccelkitError
-from accelkit.loading import ORIGINAL_SUFFIXES
+from accelkit.loading import is_original
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.switch import enabled_on
@@ -37,12 +37,11 @@ def inspect(
     Raises:
         AccelkitError: the model cannot be read, or the schedule does not fit it.
     """
-    path = Path(model)
-    alone = path.suffix in ORIGINAL_SUFFIXES or path.is_file()
+    alone = is_original(model)
     target: Any = (
-        load_original(path, num_heads=num_heads)
+        load_original(Path(model), num_heads=num_heads)
         if alone
-        else artifact.from_pretrained(model, revision=revision)
+        else artifact.from_pretrained(model, revision=revision, num_heads=num_heads)
     )
     network = denoiser_of(target)
     backbone = backbone_of(network)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.files import write_json
-from accelkit.jobs.common import Reporter, on_device, save_picture
+from accelkit.jobs.common import Reporter, Source, open_model, save_picture
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
 GRID, INDEX = "grid.png", "samples.json"
+_WRITTEN = re.compile(r"(\d{6,}-class\d+\.png|grid\.png|samples\.json)(\.partial)?")
 
 
 def sample(
-    model: str,
-    revision: str | None,
+    source: Source,
     schedule: str | None,
     labels: str | None,
     number: int,
@@ -37,8 +37,7 @@ def sample(
     """Write ``number`` PNG files, a grid and an index; return the files of the images.
 
     Args:
-        model: as :func:`accelkit.from_pretrained` takes it.
-        revision: of a hub id.
+        source: which model.
         schedule: runs instead of the one the model was tuned for, if any.
         labels: classes to go round, such as ``3,1,4`` or ``0-9``; None for all the model names.
         number: how many images; image i has seed ``seed + i``.
@@ -46,7 +45,7 @@ def sample(
         batch_size: images per batch.
         how: sampler, steps and guidance.
         output: directory.
-        overwrite: replace images there.
+        overwrite: remove what an earlier run left there, and nothing else.
         reporter: told how far it is.
 
     Raises:
@@ -58,18 +57,21 @@ def sample(
         raise AccelkitError(
             f"the output {output} is not an empty directory; use --overwrite or another -o"
         )
-    pipe = on_device(artifact.from_pretrained(model, revision=revision))
+    pipe = open_model(source)
     if schedule is not None:
         if enabled_on(pipe) is not None:
             disable(pipe)
         enable(pipe, schedule)
     items = _items(pipe, labels)
     output.mkdir(parents=True, exist_ok=True)
-    images, rows, files = [], [], []
+    images: list[np.ndarray] = []
+    rows, files = [], []
     for start in range(0, number, batch_size):
         places = range(start, min(start + batch_size, number))
         chosen = [items[i % len(items)] for i in places]
         batch = generate(pipe, chosen, [seed + i for i in places], how)
+        if not images:  # nothing of the input is refused from here on
+            _clear(output)
         images.append(batch)
         for place, label, image in zip(places, chosen, batch, strict=True):
             files.append(output / f"{place:06d}{'' if label is None else f'-class{label}'}.png")
@@ -81,13 +83,20 @@ def sample(
     write_json(
         output / INDEX,
         {
-            "model": model,
+            "model": source.model,
             "schedule": state and state.schedule.to_dict(),
             "sampling": vars(how),
             "images": rows,
         },
     )
     return files
+
+
+def _clear(output: Path) -> None:
+    """Remove the files that a run writes, of which an earlier one may have written more."""
+    for entry in output.iterdir():
+        if _WRITTEN.fullmatch(entry.name) and entry.is_file():
+            entry.unlink()
 
 
 def parse_labels(text: str) -> list[int]:

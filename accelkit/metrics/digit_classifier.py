@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
@@ -180,12 +179,6 @@ def write_weights(path: Path, model: DigitClassifier, metadata: dict[str, Any]) 
     except BaseException:
         os.unlink(beside)
         raise
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what :func:`write_weights` recorded: name, version, seed, epochs, accuracy, split."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[METADATA_KEY])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

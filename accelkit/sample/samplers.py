@@ -103,13 +103,3 @@ def _options(name: str, scheduler: Any, learned_variance: bool) -> dict[str, Any
     if name == "dpm-fast":
         options |= {"solver_order": 3, "lower_order_final": True}
     return options
-
-
-def parse_sampler(text: str, default_steps: int = 50) -> tuple[str, int]:
-    """Return name and steps of ``"ddim"``, ``"ddim:50"`` or the like."""
-    name, _, steps = text.partition(":")
-    if steps and not steps.isdecimal():
-        raise AccelkitError(f"cannot read the sampler {text!r}; write name:steps, e.g. ddim:50")
-    if name not in SAMPLERS:
-        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    return name, int(steps or default_steps)

@@ -33,7 +33,8 @@ class TrainConfig:
         lr_schedule: ``constant`` or ``cosine`` (to 0), after ``lr_warmup_steps``.
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
-        ema_decay: of the teacher, approached as (1 + n) / (10 + n).
+        ema_decay: of the teacher. At step n = 2, 3, ... the decay is n / (n + 9), but at most this;
+            at step 1 it is 0, so that the teacher begins as the student after its first step.
         label_dropout: share of samples trained without their label, for guidance.
         loss_weight: lambda(t) of Moon et al. 2024, algorithm 1, whose form the paper leaves open:
             ``ones`` as in its authors' code; ``ramp`` grows from 0.1 at the data to 1 at noise.

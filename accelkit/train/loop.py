@@ -8,6 +8,7 @@ With a full schedule the same loop trains from scratch.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -187,7 +188,7 @@ def train(
             _keep_only_trained(model, accelerator, stack)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, config.learning_rate, weight_decay=config.weight_decay
+            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         rates = get_scheduler(
             "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup",
@@ -215,7 +216,8 @@ def train(
         def save() -> None:
             main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
             with run.writing(done, watch.keep, main, barrier) as folder:
-                accelerator.save_state(str(folder))
+                with _no_notice_of_sharing():
+                    accelerator.save_state(str(folder))
                 if main:
                     state = {"ema": ema.state_dict(), "rates": rates.state_dict()}
                     torch.save(state, folder / LOOP_STATE)
@@ -404,6 +406,24 @@ def _teacher(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) ->
     finally:
         ema.restore(parameters)
         model.train()
+
+
+@contextmanager
+def _no_notice_of_sharing() -> Iterator[None]:
+    """Keep back accelerate's line that names every shared tensor.
+
+    Equal embedders are one while training, on purpose, and are one again when it goes on.
+    """
+
+    def others(record: logging.LogRecord) -> bool:
+        return "Removed shared tensor" not in str(record.msg)
+
+    logger = logging.getLogger("accelerate.utils.other")
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 @contextmanager

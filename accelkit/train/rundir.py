@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,8 @@ class RunDirectory:
 
     def latest(self) -> tuple[int, Path] | None:
         """Return the newest whole checkpoint and its step, or None."""
-        found = {int(p.name.removeprefix("step-")): p for p in self.checkpoints.glob("step-*")}
-        return max(found.items()) if found else None
+        found = self._named("step")
+        return found[-1] if found else None
 
     @contextmanager
     def writing(self, step: int, keep: int, main: bool, barrier: Any) -> Iterator[Path]:
@@ -102,7 +103,7 @@ class RunDirectory:
         """
         part = self.checkpoints / f"partial-{step:08d}"
         if main:
-            for stale in self.checkpoints.glob("partial-*"):
+            for _, stale in self._named("partial"):
                 shutil.rmtree(stale)
             with explain_full_disk(part):
                 part.mkdir(parents=True)
@@ -122,8 +123,14 @@ class RunDirectory:
             with explain_full_disk(part):
                 _flush(part)
             part.rename(done)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-keep] if keep else ():
+            for _, old in self._named("step")[:-keep] if keep else ():
                 shutil.rmtree(old)
+
+    def _named(self, kind: str) -> list[tuple[int, Path]]:
+        """Return the folders that :meth:`writing` names so, by rising step; nothing else."""
+        entries = self.checkpoints.glob(f"{kind}-*")
+        matches = ((re.fullmatch(rf"{kind}-(\d{{8,}})", p.name), p) for p in entries)
+        return sorted((int(match[1]), p) for match, p in matches if match and p.is_dir())
 
     def _content(self) -> list[str]:
         try:
@@ -146,7 +153,9 @@ class RunDirectory:
         old = self.stored()
         new = json.loads(json.dumps(settings))
         changed = [
-            k for k in sorted(old.keys() | new) if k not in free and old.get(k) != new.get(k)
+            k
+            for k in sorted(old.keys() | new)
+            if k not in free and _given(old.get(k)) != _given(new.get(k))
         ]
         if changed:
             shown = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed)
@@ -164,6 +173,13 @@ class RunDirectory:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def _given(value: Any) -> Any:
+    """Leave out what is None, as are settings that were not known yet when a run began."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _given(v) for k, v in value.items() if v is not None}
 
 
 def _flush(folder: Path) -> None:

@@ -252,6 +252,44 @@ def test_images_beside_class_folders_are_refused(tmp_path):
             open_source(place)
 
 
+def test_an_empty_class_folder_is_named(tmp_path):
+    folder = write_folder(tmp_path / "d")
+    (folder / "bat").mkdir()
+    (folder / ".cache").mkdir()
+    archive = write_zip(tmp_path / "d.zip")
+    with zipfile.ZipFile(archive, "a") as out:
+        out.mkdir("bat")
+        out.mkdir("__MACOSX")
+    for place in (folder, archive):
+        with pytest.raises(AccelkitError, match=r"/bat holds no images.*or remove it"):
+            open_source(place, skip_bad=True)
+    (folder / "bat").rmdir()
+    assert open_source(folder).classes == ("cat", "dog")
+    notes = write_zip(tmp_path / "n.zip", {"cat/0.png": FILES["cat/0.png"], "notes/a.txt": b"?"})
+    with pytest.raises(AccelkitError, match=r"n\.zip/notes holds no images"):
+        open_source(notes)  # else the cats would be images without classes
+    (tmp_path / "loose" / "empty").mkdir(parents=True)
+    assert open_source(write_folder(tmp_path / "loose", {"0.png": b""})).classes == ()
+
+
+@pytest.mark.parametrize("prefix", ["", "all/"])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, prefix):
+    files = {f"{part}/{n}": c for part in ("train", "test") for n, c in FILES.items()}
+    folder = write_folder(tmp_path / "d", files)
+    archive = write_zip(tmp_path / "d.zip", files, prefix)
+    for place in (folder, f"{archive}/{prefix}".rstrip("/")):
+        with pytest.raises(AccelkitError, match=f"name the part .* as in {place}/test$"):
+            open_source(archive if ".zip" in str(place) else place)
+        assert open_source(f"{place}/test").classes == ("cat", "dog")
+
+
+def test_a_class_may_keep_its_images_in_a_folder_of_its_own(tmp_path):
+    files = {n.replace("/", "/images/"): c for n, c in FILES.items()}
+    source = open_source(write_folder(tmp_path, files))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_empty_missing_and_corrupt_places_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(AccelkitError, match=r"no images in .*empty"):

@@ -2,6 +2,10 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +84,7 @@ def untouchable(*args, **kwargs):
 
 
 def folders(tmp_path):
-    return sorted(p.name for p in (tmp_path / "cache").iterdir())
+    return sorted(p.name for p in (tmp_path / "cache").iterdir() if p.is_dir())
 
 
 def test_latents_are_those_of_the_autoencoder(encode, vae):
@@ -115,7 +119,7 @@ def test_any_number_of_shards_holds_the_same(encode, monkeypatch, shard, tmp_pat
     whole = encode(flip=True, cache_dir=tmp_path / "whole")
     monkeypatch.setattr(module, "SHARD", shard)
     split = encode(flip=True)
-    files = list(next((tmp_path / "cache").iterdir()).glob("*.safetensors"))
+    files = list((tmp_path / "cache").glob("*/*.safetensors"))
     assert len(files) >= 14 / shard
     assert max(len(load_file(f)["mean"]) for f in files) <= shard
     torch.testing.assert_close(rows(split), rows(whole))
@@ -216,6 +220,43 @@ def test_an_interrupted_encoding_leaves_nothing(encode, tmp_path):
         encode(progress=interrupt)
     assert folders(tmp_path) == []
     assert len(encode()) == 7
+
+
+DYING = """
+import sys
+from diffusers import AutoencoderKL
+from accelkit.data.latents import encode_latents
+from accelkit.data.sources import open_source
+from pathlib import Path
+
+def hold(done, total):
+    print("held", flush=True)
+    sys.stdin.read()
+
+vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+source = open_source(sys.argv[1])
+encode_latents(source, vae, size=8, cache_dir=Path(sys.argv[2]), progress=hold)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(encode, folder, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", DYING, str(folder), str(tmp_path / "cache")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        (held,) = folders(tmp_path)
+        made = encode().path.name
+        assert folders(tmp_path) == sorted([held, made])
+    finally:
+        process.kill()
+        process.communicate()
+    assert folders(tmp_path) == sorted([held, made])
+    other = encode(flip=True).path.name
+    assert folders(tmp_path) == sorted([made, other])
 
 
 @pytest.mark.parametrize(

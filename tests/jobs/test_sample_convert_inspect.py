@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.backbones.original import restore_numerics, save_original
+from accelkit.backbones.original import restore_numerics
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.jobs.sample import parse_labels
@@ -105,6 +105,27 @@ def test_what_is_there_is_kept(model, tmp_path):
     assert (tmp_path / "s" / "mine.txt").read_text() == "mine"
 
 
+def test_overwriting_leaves_nothing_of_a_longer_run(model, tmp_path):
+    sample(model, tmp_path / "s", "-n", "5", "--labels", "7")
+    foreign = ("mine.txt", "000004-class7.jpg", "x000004-class7.png", "000001-class7.png.bak")
+    for name in foreign:
+        (tmp_path / "s" / name).write_text("mine")
+    (tmp_path / "s" / "000009-class7.png.partial").mkdir()
+    (tmp_path / "s" / "000003-class7.png.partial").write_text("of a killed run")
+    sample(model, tmp_path / "s", "--overwrite", "-n", "2", "--labels", "8")
+    left = {p.name for p in (tmp_path / "s").iterdir()}
+    made = {"000000-class8.png", "000001-class8.png", "grid.png", "samples.json"}
+    assert left == {*made, *foreign, "000009-class7.png.partial"}
+
+
+def test_what_is_refused_loses_nothing(model, tmp_path):
+    before = sample(model, tmp_path / "s", "-n", "2").keys()
+    for wrong in (("--labels", "2000"), ("--sampler", "euler"), ("--schedule", "D5")):
+        with pytest.raises(AccelkitError):
+            sample(model, tmp_path / "s", "--overwrite", "-n", "1", *wrong)
+        assert {p.name for p in (tmp_path / "s").glob("0*.png")} == before
+
+
 def test_without_labels_the_classes_that_have_names_are_gone_round(model, tmp_path):
     index = json.loads((model / "model_index.json").read_text())
     names = {"4": "cat", "9": "dog, hound", "2": "emu"}
@@ -124,16 +145,6 @@ def test_labels():
 
 
 # --- convert
-
-
-@pytest.fixture
-def original(make_dit, tmp_path):
-    """An original-layout file of six blocks, and the model that it holds."""
-    model = make_dit()
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-    save_original(model, tmp_path / "dit.safetensors", allow_inexact=True)
-    return tmp_path / "dit.safetensors"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -1,15 +1,17 @@
 import hashlib
+import json
 from importlib import resources
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
-from accelkit.metrics.digit_classifier import DigitClassifier, main, read_metadata, split, to_grey
+from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
 from accelkit.metrics.features import DigitFeatures, extractor
 from accelkit.metrics.frechet import Moments, frechet_distance
 
@@ -33,6 +35,11 @@ def distance(x, y):
     a.update(x)
     b.update(y)
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+def read_metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["accelkit"])
 
 
 def test_the_shipped_file_is_what_the_extractor_reports():

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler, parse_sampler
+from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler
 from accelkit.sample.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 
 BETAS = ["ddpm", "ddim", "dpm", "dpm-fast"]
@@ -140,19 +140,6 @@ def test_ddim_step_against_its_equation():
     torch.testing.assert_close(stepped.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [
-        ("ddim", ("ddim", 50)),
-        ("ddpm:250", ("ddpm", 250)),
-        ("dpm:", ("dpm", 50)),
-        ("dpm-fast:25", ("dpm-fast", 25)),
-    ],
-)
-def test_parse(text, parsed):
-    assert parse_sampler(text) == parsed
-
-
 @pytest.mark.parametrize("name", BETAS)
 def test_defaults_of_the_process_are_kept(name):
     """Heun's are Stable Diffusion's betas, CogVideoX's too; other classes default to DiT's."""
@@ -240,19 +227,3 @@ def test_what_draws_noise_takes_a_generator(name):
 
     assert torch.equal(run(0), run(1)) == (name not in STOCHASTIC)
     assert torch.equal(run(0), run(0))
-
-
-def test_parse_with_another_default():
-    assert parse_sampler("ddim", 20) == ("ddim", 20)
-
-
-@pytest.mark.parametrize("text", ["ddim:fifty", "ddim:-5", "ddim:5.0", "ddim:5:6", "ddim: 5"])
-def test_cannot_parse(text):
-    with pytest.raises(AccelkitError, match="cannot read the sampler"):
-        parse_sampler(text)
-
-
-@pytest.mark.parametrize("text", ["euler", "euler:5", "", ":5", "DDIM"])
-def test_parse_unknown(text):
-    with pytest.raises(AccelkitError, match="unknown sampler"):
-        parse_sampler(text)

@@ -198,6 +198,14 @@ class TestResuming:
         with pytest.raises(AccelkitError, match="job: 'finetune' then, None now"):
             opened(path, {k: v for k, v in SETTINGS.items() if k != "job"}, resume=True)
 
+    def test_a_setting_that_the_run_did_not_know_yet(self, run, path):
+        run.close()
+        newer = {**SETTINGS, "train": {**SETTINGS["train"], "new": None}}
+        opened(path, newer, resume=True).close()
+        opened(path, SETTINGS, resume=True).close()
+        with pytest.raises(AccelkitError, match=r"train: .*'new': 1\} now"):
+            opened(path, {**SETTINGS, "train": {**SETTINGS["train"], "new": 1}}, resume=True)
+
     def test_free_settings_may_differ(self, run, path):
         run.close()
         changed = {**SETTINGS, "evaluation": {"images": 10}}
@@ -287,6 +295,25 @@ class TestCheckpoints:
         for step in range(1, 6):
             save(run, step, keep=0)
         assert len(names(run.checkpoints)) == 5
+
+    @pytest.mark.parametrize(
+        "stray",
+        ["step-foo", "step-00000010.bak", "step-3", "step--0000009", "partial-x", "notes.txt"],
+    )
+    @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+    def test_strays_are_no_checkpoints(self, run, stray, make):
+        run.checkpoints.mkdir(parents=True)
+        make(run.checkpoints / stray)
+        assert run.latest() is None
+        for step in (8, 9):
+            save(run, step, keep=1)
+            assert run.latest()[0] == step
+        assert names(run.checkpoints) == sorted([stray, "step-00000009"])
+
+    def test_a_file_is_no_checkpoint(self, run):
+        save(run, 8)
+        (run.checkpoints / "step-00000009").touch()
+        assert run.latest()[0] == 8
 
     def test_stale_partial_folders_are_removed(self, run):
         stale = run.checkpoints / "partial-00000002"

@@ -1,106 +1,13 @@
-"""What a user can get wrong: exit status 2, one line that says what to do, nothing lost."""
+"""What a user can give wrong: exit status 2, one line that says what to do, nothing begun."""
 
-import errno
-import json
-import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
 import zipfile
 
-import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
-from diffusers.utils import logging
-from PIL import Image
-from safetensors.torch import load_file
-
-import accelkit
-from accelkit import cli
-from accelkit.train.rundir import RunDirectory
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PROGRESS = ("encoding images ", "training ", "comparing ", "sampling ", "no feature extractor ")
-
-
-@pytest.fixture(autouse=True)
-def as_from_the_shell(tmp_path, monkeypatch):
-    """The working directory and cache are empty, the libraries as quiet as ``main`` makes them."""
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(verbosity)
-
-
-@pytest.fixture
-def model(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def data(tmp_path):
-    for name in ("ant", "bee"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(3):
-            Image.effect_noise((8, 8), 50 + i).save(tmp_path / "data" / name / f"{i}.png")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def finetune(model, data):
-    """Arguments of a short run."""
-    return [
-        *("finetune", "--model", str(model), "--data", str(data), "--schedule", "6@0.5,3@1"),
-        *("--steps", "4", "--batch-size", "4", "--checkpoint-every", "1"),
-        *("--eval-images", "2", "--eval-batch-size", "2", "--sampling-steps", "2", "-o", "run"),
-    ]
-
-
-@pytest.fixture
-def main(monkeypatch, capfd, recwarn):
-    """Runs the command line; returns exit status, output and lines of errors."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        recwarn.clear()
-        monkeypatch.setattr(sys, "argv", ["accelkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        shown = [w for w in recwarn if not issubclass(w.category, DeprecationWarning)]
-        return ended.value.code or 0, out, err.splitlines() + [str(w.message) for w in shown]
-
-    return call
-
-
-@pytest.fixture
-def refused(main):
-    """Runs what must be refused; returns the line, without the command's name."""
-
-    def call(*arguments, after_progress=False):
-        status, out, lines = main(*arguments)
-        if after_progress:
-            lines = [line for line in lines if not line.startswith(PROGRESS)]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("accelkit: ")
-        assert (status, out) == (2, "")
-        return lines[0].removeprefix("accelkit: ")
-
-    return call
-
-
-def content(folder):
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
+from spoil import WEIGHTS, Evil, content, cut_weights
 
 # --- schedules and settings: refused before anything is opened
 
@@ -257,11 +164,6 @@ def spoil_json(model):
     (model / "model_index.json").write_text("{")
 
 
-def cut_weights(model):
-    path = model / "transformer" / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
 def unet(model):
     shutil.rmtree(model)
     net = UNet2DModel(
@@ -272,11 +174,6 @@ def unet(model):
         up_block_types=("UpBlock2D",),
     )
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(model)
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("ran",))
 
 
 def pickled(model):
@@ -353,157 +250,3 @@ def test_more_classes_than_the_model_has(refused, finetune, data, model, make_di
     pipe.save_pretrained(model)
     assert "has 2 classes, the model has 1;" in refused(*finetune)
     assert list((tmp_path / "cwd").iterdir()) == []
-
-
-# --- output directories
-
-
-def test_a_directory_with_something_in_it(refused, finetune, model):
-    os.mkdir("run")
-    with open("run/mine.txt", "w") as file:
-        file.write("mine")
-    assert "not empty" in refused(*finetune)
-    assert "no accelkit run" in refused(*finetune, "--overwrite")
-    assert "no run in run to resume" in refused(*finetune, "--resume", "latest")
-    assert "not an empty directory" in refused("sample", "--model", model, "-o", "run")
-    assert os.listdir("run") == ["mine.txt"]
-    for command in (finetune[:-2], ["sample"], ["bench"]):
-        message = refused(*command, "-o", "run/mine.txt", *(["--model", model][:0]))
-        assert "run/mine.txt" in message
-    with open("run/mine.txt") as file:
-        assert file.read() == "mine"
-
-
-def test_a_directory_that_another_run_is_using(refused, main, finetune, tmp_path):
-    assert main(*finetune)[0] == 0
-    run = RunDirectory("run")
-    run.open(run.stored(), resume=True, overwrite=False, free=frozenset())
-    before = content(tmp_path / "cwd")
-    assert "another run is at work in run" in refused(*finetune, "--overwrite")
-    assert content(tmp_path / "cwd") == before
-    run.close()
-
-
-def test_resuming_a_run_of_another_command(refused, tmp_path):
-    os.mkdir("run")
-    settings = {"job": "train", "source": {}, "train": {}, "schedule": {}}
-    (tmp_path / "cwd" / "run" / "run.json").write_text(json.dumps(settings))
-    assert "run" in refused("finetune", "-o", "run", "--resume", "latest")
-
-
-@pytest.mark.parametrize("stored", ["{", "[]", "{}", '{"evaluation": 3}'])
-def test_resuming_a_run_with_spoilt_settings(refused, stored, tmp_path):
-    os.mkdir("run")
-    (tmp_path / "cwd" / "run" / "run.json").write_text(stored)
-    refused("finetune", "-o", "run", "--resume", "latest")
-    assert (tmp_path / "cwd" / "run" / "run.json").read_text() == stored
-
-
-def test_a_checkpoint_with_code_in_it(refused, main, finetune, tmp_path):
-    assert main(*finetune)[0] == 0
-    step = RunDirectory("run").latest()[1]
-    pickles = [path for path in step.iterdir() if path.suffix != ".safetensors"]
-    assert len(pickles) >= 2
-    for path in pickles:
-        kept = path.read_bytes()
-        torch.save(Evil(), path)
-        again = ("finetune", "-o", "run", "--resume", "latest")
-        if path.name.startswith("random_states"):  # nothing is drawn from them
-            assert main(*again)[0] == 0
-        else:
-            assert "cannot read the checkpoint" in refused(*again)
-        path.write_bytes(kept)
-    assert not (tmp_path / "cwd" / "ran").exists()
-
-
-# --- training that goes wrong
-
-
-def test_a_poisoned_model(refused, finetune, model):
-    pipe = DiTPipeline.from_pretrained(model)
-    with torch.no_grad():
-        pipe.transformer.proj_out_2.weight[0, 0] = float("nan")
-    pipe.save_pretrained(model)
-    message = refused(*finetune, after_progress=True)
-    assert "the loss is nan at step 1; no checkpoint was reached" in message
-    assert "--learning-rate" in message
-
-
-def test_divergence_keeps_the_checkpoint(refused, finetune):
-    message = refused(*finetune, "--learning-rate", "1e30", after_progress=True)
-    assert "the loss is" in message
-    step, folder = RunDirectory("run").latest()
-    assert f"the checkpoint of step {step} is kept" in message
-    assert load_file(folder / "model.safetensors")
-
-
-def test_a_full_disk_keeps_the_checkpoint(refused, main, finetune, monkeypatch):
-    from accelerate import Accelerator
-
-    save = Accelerator.save_state
-
-    def fills_up(self, folder, **options):
-        if folder.endswith("00000003"):
-            with open(f"{folder}/model.safetensors", "wb") as file:
-                file.write(b"the first bytes")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(self, folder, **options)
-
-    monkeypatch.setattr(Accelerator, "save_state", fills_up)
-    message = refused(*finetune, after_progress=True)
-    assert "no room to write" in message
-    assert "--resume latest" in message
-    assert RunDirectory("run").latest()[0] == 2
-    monkeypatch.setattr(Accelerator, "save_state", save)
-    assert main("finetune", "-o", "run", "--resume", "latest")[0] == 0
-    accelkit.from_pretrained("run")
-
-
-@pytest.mark.parametrize("room", [300, 20_000, 700_000])
-def test_files_that_may_not_grow(refused, main, finetune, room):
-    # a limit of the process: as real as a full disk, and as sudden
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        message = refused(*finetune, after_progress=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "too large" in message.lower() or "no room" in message or "cannot write" in message
-    assert RunDirectory("run").latest() is None
-    assert main(*finetune, "--overwrite")[0] == 0
-
-
-def test_a_read_only_place(refused, main, model, monkeypatch):
-    def denied(self, *args, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr("pathlib.Path.mkdir", denied)
-    assert "Permission denied" in refused("sample", "--model", model, "--steps", "2")
-
-
-# --- and once more as it is, in a process of its own
-
-
-def test_from_the_shell(tmp_path, model):
-    lines = [
-        ["sample", "--model", str(model), "--sampler", "euler"],
-        ["inspect", "--model", str(tmp_path / "gone")],
-        ["finetune", "--model", str(model), "--schedule", "7@1"],
-    ]
-    cut_weights(model)
-    lines.append(["inspect", "--model", str(model)])
-    code = """
-import json, sys
-from accelkit.cli import main
-for line in json.loads(sys.argv[1]):
-    sys.argv = ["accelkit", *line]
-    try:
-        main()
-    except SystemExit as end:
-        print(end.code, flush=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.split() == ["2"] * 4
-    assert [line[:10] for line in done.stderr.splitlines()] == ["accelkit: "] * 4

@@ -1,0 +1,170 @@
+"""What can go wrong with a run: exit status 2, one line that says what to do, nothing lost."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from safetensors.torch import load_file
+from spoil import Evil, content, cut_weights
+
+import accelkit
+from accelkit.train.rundir import RunDirectory
+
+# --- output directories
+
+
+def test_a_directory_with_something_in_it(refused, finetune, model):
+    os.mkdir("run")
+    with open("run/mine.txt", "w") as file:
+        file.write("mine")
+    assert "not empty" in refused(*finetune)
+    assert "no accelkit run" in refused(*finetune, "--overwrite")
+    assert "no run in run to resume" in refused(*finetune, "--resume", "latest")
+    assert "not an empty directory" in refused("sample", "--model", model, "-o", "run")
+    assert os.listdir("run") == ["mine.txt"]
+    for command in (finetune[:-2], ["sample"], ["bench"]):
+        message = refused(*command, "-o", "run/mine.txt", *(["--model", model][:0]))
+        assert "run/mine.txt" in message
+    with open("run/mine.txt") as file:
+        assert file.read() == "mine"
+
+
+def test_a_directory_that_another_run_is_using(refused, main, finetune, tmp_path):
+    assert main(*finetune)[0] == 0
+    run = RunDirectory("run")
+    run.open(run.stored(), resume=True, overwrite=False, free=frozenset())
+    before = content(tmp_path / "cwd")
+    assert "another run is at work in run" in refused(*finetune, "--overwrite")
+    assert content(tmp_path / "cwd") == before
+    run.close()
+
+
+def test_resuming_a_run_of_another_command(refused, tmp_path):
+    os.mkdir("run")
+    settings = {"job": "train", "source": {}, "train": {}, "schedule": {}}
+    (tmp_path / "cwd" / "run" / "run.json").write_text(json.dumps(settings))
+    assert "run" in refused("finetune", "-o", "run", "--resume", "latest")
+
+
+@pytest.mark.parametrize("stored", ["{", "[]", "{}", '{"evaluation": 3}'])
+def test_resuming_a_run_with_spoilt_settings(refused, stored, tmp_path):
+    os.mkdir("run")
+    (tmp_path / "cwd" / "run" / "run.json").write_text(stored)
+    refused("finetune", "-o", "run", "--resume", "latest")
+    assert (tmp_path / "cwd" / "run" / "run.json").read_text() == stored
+
+
+def test_a_checkpoint_with_code_in_it(refused, main, finetune, tmp_path):
+    assert main(*finetune)[0] == 0
+    step = RunDirectory("run").latest()[1]
+    pickles = [path for path in step.iterdir() if path.suffix != ".safetensors"]
+    assert len(pickles) >= 2
+    for path in pickles:
+        kept = path.read_bytes()
+        torch.save(Evil(), path)
+        again = ("finetune", "-o", "run", "--resume", "latest")
+        if path.name.startswith("random_states"):  # nothing is drawn from them
+            assert main(*again)[0] == 0
+        else:
+            assert "cannot read the checkpoint" in refused(*again)
+        path.write_bytes(kept)
+    assert not (tmp_path / "cwd" / "ran").exists()
+
+
+# --- training that goes wrong
+
+
+def test_a_poisoned_model(refused, finetune, model):
+    pipe = DiTPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.weight[0, 0] = float("nan")
+    pipe.save_pretrained(model)
+    message = refused(*finetune, after_progress=True)
+    assert "the loss is nan at step 1; no checkpoint was reached" in message
+    assert "--learning-rate" in message
+
+
+def test_divergence_keeps_the_checkpoint(refused, finetune):
+    message = refused(*finetune, "--learning-rate", "1e30", after_progress=True)
+    assert "the loss is" in message
+    step, folder = RunDirectory("run").latest()
+    assert f"the checkpoint of step {step} is kept" in message
+    assert load_file(folder / "model.safetensors")
+
+
+def test_a_full_disk_keeps_the_checkpoint(refused, main, finetune, monkeypatch):
+    from accelerate import Accelerator
+
+    save = Accelerator.save_state
+
+    def fills_up(self, folder, **options):
+        if folder.endswith("00000003"):
+            with open(f"{folder}/model.safetensors", "wb") as file:
+                file.write(b"the first bytes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, folder, **options)
+
+    monkeypatch.setattr(Accelerator, "save_state", fills_up)
+    message = refused(*finetune, after_progress=True)
+    assert "no room to write" in message
+    assert "--resume latest" in message
+    assert RunDirectory("run").latest()[0] == 2
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    assert main("finetune", "-o", "run", "--resume", "latest")[0] == 0
+    accelkit.from_pretrained("run")
+
+
+@pytest.mark.parametrize("room", [300, 20_000, 700_000])
+def test_files_that_may_not_grow(refused, main, finetune, room):
+    # a limit of the process: as real as a full disk, and as sudden
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        message = refused(*finetune, after_progress=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "too large" in message.lower() or "no room" in message or "cannot write" in message
+    assert RunDirectory("run").latest() is None
+    assert main(*finetune, "--overwrite")[0] == 0
+
+
+def test_a_read_only_place(refused, main, model, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    assert "Permission denied" in refused("sample", "--model", model, "--steps", "2")
+
+
+# --- and once more as it is, in a process of its own
+
+
+def test_from_the_shell(tmp_path, model):
+    lines = [
+        ["sample", "--model", str(model), "--sampler", "euler"],
+        ["inspect", "--model", str(tmp_path / "gone")],
+        ["finetune", "--model", str(model), "--schedule", "7@1"],
+    ]
+    cut_weights(model)
+    lines.append(["inspect", "--model", str(model)])
+    code = """
+import json, sys
+from accelkit.cli import main
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["accelkit", *line]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["2"] * 4
+    assert [line[:10] for line in done.stderr.splitlines()] == ["accelkit: "] * 4

@@ -1,0 +1,194 @@
+"""Runs that are killed, stopped or spoilt, and go on to the same weights.
+
+Run as a script it is the run that is killed.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_run import CONFIG, SHORT, Toy, assert_same, fit, latest, script
+
+from accelkit.errors import AccelkitError, Stopped
+from accelkit.train.rundir import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("one_cpu")
+
+
+# Ending early and going on
+
+
+def test_killed_between_checkpoints(tmp_path, uninterrupted):
+    process = script(__file__, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert latest(tmp_path) == 3
+    steps = []
+    model = fit(tmp_path, on_step=lambda progress: steps.append(progress.step))
+    assert steps == [4, 5, 6, 7, 8]
+    assert_same(model, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(tmp_path, uninterrupted, number):
+    steps = []
+
+    def on_step(progress):
+        steps.append(progress.step)
+        if progress.step == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped, match=number.name) as caught:
+        fit(tmp_path, on_step=on_step, checkpoint_every=3)
+    assert caught.value.signum == number
+    assert f"after step {steps[-1]};" in str(caught.value)
+    assert latest(tmp_path) == steps[-1] <= 5  # the step under way is finished
+    assert_same(fit(tmp_path), uninterrupted)
+
+
+def test_signal_while_a_checkpoint_is_written(tmp_path, uninterrupted, monkeypatch):
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target.name.startswith("step-"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(Stopped, match="after step 4"):
+            fit(tmp_path, checkpoint_every=3)
+    assert_same(fit(tmp_path), uninterrupted)
+
+
+def test_signal_in_the_last_step(tmp_path, uninterrupted):
+    """There is nothing left to go on with: the run ends well."""
+
+    def on_step(progress):
+        if progress.step == CONFIG.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert_same(fit(tmp_path, on_step=on_step), uninterrupted)
+    assert latest(tmp_path) == CONFIG.steps
+
+
+def test_a_finished_run_gives_its_weights_again(tmp_path, uninterrupted):
+    fit(tmp_path)
+    steps = []
+    assert_same(fit(tmp_path, on_step=steps.append), uninterrupted)
+    assert steps == []
+
+
+def test_not_finite(tmp_path, uninterrupted):
+    poisoned = Toy(lambda call, x: x * torch.nan if call >= 5 else x)
+    with pytest.raises(AccelkitError, match="nan at step 5; the checkpoint of step 3") as caught:
+        fit(tmp_path, samples=poisoned, checkpoint_every=3)
+    assert "\n" not in str(caught.value)
+    assert_same(fit(tmp_path), uninterrupted)
+
+
+def test_not_finite_before_any_checkpoint(tmp_path):
+    with pytest.raises(AccelkitError, match="nan at step 1; no checkpoint was reached"):
+        fit(tmp_path, samples=Toy(lambda call, x: x * torch.nan))
+    assert RunDirectory(tmp_path).latest() is None
+
+
+def test_full_disk(tmp_path, uninterrupted, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def on_step(progress):
+        if progress.step == 5:
+            monkeypatch.setattr(torch, "save", full)
+
+    with pytest.raises(AccelkitError, match="no room to write") as caught:
+        fit(tmp_path, on_step=on_step, checkpoint_every=3)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert latest(tmp_path) == 3
+    assert_same(fit(tmp_path), uninterrupted)
+
+
+def halve(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def rename_a_weight(path):
+    tensors = load_file(path)
+    tensors["another.weight"] = tensors.pop("proj_out_2.weight")
+    save_file(tensors, path)
+
+
+def test_broken_checkpoint(tmp_path, uninterrupted):
+    """Whichever of its files is broken or missing, one line says what to do, and doing it helps."""
+    fit(tmp_path, checkpoint_every=3, keep=0)
+    newest = RunDirectory(tmp_path).latest()[1]
+    ways = [(entry, halve) for entry in newest.iterdir() if "random_states" not in entry.name]
+    ways += [(entry, Path.unlink) for entry, _ in ways]
+    ways.append((newest / "model.safetensors", rename_a_weight))
+    for entry, spoil in ways:
+        content = entry.read_bytes()
+        spoil(entry)
+        with pytest.raises(AccelkitError, match=r"cannot read the checkpoint .*8: ") as caught:
+            fit(tmp_path)
+        assert str(caught.value).endswith("; remove it to go on from the one before")
+        assert "\n" not in str(caught.value)
+        entry.write_bytes(content)
+    shutil.rmtree(newest)
+    assert_same(fit(tmp_path), uninterrupted)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    fit(tmp_path / "run", SHORT)
+    pickles = [
+        entry
+        for entry in RunDirectory(tmp_path / "run").latest()[1].iterdir()
+        if entry.suffix != ".safetensors"
+    ]
+    assert pickles
+    for entry in pickles:
+        content = entry.read_bytes()
+        torch.save(Bomb(tmp_path / f"{entry.name} exploded"), entry)
+        with suppress(AccelkitError):
+            fit(tmp_path / "run", SHORT)
+        entry.write_bytes(content)
+    assert list(tmp_path.glob("*exploded")) == []
+
+
+def test_in_another_thread(tmp_path, uninterrupted):
+    """Where signals cannot be caught."""
+    models = []
+    thread = threading.Thread(target=lambda: models.append(fit(tmp_path)))
+    thread.start()
+    thread.join(timeout=60)
+    assert_same(models[0], uninterrupted)
+
+
+def killed(folder):
+    def on_step(progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fit(folder, checkpoint_every=3, on_step=on_step)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    killed(Path(sys.argv[1]))
