@@ -41,16 +41,22 @@ def _scaled(name: str, depths: tuple[int, ...], layers: int) -> Preset:
     return lambda depth: equal_bins(name, depths, layers).rescaled(depth)
 
 
-register_presets(
-    SEQUENTIAL, {name: _scaled(name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()}
-)
-for family in ("uvit", "hunyuan"):  # the latter by fraction: its decoder is one of long skips too
+# Whose rows a family takes, how many blocks they are for, and the least depth that it can run. The
+# decoder of HunyuanDiT is one of long skips too; of a UNet nothing has to run that is counted.
+_FAMILIES = {
+    SEQUENTIAL: (_ASE_DIT, DIT_LAYERS, 1),
+    "uvit": (_ASE_UVIT, UVIT_LAYERS, 0),
+    "hunyuan": (_ASE_UVIT, UVIT_LAYERS, 0),
+    "unet": (_ASE_DIT, DIT_LAYERS, 0),
+}
+for _family, (_rows, _layers, _least) in _FAMILIES.items():
     register_presets(
-        family, {name: _scaled(name, row, UVIT_LAYERS) for name, row in _ASE_UVIT.items()}, least=0
+        _family, {name: _scaled(name, row, _layers) for name, row in _rows.items()}, _least
     )
-# Of a UNet nothing has to run that is counted; the rows of DiT by fraction.
-register_presets(
-    "unet", {name: _scaled(name, row, DIT_LAYERS) for name, row in _ASE_DIT.items()}, least=0
-)
 # Depth-varying diffusion cuts any number of blocks, so one rule serves all families.
 register_for_all({f"dvd-{parts}p": dvd_preset(parts) for parts in PARTS})
+
+
+def published_depth(family: str) -> int:
+    """Return the number of counted blocks that a family's presets were published for."""
+    return _FAMILIES.get(family, _FAMILIES[SEQUENTIAL])[1]

@@ -109,9 +109,10 @@ def test_a_pipeline_around_another_network(tmp_path):
         norm_num_groups=4,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
+        mid_block_type=None,
     )
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    refused(tmp_path / "ddpm", "no backbone for UNet2DModel", "DiTTransformer2DModel")
+    refused(tmp_path / "ddpm", "no attention and no middle block")
 
 
 class Evil:

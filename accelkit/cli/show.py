@@ -21,14 +21,14 @@ def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> 
     table = Table(title=f"blocks run of {chosen[0].layers} ({where})", title_justify="left")
     table.add_column("schedule")
     table.add_column("data → noise", no_wrap=True, min_width=width)
-    for heading in ("depths", "mean depth", "ideal saving"):
+    for heading in ("depths", "mean depth", saved(chosen[0])):
         table.add_column(heading, justify="left" if heading == "depths" else "right")
     for s in chosen:
         depths = [s.depth_at((i + 0.5) / width) for i in range(width)]
         table.add_row(
             s.name,
-            "".join(bars[max(1, round(8 * d / s.layers))] for d in depths),
-            " ".join(str(c.depth) for c in s.computes),
+            "".join(bars[max(d > 0, round(8 * d / s.layers))] for d in depths),
+            " ".join(map(str, s.computes)),
             f"{s.mean_depth(levels):.2f}",
             f"{s.ideal_saving(levels):.2%}",
         )
@@ -43,9 +43,14 @@ def intervals(schedule: Schedule) -> Table:
     table.add_column("", no_wrap=True)
     bounds = zip((0.0, *schedule.edges), schedule.edges, schedule.computes, strict=False)
     for low, high, compute in bounds:
-        bar = "█" * max(1, round(28 * compute.depth / schedule.layers))
-        table.add_row(f"{low:g} – {high:g}", str(compute.depth), bar)
+        bar = "█" * max(compute.depth > 0, round(28 * compute.depth / schedule.layers))
+        table.add_row(f"{low:g} – {high:g}", str(compute), bar)
     return table
+
+
+def saved(schedule: Schedule) -> str:
+    """Return what the share of blocks not run is of: the whole cost, if all are counted."""
+    return "counted blocks saved" if schedule.family else "ideal saving"
 
 
 def worded(value: Any) -> str:

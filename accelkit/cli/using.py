@@ -29,8 +29,9 @@ from accelkit.cli.options import (
     sampling_of,
     source_of,
 )
-from accelkit.cli.show import intervals, out, overview, print_rows, shown, worded
+from accelkit.cli.show import intervals, out, overview, print_rows, saved, shown, worded
 from accelkit.errors import AccelkitError
+from accelkit.presets import published_depth
 from accelkit.schedule import Schedule, preset_names
 from accelkit.settings import read_recipe, resolve
 
@@ -151,7 +152,9 @@ def bench(
 
 def schedules(
     name: Annotated[str | None, typer.Argument(help="A schedule; none lists the presets.")] = None,
-    depth: Annotated[int, typer.Option(help="Blocks of the model.")] = 28,
+    depth: Annotated[
+        int | None, typer.Option(help="Blocks of the model that count. Default: as published.")
+    ] = None,
     family: Annotated[str, typer.Option(help="Whose presets.")] = "dit",
     sampler: Annotated[
         str | None, typer.Option(help="Cost under a sampler: ddpm, ddim or dpm.")
@@ -170,6 +173,7 @@ def schedules(
     names = [name] if name else preset_names(family)
     if not names:
         raise AccelkitError(f"the family {family!r} has no presets; name a schedule")
+    depth = published_depth(family) if depth is None else depth
     chosen = [Schedule.parse(n, depth, family) for n in names]
     levels = _visited_levels(sampler, steps) if sampler else None
     if as_json:
@@ -191,7 +195,7 @@ def schedules(
         return
     saving = f"{chosen[0].ideal_saving(levels):.2%}"
     mean = f"{chosen[0].mean_depth(levels):.2f} of {depth}"
-    out.print(f"{where}: mean depth {mean}, ideal saving {saving}", highlight=False)
+    out.print(f"{where}: mean depth {mean}, {saved(chosen[0])} {saving}", highlight=False)
 
 
 def convert(

@@ -75,7 +75,7 @@ def test_schedule_files(refused, content, words, tmp_path):
         (["bench", "--sampler", "euler"], "unknown sampler 'euler'"),
         (["bench", "-n", "0"], "at least 1 image"),
         (["schedules", "D4", "--sampler", "euler"], "unknown sampler 'euler'"),
-        (["schedules", "--family", "uvit"], "uvit"),
+        (["schedules", "D7", "--family", "uvit"], "unknown schedule 'D7' for the uvit family"),
         (["schedules", "--depth", "0"], "at least 1"),
         (["finetune", "--schedule", ""], "unknown schedule ''"),
         (["finetune", "--lr-schedule", "linear"], "lr_schedule must be one of constant, cosine"),
@@ -172,6 +172,7 @@ def unet(model):
         norm_num_groups=4,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
+        mid_block_type=None,
     )
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(model)
 
@@ -184,7 +185,7 @@ def pickled(model):
 MODELS = {
     "missing": (shutil.rmtree, "no model at"),
     "empty": (lambda m: (shutil.rmtree(m), m.mkdir()), "no model_index.json"),
-    "another network": (unet, "no backbone for UNet2DModel"),
+    "another network": (unet, "no attention and no middle block"),
     "truncated": (cut_weights, "cannot read the model"),
     "corrupt JSON": (spoil_json, "cannot read"),
     "pickled code": (pickled, "cannot read the model"),
