@@ -34,6 +34,7 @@ class Outside:
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, with its hook outside."""
         return self.hook.outside(self.compiled, args, kwargs)
 
 

@@ -28,8 +28,9 @@ def open_pipeline(
     diffusers' bar for the loading of components stays off from then on.
 
     Args:
-        model: ``builtin``, a pipeline's directory, an original-layout DiT checkpoint (``.pt``,
-            ``.safetensors``) or a hub id. The original's numerics are restored where recorded.
+        model: ``builtin``, a pipeline's directory, an original-layout checkpoint of a DiT or U-ViT
+            (``.pt``, ``.pth``, ``.safetensors``) or a hub id. The original's numerics are restored
+            where recorded.
         revision: of a hub id: branch, tag or commit.
         vae: directory or hub id of the autoencoder that goes with an original-layout checkpoint.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
@@ -69,11 +70,18 @@ def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) 
 def _diffusers_pipeline(place: str, revision: str | None) -> Any:
     import diffusers
 
+    from accelkit import models
+
     load = diffusers.DiffusionPipeline
     folder = place if Path(place).is_dir() else load.download(place, revision=revision)
     index = read_json(Path(folder) / "model_index.json")
-    kind = getattr(diffusers, str(index.get("transformer", [""])[-1]), None)
-    given = {"transformer": open_whole(kind, folder, subfolder="transformer")} if kind else {}
+    load = getattr(models, str(index.get("_class_name")), load)
+    given: dict[str, Any] = {}
+    for part in ("transformer", "unet"):
+        name = str((index.get(part) or [None])[-1])
+        kind = getattr(models, name, None) or getattr(diffusers, name, None)
+        if kind is not None:
+            given[part] = open_whole(kind, folder, subfolder=part)
     if isinstance(names := index.get("id2label"), dict):
         # JSON has text for keys only, of which diffusers warns, expecting numbers
         given["id2label"] = {int(label): name for label, name in names.items()}
@@ -140,20 +148,56 @@ def _first_line(error: BaseException) -> str:
 def _around_original(path: Path, vae: str | None, num_heads: int | None) -> Any:
     from accelkit.backbones.original import load_original
 
-    transformer = load_original(path, num_heads=num_heads)
-    with reading(vae or ORIGINAL_VAE):
-        from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+    transformer = load_original(path, num_heads=num_heads).float()
+    channels = transformer.config.in_channels
+    autoencoder = None
+    if channels != _PIXELS or vae is not None:
+        with reading(vae or ORIGINAL_VAE):
+            from diffusers import AutoencoderKL
 
-        autoencoder = open_whole(AutoencoderKL, vae or ORIGINAL_VAE)
-    if autoencoder.config.latent_channels != transformer.config.in_channels:
-        raise AccelkitError(
-            f"the autoencoder {vae or ORIGINAL_VAE} makes {autoencoder.config.latent_channels} "
-            f"latent channels, {path} takes {transformer.config.in_channels}; give its own"
-        )
+            autoencoder = open_whole(AutoencoderKL, vae or ORIGINAL_VAE)
+        if autoencoder.config.latent_channels != channels:
+            raise AccelkitError(
+                f"the autoencoder {vae or ORIGINAL_VAE} makes {autoencoder.config.latent_channels} "
+                f"latent channels, {path} takes {channels}; give its own"
+            )
+    return _ready(_PIPELINES[type(transformer).__name__](transformer, autoencoder))
+
+
+_PIXELS = 3  # channels of a network without an autoencoder
+
+
+def _dit_pipeline(transformer: Any, vae: Any) -> Any:
+    from diffusers import DDIMScheduler, DiTPipeline
+
     scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
     )
-    return _ready(DiTPipeline(transformer.float(), autoencoder, scheduler))
+    return DiTPipeline(transformer, vae, scheduler)
+
+
+def _uvit_pipeline(transformer: Any, vae: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    from accelkit.models import UViTPipeline
+    from accelkit.models.vp_sde import VPSDEEulerMaruyamaScheduler
+
+    discrete = transformer.config.timestep_scale == 1  # the H models, on Stable Diffusion's betas
+    scheduler = (
+        DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
+        if discrete
+        else VPSDEEulerMaruyamaScheduler()
+    )
+    return UViTPipeline(transformer, scheduler, vae)
+
+
+_PIPELINES = {
+    "DiTTransformer2DModel": _dit_pipeline,
+    "UViTTransformer2DModel": _uvit_pipeline,
+}
+"""What goes around a network of the original layout, by its class."""
 
 
 def _ready(pipe: Any) -> Any:

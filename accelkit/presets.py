@@ -4,13 +4,15 @@ from accelkit.compute import Compute
 from accelkit.dvd import PARTS, dvd_preset
 from accelkit.schedule import SEQUENTIAL, Preset, Schedule, register_for_all, register_presets
 
+_Rows = dict[str, tuple[int, ...]]
+
 DIT_LAYERS = 28
 """Blocks of DiT-XL, for which the DiT schedules were published."""
 
 # Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion Models"
 # (ICML 2024), the schedule table of the appendix: blocks run in equal bins of the noise level,
 # from data to noise. D6 is given on bins of 0.1. There is no D2 and no D5 for DiT.
-_ASE_DIT = {
+_ASE_DIT: _Rows = {
     "D1": (28, 26, 24, 22, 20),
     "D3": (28, 25, 22, 19, 16),
     "D4": (28, 24, 20, 16, 12),
@@ -21,7 +23,7 @@ UVIT_LAYERS = 6
 """Decoder blocks of U-ViT-S, for which the U-ViT schedules were published."""
 
 # The same table. Decoder blocks alone are counted; encoder and middle block always run.
-_ASE_UVIT = {
+_ASE_UVIT: _Rows = {
     "D1": (6, 5, 4, 3, 2),
     "D2": (6, 5, 3, 2, 1),
     "D3": (6, 4, 3, 2, 1),
@@ -43,7 +45,7 @@ def _scaled(name: str, depths: tuple[int, ...], layers: int) -> Preset:
 
 # Whose rows a family takes, how many blocks they are for, and the least depth that it can run. The
 # decoder of HunyuanDiT is one of long skips too; of a UNet nothing has to run that is counted.
-_FAMILIES = {
+_FAMILIES: dict[str, tuple[_Rows, int, int]] = {
     SEQUENTIAL: (_ASE_DIT, DIT_LAYERS, 1),
     "uvit": (_ASE_UVIT, UVIT_LAYERS, 0),
     "hunyuan": (_ASE_UVIT, UVIT_LAYERS, 0),

@@ -14,9 +14,9 @@ from diffusers import (
 
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
+from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.noise import NoiseAxis
 from accelkit.routing import place_in
-from accelkit.sample.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.schedule import Schedule
 from accelkit.switch import enable, enabled_on
 

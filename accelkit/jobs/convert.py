@@ -1,13 +1,31 @@
-"""Convert DiT checkpoints between the original layout and diffusers' directories."""
+"""Convert DiT and U-ViT checkpoints between the original layout and diffusers' directories."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from accelkit.backbones.original import load_original, restore_numerics, save_original
+from accelkit.backbones import backbone_of
+from accelkit.backbones.original import load_original, save_original
 from accelkit.errors import AccelkitError
+from accelkit.files import read_json
 from accelkit.loading import ORIGINAL_SUFFIXES, open_whole, reading
+
+
+def _dit() -> Any:
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    return DiTTransformer2DModel
+
+
+def _uvit() -> Any:
+    from accelkit.models import UViTTransformer2DModel
+
+    return UViTTransformer2DModel
+
+
+_KINDS = {"DiTTransformer2DModel": _dit, "UViTTransformer2DModel": _uvit}
 
 
 def convert(
@@ -15,7 +33,7 @@ def convert(
 ) -> Path:
     """Write ``source`` in the other layout to ``target`` and return it.
 
-    A file becomes a directory that ``DiTTransformer2DModel.from_pretrained`` reads; a directory, of
+    A file becomes a directory that the network's ``from_pretrained`` reads; a directory, of
     a transformer or of a pipeline, becomes a file. Every key is accounted for.
 
     Raises:
@@ -39,13 +57,16 @@ def convert(
             target.unlink(missing_ok=True)
         part.rename(target)
         return target
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
         raise AccelkitError(f"{source} is no model directory: it has no config.json")
+    named = str(read_json(folder / "config.json").get("_class_name"))
+    if named not in _KINDS:
+        raise AccelkitError(
+            f"{source} holds a {named}; what has an original layout is {', '.join(_KINDS)}"
+        )
     with reading(str(source)):
-        model = open_whole(DiTTransformer2DModel, folder)
-    restore_numerics(model)
+        model = open_whole(_KINDS[named](), folder)
+    backbone_of(model).restore()
     save_original(model, target, allow_inexact=allow_inexact)
     return target

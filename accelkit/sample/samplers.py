@@ -9,12 +9,12 @@ import diffusers
 import numpy as np
 
 from accelkit.errors import AccelkitError
-from accelkit.noise import NoiseAxis
-from accelkit.sample.vp_sde import (
+from accelkit.models.vp_sde import (
     VPSDEDPMSolverScheduler,
     VPSDEEulerMaruyamaScheduler,
     VPSDEScheduler,
 )
+from accelkit.noise import NoiseAxis
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",

@@ -17,8 +17,8 @@ from diffusers import (
 )
 
 from accelkit.errors import AccelkitError
+from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler
-from accelkit.sample.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 
 BETAS = ["ddpm", "ddim", "dpm", "dpm-fast"]
 

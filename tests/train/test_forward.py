@@ -16,8 +16,8 @@ from diffusers import (
 from scipy import stats
 
 from accelkit.errors import AccelkitError
+from accelkit.models.vp_sde import VPSDEScheduler
 from accelkit.noise import NoiseAxis
-from accelkit.sample.vp_sde import VPSDEScheduler
 from accelkit.train.forward import (
     Density,
     DiscreteProcess,

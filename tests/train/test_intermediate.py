@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from accelkit.errors import AccelkitError
+from accelkit.models.vp_sde import VPSDEScheduler
 from accelkit.noise import NoiseAxis
-from accelkit.sample.vp_sde import VPSDEScheduler
 from accelkit.schedule import Schedule
 from accelkit.switch import enabled_on
 from accelkit.taps import Tap

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_loop import CONFIG, LAYERS, RAGGED, build, fit, one_cpu, weights  # noqa: F401
 from torch import nn
+from toy_run import CONFIG, LAYERS, RAGGED, build, fit, weights
 
 import accelkit
 from accelkit.adapter import Adapter, targets_of
@@ -16,6 +16,8 @@ from accelkit.errors import AccelkitError, Stopped
 from accelkit.schedule import Schedule
 from accelkit.train import lora
 from accelkit.train.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 LORA = TrainConfig(**{**CONFIG.to_dict(), "lora_rank": 2, "learning_rate": 1e-2})
 

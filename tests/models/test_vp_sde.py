@@ -12,8 +12,8 @@ from scipy.integrate import quad
 from accelkit.errors import AccelkitError
 from accelkit.models.uvit import PUBLISHED, UViTTransformer2DModel
 from accelkit.models.uvit_pipeline import UViTPipeline
+from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.noise import NoiseAxis
-from accelkit.sample.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 
 BOTH = [VPSDEEulerMaruyamaScheduler, VPSDEDPMSolverScheduler]
 BINS = [0, 0.2, 0.4, 0.6, 0.8, 1 + 1e-9]
