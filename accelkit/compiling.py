@@ -34,7 +34,7 @@ class Outside:
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, with its hook outside."""
+        """Run the module, the hook around its compiled call."""
         return self.hook.outside(self.compiled, args, kwargs)
 
 

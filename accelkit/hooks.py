@@ -16,7 +16,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from accelkit import compiling, merging
+from accelkit import compiling, merging, others
 from accelkit.backbones.base import rows
 from accelkit.routing import Pass, Plan, Router
 
@@ -30,7 +30,8 @@ def attach(router: Router) -> None:
     backbone, schedule = router.backbone, router.schedule
     if schedule.full:
         return
-    put(backbone.model, _CallHook(router))
+    call = _CallHook(router)
+    put(backbone.model, call)
     # What torch.compile calls, outside of its graph, before every call of a model that it wraps:
     # its own protocol for modules that look at their first input.
     backbone.model._initialize_hook = None  # type: ignore[assignment]
@@ -42,6 +43,8 @@ def attach(router: Router) -> None:
             put(block, _BlockHook(router, index, block))
     if schedule.merges:
         _attach_merging(router)
+    hooked = [backbone.model, *(b for b in backbone.all_blocks if HOOK in others.list_of_hooks(b))]
+    call.watch = others.Watch(backbone, schedule, hooked)
     if router.taps is not None:
         router.taps.attach()
 
@@ -102,13 +105,28 @@ def _remove(registry: HookRegistry, name: str) -> None:
 
 
 def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
-    """Put a hook on a module, outside of those that are there."""
+    """Put a hook on a module, outside of those of diffusers that are there.
+
+    Inside of accelerate's: taking those off, as a pipeline that offloads its models does after
+    every call, leaves the forward that they were put around.
+    """
+    outer: Any = module.__dict__.get("forward")
+    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
+        module.forward = module._old_forward  # type: ignore[assignment]
+    else:
+        outer = None
     hook.had_forward = "forward" in module.__dict__
     hook.had_registry = "_diffusers_hook" in module.__dict__
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     hook.installed, hook.own = module.forward, hook.fn_ref.forward
+    if outer is not None:
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
     if isinstance(hook, (_CallHook, _BlockHook)):
         compiling.keep_outside(module, hook)
+
+
+def _is_accelerates(forward: Any) -> bool:
+    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
 
 
 def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,6 +173,8 @@ class Hook(ModelHook):
 class _CallHook(Hook):
     """Plans the call; runs a mixed batch deepest first, or once per depth, in its own order."""
 
+    watch: others.Watch
+
     def __init__(self, router: Router) -> None:
         super().__init__(router)
         self.signature = inspect.signature(type(router.backbone.model).forward)
@@ -162,12 +182,16 @@ class _CallHook(Hook):
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
         """Return the passes that a call needs."""
+        self.watch.look()
         call = dict(zip(self.names, args, strict=False)) | kwargs
         backbone = self.router.backbone
         timestep = backbone.timestep(call)
         grid = backbone.grid(call) if self.router.schedule.merges else None
         batch, narrows = len(self._sample(call)), backbone.narrows(call)
-        return self.router.passes(timestep, batch, narrows, grid)
+        passes = self.router.passes(timestep, batch, narrows, grid)
+        if len(passes) > 1 or passes[0].plan.active is not None:
+            others.check_mixed(backbone.model)
+        return passes
 
     def plan_for_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
         """Return the passes of a call that torch.compile makes a graph of for what each spends."""

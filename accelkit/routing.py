@@ -140,8 +140,14 @@ class Router:
         """
         plan = self.running
         if plan is None:
-            self.block = self._plans[hidden]
-            return self.block
+            if (plan := self._plans.get(hidden)) is None:
+                raise AccelkitError(
+                    "a block was run that no call of its model is under way for: something took "
+                    "the schedule's hook off the model, or called the block by itself; call "
+                    "accelkit.disable"
+                )
+            self.block = plan
+            return plan
         if plan.grad and not torch.is_grad_enabled():
             raise AccelkitError(
                 "a schedule cannot run inside reentrant gradient checkpointing, where gradients of "

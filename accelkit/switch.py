@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from accelkit import hooks, routing
+from accelkit import hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import NoiseAxis
@@ -85,6 +85,7 @@ def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = Non
     )
     state = Enabled(router)
     _ = state.axis  # fails here rather than at the first step
+    others.check(backbone, state.schedule)
     _install(state)
     if (compiled := called_by(target)) is not model:
         state.handle = compiled.register_forward_pre_hook(hooks.plan_ahead, with_kwargs=True)
@@ -141,6 +142,12 @@ class _Copier:
         """Return the schedule in force and a copy of its model without it."""
         state = self._state()
         assert state is not None  # it lives as long as the model being copied
+        if names := others.foreign(state.backbone.model):
+            raise AccelkitError(
+                f"a copy of this {type(state.backbone.model).__name__} would go on running the "
+                f"original's weights for what diffusers hooked on it ({', '.join(names)}); copy "
+                "it first"
+            )
         _uninstall(state.backbone.model)
         try:
             return state, copy.deepcopy(state.backbone.model, memo)

@@ -21,7 +21,7 @@ TIERS = [
     {"dvd"},
     {"presets"},
     {"backbones", "models"},
-    {"routing", "hooks", "compiling", "merging", "switch"},
+    {"routing", "hooks", "compiling", "others", "merging", "switch"},
     {"taps", "cost", "adapter"},
     {"artifact", "loading"},
     {"data", "train", "sample"},
