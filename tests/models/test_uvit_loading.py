@@ -88,5 +88,5 @@ def test_conversion_there_and_back(tmp_path):
 def test_what_has_no_original_layout_is_named(tmp_path):
     DDIMScheduler().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(AccelkitError, match="holds a FluxTransformer2DModel; .*UViT"):
+    with pytest.raises(AccelkitError, match=r"holds a FluxTransformer2DModel; .*UViT"):
         convert(tmp_path, tmp_path / "x.safetensors", None, False, False)
