@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def record(
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python -m {module} -o {path}"
+        command = " ".join(["python -m", module, *sys.argv[1:]])
         content = {"command": command, "protocol": protocol, "results": results}
         write_json(target, {**content, "machine": machine()})
 

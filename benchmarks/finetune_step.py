@@ -6,14 +6,15 @@ from accelkit.artifact import from_pretrained
 from accelkit.backbones import DiT
 from accelkit.schedule import Schedule, preset_names
 from accelkit.switch import enable
-from accelkit.train.objectives import DiscreteProcess, denoising_loss
+from accelkit.train.forward import forward_process
+from accelkit.train.objectives import denoising_loss
 from benchmarks.common import interleaved, parser, ratio, record
 
 
 def main() -> None:
     options = parser(__doc__, rounds=15).parse_args()
     pipe = from_pretrained("builtin")
-    process = DiscreteProcess.of(pipe.scheduler)
+    process = forward_process(pipe.scheduler)
     model = pipe.transformer
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     results = {}

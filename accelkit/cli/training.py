@@ -213,7 +213,7 @@ def train(
     preview_every: PreviewEvery = 0,
     report_to: ReportTo = None,
 ) -> None:
-    """Train a small latent DiT from scratch, autoencoder included; a recipe gives its size.
+    """Train a small latent DiT or U-ViT from scratch, autoencoder included, sized by a recipe.
 
     Example:
 
@@ -230,7 +230,8 @@ def train(
     config = pick(TrainConfig, settings)
     if shown({**settings, **sizes}, dry_run, as_json):
         return
-    from accelkit.jobs.scratch import PIPELINE, ModelConfig, scratch
+    from accelkit.jobs.fresh import ModelConfig
+    from accelkit.jobs.scratch import PIPELINE, scratch
     from accelkit.train.autoencoder import AutoencoderConfig
 
     with reporter() as report:

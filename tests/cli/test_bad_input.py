@@ -144,7 +144,10 @@ def test_recipes(refused, recipe, words, tmp_path):
     [
         ("[model]\nlayer = 3", "unknown settings in [model]: layer"),
         ("[model]\nimage_size = 30", "image_size 30"),
-        ("[model]\nlayers = 'three'", "number of blocks, at least 1, not 'three'"),
+        ("[model]\nlayers = 'three'", "layers is a whole number, at least 1, not 'three'"),
+        ("[model]\nheads = 0", "heads is a whole number, at least 1, not 0"),
+        ("[model]\nfamily = 'unet'", "family 'unet' cannot be trained from scratch; give one of"),
+        ("[model]\nfamily = 'uvit'\nlayers = 5", "layers = 5; a U-ViT has as many decoder blocks"),
         ("[model]\nnum_classes = 9", "num_classes"),
         ("[autoencoder]\nstep = 3", "unknown settings in [autoencoder]: step"),
         ("model = 3", "[model] is a table of settings, the recipe has 3"),

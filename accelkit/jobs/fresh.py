@@ -1,0 +1,126 @@
+"""Untrained networks of the families that can be trained from scratch, each in its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from accelkit.backbones import backbone_of
+from accelkit.errors import AccelkitError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The denoiser's architecture, in an autoencoder's latents, on linear betas.
+
+    Attributes:
+        family: ``dit``, with learned sigma, or ``uvit``.
+        image_size: height and width in pixels.
+        layers: blocks; a U-ViT has its middle one beside them.
+        heads, head_dim, patch_size: of the transformer.
+        num_classes: rows of the label table without the null class, which comes last; diffusers'
+            DiT pipeline expects 1000.
+
+    Raises:
+        AccelkitError: another family, a size that is none, or an odd number of blocks beside a
+            U-ViT's middle one.
+    """
+
+    family: str = "dit"
+    image_size: int = 32
+    layers: int = 28
+    heads: int = 4
+    head_dim: int = 16
+    patch_size: int = 2
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.family not in _PIPELINES:
+            raise AccelkitError(
+                f"family {self.family!r} cannot be trained from scratch; "
+                f"give one of {', '.join(_PIPELINES)}"
+            )
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise AccelkitError(
+                    f"{field.name} is a whole number, at least 1, not {value!r}; see [model]"
+                )
+        if self.family == "uvit" and (self.layers < 2 or self.layers % 2):
+            raise AccelkitError(
+                f"layers = {self.layers}; a U-ViT has as many decoder blocks as encoder blocks "
+                "beside its middle one, so give an even number, at least 2"
+            )
+
+    @property
+    def depth(self) -> int:
+        """How many blocks a schedule counts."""
+        return self.layers // 2 if self.family == "uvit" else self.layers
+
+
+def fresh_pipeline(config: ModelConfig, vae: Any, classes: Sequence[str], seed: int) -> Any:
+    """Return a pipeline around an untrained network.
+
+    Args:
+        config: the network's architecture.
+        vae: the autoencoder, an ``AutoencoderKL``.
+        classes: names of the data's classes; a pipeline that keeps names keeps them.
+        seed: of the weights, which are drawn as the family's authors draw them.
+    """
+    pipe = _PIPELINES[config.family](config, vae, classes)
+    backbone_of(pipe.transformer).initialize(seed)  # type: ignore[attr-defined]
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _linear_betas() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+
+
+def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
+    """What a network of any family takes of the latents that it works on."""
+    return {
+        "in_channels": vae.config.latent_channels,
+        "sample_size": config.image_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        "patch_size": config.patch_size,
+        "num_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+    }
+
+
+def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    latents = _latents(config, vae)
+    network = DiTTransformer2DModel(
+        **latents,
+        out_channels=2 * latents["in_channels"],
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    )
+    names = dict(enumerate(classes))
+    pipe = DiTPipeline(network, vae, _linear_betas(), id2label=names or None)
+    pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
+    return pipe
+
+
+def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
+    from accelkit.models import UViTPipeline, UViTTransformer2DModel
+
+    network = UViTTransformer2DModel(
+        **_latents(config, vae),
+        num_classes=config.num_classes + 1,
+        null_class=config.num_classes,
+        timestep_offset=1.0,  # its discrete process counts steps from 1
+    )
+    return UViTPipeline(network, _linear_betas(), vae)
+
+
+_PIPELINES: dict[str, Callable[[ModelConfig, Any, Sequence[str]], Any]] = {
+    "dit": _dit,
+    "uvit": _uvit,
+}

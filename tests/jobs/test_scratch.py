@@ -1,0 +1,85 @@
+"""Training from scratch, by the command, of every family that can be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import accelkit
+from accelkit.backbones import backbone_of
+from accelkit.cli import app
+from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
+from accelkit.models import UViTPipeline
+from accelkit.sample.generate import Sampling, generate
+
+RECIPE = """
+steps = 2
+batch_size = 4
+[model]
+family = "{family}"
+layers = 4
+heads = 2
+head_dim = 8
+num_classes = 10
+[autoencoder]
+channels = [8, 8, 8]
+steps = 1
+batch_size = 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "schedule", "depth"),
+    [
+        ("dit", "DiTPipeline", "full", 4),
+        ("dit", "DiTPipeline", "dvd-2p", 4),
+        ("uvit", "UViTPipeline", "full", 2),
+        ("uvit", "UViTPipeline", "2@0.5,0@1", 2),
+    ],
+)
+def test_it_leaves_a_pipeline_of_its_family(family, kind, schedule, depth, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(family=family))
+    given = ["train", "--recipe", "recipe.toml", "--schedule", schedule, "-o", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    pipe = accelkit.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe).__name__ == kind
+    backbone = backbone_of(pipe.transformer)
+    assert (backbone.family, backbone.depth) == (family, depth)
+    assert (backbone.num_classes, backbone.null_class) == (10, 10)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["family"] == family
+    images = generate(pipe, [3, 7], [0, 1], Sampling("ddim", 2, guidance=2.0))
+    assert images.shape == (2, 32, 32, 3)
+
+
+def test_a_network_begins_as_its_authors_begin():
+    vae = accelkit.from_pretrained("builtin").vae
+    config = ModelConfig(family="uvit", layers=4, heads=2, head_dim=8, num_classes=10)
+    pipe, again, other = (fresh_pipeline(config, vae, (), seed) for seed in (0, 0, 1))
+    assert isinstance(pipe, UViTPipeline)
+    weights, same, others = (list(p.transformer.parameters()) for p in (pipe, again, other))
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert not torch.equal(pipe.transformer.pos_embed, other.transformer.pos_embed)
+    assert len(others) == len(weights)
+    assert pipe.transformer.timestep_of(torch.tensor([0, 999])).tolist() == [1, 1000]
+    assert pipe.transformer.mid_block.mlp.fc1.weight.abs().max() < 0.12  # N(0, 0.02^2), truncated
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "expected"),
+    [
+        ("train", "digits_dit", {"layers": 28, "heads": 4}),
+        ("train", "digits_uvit", {"family": "uvit", "layers": 12}),
+        ("finetune", "digits_uvit_finetune", "runs/digits-uvit/pipeline"),
+    ],
+)
+def test_recipes_are_read_by_their_command(command, recipe, expected):
+    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.toml"
+    done = CliRunner().invoke(app, [command, "--recipe", str(path), "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    model = json.loads(done.stdout)["model"]
+    assert model == expected if isinstance(model, str) else expected.items() <= model.items()
