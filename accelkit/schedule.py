@@ -323,6 +323,11 @@ def preset_names(family: str = SEQUENTIAL) -> tuple[str, ...]:
     return tuple(_families[preset_family(family)].presets)
 
 
+def common_presets() -> tuple[str, ...]:
+    """Return the names of the presets that every family knows."""
+    return tuple(_everywhere)
+
+
 def _preset(word: str, family: str, depth: int) -> Schedule:
     known = {name.lower(): make for name, make in _families[family].presets.items()}
     if word.lower() in known:

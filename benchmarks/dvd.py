@@ -1,9 +1,9 @@
 """Depth-varying diffusion trained from scratch on the digits, as in table 6 of its paper.
 
-Every row is the built-in model's architecture trained for the same number of steps from the same
-weights on the same batches: at full depth, on the partition alone, and with simultaneous
-supervision besides. A network that was trained already is not trained again, so that several
-processes can share the training, a seed each, before one measures all.
+Every row is a DiT of 12 blocks, as DiT-S and -B have, and of the built-in model's width, trained
+for the same number of steps from the same weights on the same batches: at full depth, on the
+partition alone, and with simultaneous supervision besides. A network that was trained already is
+not trained again, so that several processes can share the training before one measures all.
 """
 
 import json
@@ -27,6 +27,7 @@ from accelkit.train.loop import Progress, Watch, make_accelerator, train
 from accelkit.train.rundir import RunDirectory
 from benchmarks.common import parser, record
 
+LAYERS = 12
 ROWS = {
     "baseline": ("full", 0.0),
     "DvD-2P": ("dvd-2p", 0.0),
@@ -43,11 +44,11 @@ def trained(name: str, seed: int, steps: int, batch: int, folder: Path) -> dict[
         return json.loads(done.read_text())
     schedule, weight = ROWS[name]
     images, builtin = open_source("digits"), from_pretrained("builtin")
-    pipe = fresh_pipeline(ModelConfig(), builtin.vae, images.classes, seed)
+    pipe = fresh_pipeline(ModelConfig(layers=LAYERS), builtin.vae, images.classes, seed)
     config = TrainConfig(
         steps=steps,
         batch_size=batch,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         lr_schedule="cosine",
         lr_warmup_steps=min(100, steps // 10),
         ema_decay=0.99,
@@ -72,7 +73,7 @@ def trained(name: str, seed: int, steps: int, batch: int, folder: Path) -> dict[
     train(
         pipe.transformer,
         pipe.scheduler,
-        Schedule.parse(schedule),
+        Schedule.parse(schedule, LAYERS),
         encode_latents(images, pipe.vae, size=32),
         config,
         run,
@@ -106,7 +107,9 @@ def main() -> None:
     if given.train_only:
         return
     variants = [
-        Variant(DiTPipeline.from_pretrained(folder / "pipeline"), Schedule.parse(ROWS[name][0]))
+        Variant(
+            DiTPipeline.from_pretrained(folder / "pipeline"), Schedule.parse(ROWS[name][0], LAYERS)
+        )
         for (name, _), folder in cells.items()
     ]
     images, features = open_source("digits"), extractor("digits")

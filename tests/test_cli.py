@@ -128,7 +128,7 @@ def test_one_schedule():
 
 def test_schedules_as_json():
     rows = json.loads(run("schedules", "--json").stdout)
-    assert [r["name"] for r in rows] == ["D1", "D3", "D4", "D6"]
+    assert [r["name"] for r in rows] == ["D1", "D3", "D4", "D6", "dvd-2p", "dvd-3p", "dvd-4p"]
     one = json.loads(run("schedules", "D4", "--json").stdout)
     assert one == rows[2]
     assert one["mean_depth"] == pytest.approx(20)

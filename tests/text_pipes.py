@@ -150,7 +150,7 @@ def hunyuan():
         patch_size=2,
         sample_size=8,
         hidden_size=16,
-        num_layers=4,
+        num_layers=8,
         cross_attention_dim=WIDTH,
         cross_attention_dim_t5=WIDTH,
         pooled_projection_dim=8,

@@ -31,7 +31,9 @@ Recipe = Annotated[Path | None, typer.Option(help="TOML file that sets any of th
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier run left there.")]
 DryRun = Annotated[bool, typer.Option(help="Print the resolved settings and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Sampler = Annotated[str, typer.Option(help="ddpm, ddim or dpm (DPM-Solver++).")]
+Sampler = Annotated[
+    str, typer.Option(help="ddpm, ddim, dpm (DPM-Solver++), dpm-fast (single-step), em or flow.")
+]
 Baseline = Annotated[
     str,
     typer.Option(

@@ -151,9 +151,10 @@ def finetune(
 
     _supervise(settings)
     config = pick(TrainConfig, settings)
-    # an unknown name is worth knowing before a model is fetched; its depth is checked against it
+    # an unknown name is worth knowing before a model is fetched; its depth is checked against it,
+    # and a U-ViT is the one that may run none of its counted blocks
     if not is_preset(settings["schedule"]):
-        Schedule.parse(settings["schedule"], depth=_ANY_DEPTH)
+        Schedule.parse(settings["schedule"], depth=_ANY_DEPTH, family="uvit")
     merges = baselines(settings["baseline"])
     if shown(settings, dry_run, as_json):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ from accelkit.cli.options import (
 from accelkit.cli.show import intervals, out, overview, print_rows, saved, shown, worded
 from accelkit.errors import AccelkitError
 from accelkit.presets import published_depth
-from accelkit.schedule import Schedule, preset_names
+from accelkit.schedule import Schedule, common_presets, preset_names
 from accelkit.settings import read_recipe, resolve
 
 
@@ -157,7 +158,8 @@ def schedules(
     ] = None,
     family: Annotated[str, typer.Option(help="Whose presets.")] = "dit",
     sampler: Annotated[
-        str | None, typer.Option(help="Cost under a sampler: ddpm, ddim or dpm.")
+        str | None,
+        typer.Option(help="Cost under a sampler: ddpm, ddim, dpm, dpm-fast, em or flow."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = 50,
     as_json: AsJson = False,
@@ -170,11 +172,14 @@ def schedules(
 
       accelkit schedules D4 --sampler ddim --steps 50
     """
-    names = [name] if name else preset_names(family)
-    if not names:
-        raise AccelkitError(f"the family {family!r} has no presets; name a schedule")
     depth = published_depth(family) if depth is None else depth
-    chosen = [Schedule.parse(n, depth, family) for n in names]
+    if name:
+        chosen = [Schedule.parse(name, depth, family)]
+    else:
+        chosen = [Schedule.parse(n, depth, family) for n in preset_names(family)]
+        for common in common_presets():
+            with suppress(AccelkitError):  # it needs more blocks
+                chosen.append(Schedule.parse(common, depth, family))
     levels = _visited_levels(sampler, steps) if sampler else None
     if as_json:
         rows = [

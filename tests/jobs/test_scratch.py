@@ -1,10 +1,14 @@
 """Training from scratch, by the command, of every family that can be."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from typer.testing import CliRunner
 
 import accelkit
@@ -13,6 +17,13 @@ from accelkit.cli import app
 from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
 from accelkit.models import UViTPipeline
 from accelkit.sample.generate import Sampling, generate
+from accelkit.switch import enabled_on
+
+BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+}
 
 RECIPE = """
 steps = 2
@@ -83,3 +94,40 @@ def test_recipes_are_read_by_their_command(command, recipe, expected):
     assert done.exit_code == 0, done.output
     model = json.loads(done.stdout)["model"]
     assert model == expected if isinstance(model, str) else expected.items() <= model.items()
+
+
+def drawn(folder, classes, each=4):
+    """A folder of images for each class."""
+    draw = np.random.default_rng(0)
+    for label, place in itertools.product(range(classes), range(each)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / str(label) / f"{place}.png")
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["", "lora"])
+def test_a_u_vit_is_fine_tuned(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
+    config = ModelConfig(family="uvit", layers=4, heads=2, head_dim=8, num_classes=2)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **BLOCKS)
+    fresh_pipeline(config, vae, (), 0).save_pretrained("model")
+    given = ["--schedule", "2@0.5,0@1", "--steps", "2", "--batch-size", "4", *options]
+    given += ["--learning-rate", "1e-2", "--ema-decay", "0", "--eval-images", "2"]
+    given += ["--eval-batch-size", "2", "--sampling-steps", "2", "-o", "run"]
+    data = str(drawn(tmp_path / "data", 2))
+    done = CliRunner().invoke(app, ["finetune", "--model", "model", "--data", data, *given])
+    assert done.exit_code == 0, done.output
+
+    pipe, before = accelkit.from_pretrained("run"), accelkit.from_pretrained("model")
+    assert isinstance(pipe, UViTPipeline)
+    assert str(enabled_on(pipe).schedule) == "2@0.5,0@1"
+    own, other = pipe.transformer.state_dict(), before.transformer.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    stored = json.loads(Path("run/accelkit.json").read_text())
+    if options:
+        assert changed == {f"{name}.weight" for name in stored["lora"]["targets"]}
+    else:
+        assert any("skip_linear" in name for name in changed)
+        assert any("out_blocks.1.attn" in name for name in changed)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
+from accelkit.backbones import conditioning
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.switch import enabled_on
@@ -70,26 +71,39 @@ def command(model, data, run, *more):
     [
         ("pixart", []),
         ("sd3", ["--sampler", "flow", "--timestep-density", "logit-normal"]),
+        ("flux", ["--sampler", "flow"]),
+        ("sana", ["--sampler", "flow"]),
+        ("hunyuan", []),
         ("pixart", ["--lora-rank", "2"]),
+        ("sd3", ["--sampler", "flow", "--lora-rank", "2"]),
+        ("flux", ["--sampler", "flow", "--lora-rank", "2"]),
+        ("sana", ["--sampler", "flow", "--lora-rank", "2"]),
+        ("hunyuan", ["--lora-rank", "2"]),
     ],
-    ids=["pixart", "sd3", "adapters"],
+    ids=lambda value: value if isinstance(value, str) else "lora" * ("--lora-rank" in value),
 )
-def test_from_captions_to_an_artifact(models, data, tmp_path, family, options):
+def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, family, options):
+    # FLUX does not tell its size, which is taken for 1024 pixels
+    monkeypatch.setattr(conditioning._Flux, "shape", (4, 8, 8))
     model, run = models(family), tmp_path / "run"
-    done = cli(*command(model, data, run, *options, "--json"))
+    schedule = "3@0.5,1@1" if family == "hunyuan" else "4@0.5,2@1"  # of its decoder's blocks
+    done = cli(*command(model, data, run, "--schedule", schedule, *options, "--json"))
     rows = json.loads(done.stdout)["rows"]
     assert [row["tuned"] for row in rows] == [False, False, True]
     assert (run / "previews" / "step-00000002.png").is_file()
 
     pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
-    assert str(enabled_on(pipe).schedule) == "4@0.5,2@1"
+    assert str(enabled_on(pipe).schedule) == schedule
     own, other = pipe.transformer.state_dict(), before.transformer.state_dict()
     changed = {name for name in own if not torch.equal(own[name], other[name])}
     config = json.loads((run / "accelkit.json").read_text())
     held = load_file(run / "accelkit.safetensors")
-    if options[:1] == ["--lora-rank"]:
+    if "--lora-rank" in options:
         assert config["lora"]["rank"] == 2
-        assert changed == {f"{name}.weight" for name in config["lora"]["targets"]}
+        targets = {f"{name}.weight" for name in config["lora"]["targets"]}
+        # SD3's last block asks nothing for the text
+        assert targets - changed <= {"transformer_blocks.3.attn.add_q_proj.weight"}
+        assert changed <= targets
         assert all(".lora_" in name for name in held)
     else:
         assert "lora" not in config
