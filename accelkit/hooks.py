@@ -13,16 +13,13 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from accelkit import compiling, merging, others
+from accelkit import merging, others
 from accelkit.backbones.base import rows
+from accelkit.hooking import HOOK, Hook, parameters, put
 from accelkit.routing import Pass, Plan, Router
-
-HOOK = "accelkit"
-TAP = "accelkit-tap"
-"""Names of the hooks on a module, in the order in which they are put there."""
 
 
 def attach(router: Router) -> None:
@@ -62,73 +59,6 @@ def _attach_merging(router: Router) -> None:
             put(attention, _AttentionHook(router, index, attention))
 
 
-def detach(model: nn.Module, *names: str) -> None:
-    """Take accelkit's hooks off ``model``, leaving no trace and every other hook at work.
-
-    Args:
-        model: the network.
-        names: of the hooks to take off; default: all of them.
-    """
-    for module in model.modules():
-        for name in names or (TAP, HOOK):
-            _take_off(module, name)
-    if not names:
-        for name in ("_initialize_hook", "_infer_parameters"):
-            model.__dict__.pop(name, None)
-
-
-def _take_off(module: nn.Module, name: str) -> None:
-    registry = module.__dict__.get("_diffusers_hook")
-    hook = None if registry is None else registry.get_hook(name)
-    if registry is None or not isinstance(hook, Hook):
-        return
-    outer = module.__dict__["forward"]
-    if name == HOOK:
-        compiling.let_in(module)
-    _remove(registry, name)
-    if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
-        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
-    elif not registry.hooks and not hook.had_forward:
-        module.__dict__.pop("forward", None)
-    if not registry.hooks and not hook.had_registry:
-        del module._diffusers_hook
-
-
-def _remove(registry: HookRegistry, name: str) -> None:
-    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
-    place = registry._hook_order.index(name) + 1
-    after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
-    own = after.forward if after is not None and after.original_forward is not None else None
-    registry.remove_hook(name, recurse=False)
-    if after is not None and own is not None:
-        after.original_forward, after.forward = after.forward, own
-
-
-def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
-    """Put a hook on a module, outside of those of diffusers that are there.
-
-    Inside of accelerate's: taking those off, as a pipeline that offloads its models does after
-    every call, leaves the forward that they were put around.
-    """
-    outer: Any = module.__dict__.get("forward")
-    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
-        module.forward = module._old_forward  # type: ignore[assignment]
-    else:
-        outer = None
-    hook.had_forward = "forward" in module.__dict__
-    hook.had_registry = "_diffusers_hook" in module.__dict__
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-    hook.installed, hook.own = module.forward, hook.fn_ref.forward
-    if outer is not None:
-        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
-    if isinstance(hook, (_CallHook, _BlockHook)):
-        compiling.keep_outside(module, hook)
-
-
-def _is_accelerates(forward: Any) -> bool:
-    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
-
-
 def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Plan a call of a compiled model, whose graph cannot look at its timestep.
 
@@ -144,35 +74,10 @@ def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 _OTHER_GRAPHS = 8  # dynamo's own limit, for what else differs between calls
 
 
-def parameters(module: nn.Module) -> list[str]:
-    """Return the names of what a module's forward takes, in order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-class Hook(ModelHook):
-    """What accelkit's hooks have in common."""
-
-    had_forward = had_registry = False
-    installed: Any = None  # the module's forward with this hook
-    own: Any = None  # what this hook runs in place of the module's forward
-    is_outside = False  # of the graph of a module that is compiled in place, and not to be in it
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Let the call's arguments through; see that this hook is what runs."""
-        if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
-            return args, kwargs
-        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
-            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
-        return args, kwargs
-
-
 class _CallHook(Hook):
     """Plans the call; runs a mixed batch deepest first, or once per depth, in its own order."""
 
+    can_be_outside = True
     watch: others.Watch
 
     def __init__(self, router: Router) -> None:
@@ -278,6 +183,8 @@ def _joined(outputs: list[Any], inverse: Tensor) -> Any:
 
 class _BlockHook(Hook):
     """Runs one block on the rows that are deep enough for it."""
+
+    can_be_outside = True
 
     def __init__(self, router: Router, index: int, block: nn.Module) -> None:
         super().__init__(router)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from accelkit import hooks, others, routing
+from accelkit import hooking, hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import NoiseAxis
@@ -127,7 +127,7 @@ def _install(state: Enabled) -> None:
 
 
 def _uninstall(model: nn.Module) -> None:
-    hooks.detach(model)
+    hooking.detach(model)
     for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
         del model.__dict__[name]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelkit import hooks
+from accelkit import hooking
 from accelkit.backbones.base import Backbone, rows
 from accelkit.errors import AccelkitError
 from accelkit.routing import Plan
@@ -83,7 +83,7 @@ class Taps:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        hooks.detach(self._backbone.model, hooks.TAP)
+        hooking.detach(self._backbone.model, hooking.TAP)
         self._router.taps = None
 
     def attach(self) -> None:
@@ -92,8 +92,8 @@ class Taps:
         assert exit is not None  # or there would be no taps
         counted = {block: index for index, block in enumerate(self._backbone.blocks)}
         for block in self._backbone.all_blocks:
-            hooks.put(block, _BlockTap(self, block, counted.get(block)), hooks.TAP)
-        hooks.put(exit, _ExitTap(self, exit), hooks.TAP)
+            hooking.put(block, _BlockTap(self, block, counted.get(block)), hooking.TAP)
+        hooking.put(exit, _ExitTap(self, exit), hooking.TAP)
 
     def pop(self) -> list[Tap]:
         """Return what the last call gave, shallowest first, and forget it.
@@ -151,13 +151,13 @@ class Taps:
         return hidden
 
 
-class _BlockTap(hooks.Hook):
+class _BlockTap(hooking.Hook):
     """Shows the taps what a block is called with; passes states on where only the exit runs."""
 
     def __init__(self, taps: Taps, block: nn.Module, index: int | None) -> None:
         super().__init__(taps._router)
         self.taps, self.index = taps, index
-        self.names = hooks.parameters(block)
+        self.names = hooking.parameters(block)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
@@ -169,13 +169,13 @@ class _BlockTap(hooks.Hook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
-class _ExitTap(hooks.Hook):
+class _ExitTap(hooking.Hook):
     """Gives the exit the tapped hidden states in place of those that no block has run on."""
 
     def __init__(self, taps: Taps, exit: nn.Module) -> None:
         super().__init__(taps._router)
         self.taps = taps
-        self.name = hooks.parameters(exit)[0]
+        self.name = hooking.parameters(exit)[0]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (hidden := self.taps._leaving) is not None:

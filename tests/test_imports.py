@@ -21,7 +21,7 @@ TIERS = [
     {"dvd"},
     {"presets"},
     {"backbones", "models"},
-    {"routing", "hooks", "compiling", "others", "merging", "switch"},
+    {"routing", "hooking", "hooks", "compiling", "others", "merging", "switch"},
     {"taps", "cost", "adapter"},
     {"artifact", "loading"},
     {"data", "train", "sample"},

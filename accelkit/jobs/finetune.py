@@ -47,7 +47,7 @@ def finetune(
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
-        accelkit.train.loop.Stopped: a signal ended it; it can be resumed.
+        accelkit.errors.Stopped: a signal ended it; it can be resumed.
     """
     pipe = open_unscheduled(source)
     model = denoiser_of(pipe)

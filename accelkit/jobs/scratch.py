@@ -37,7 +37,7 @@ def scratch(
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
-        accelkit.train.loop.Stopped: a signal ended it; it can be resumed.
+        accelkit.errors.Stopped: a signal ended it; it can be resumed.
     """
     images = open_source(source.data, skip_bad=source.skip_bad)
     if len(images.classes) > model.num_classes:

@@ -8,14 +8,13 @@ With a full schedule the same loop trains from scratch.
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -24,78 +23,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from accelkit.adapter import Adapter
-from accelkit.backbones import Backbone, backbone_of
-from accelkit.backbones.conditioning import Conditioning, Rows, conditioning_of
+from accelkit.backbones import backbone_of
+from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
 from accelkit.taps import Taps
-from accelkit.train import lora
+from accelkit.train import checkpoints, lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw
 from accelkit.train.dvd import Supervision, supervision_for
 from accelkit.train.forward import Density, ForwardProcess, forward_process
 from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
-
-LOOP_STATE = "loop.pt"
-"""What a checkpoint holds beside accelerate's files: the teacher and the rate's schedule."""
-
-
-class Samples(Protocol):
-    """What the loop trains on: latents that are drawn from their posteriors."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Class of each sample, int64 (n,), or None."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, H, W)."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
-        """Return latents (B, C, H, W) of the samples ``indices`` for standard normal ``noise``."""
-
-
-class Conditions(Protocol):
-    """What samples are conditioned on."""
-
-    def rows(self, indices: Tensor, drop: Tensor) -> Rows:
-        """Return B rows for the samples ``indices`` (B,), those of no condition where ``drop``."""
-
-
-class Labels:
-    """Classes as conditions; nothing for a model without classes.
-
-    Args:
-        labels: class of each sample, int64 (n,), or None.
-        backbone: of the model.
-
-    Raises:
-        AccelkitError: there are none, and the model was never trained without.
-    """
-
-    def __init__(self, labels: Tensor | None, backbone: Backbone) -> None:
-        self.labels, self.null = labels, backbone.null_class
-        self.classes = backbone.num_classes
-        if labels is None and self.null is None and self.classes is not None:
-            raise AccelkitError(
-                f"this {type(backbone.model).__name__} takes a class with every image and has none "
-                "that stands for no class; give images in a folder per class"
-            )
-
-    def rows(self, indices: Tensor, drop: Tensor) -> Rows:
-        """Return the class labels of the samples, dropped if the model knows a missing label."""
-        if self.classes is None:
-            return {}
-        if self.null is None:
-            assert self.labels is not None
-            return {"class_labels": self.labels[indices]}
-        kept = torch.full_like(indices, self.null) if self.labels is None else self.labels[indices]
-        return {"class_labels": torch.where(drop, self.null, kept)}
+from accelkit.train.samples import Conditions, Labels, Samples
 
 
 @dataclass(frozen=True)
@@ -185,7 +127,7 @@ def train(
         adapters = None
         if config.lora_rank:
             adapters = stack.enter_context(lora.injected(backbone, config.lora_rank, config.seed))
-            _keep_only_trained(model, accelerator, stack)
+            checkpoints.keep_only_trained(model, accelerator, stack)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -210,17 +152,9 @@ def train(
         step = _Step(
             wrapped, calls, scheduler, samples, conditions, config, accelerator, supervised
         )
-        done = _restore(run, accelerator, adapters is not None, {"ema": ema, "rates": rates})
+        own = {"ema": ema, "rates": rates}
+        done = checkpoints.restore(run, accelerator, adapters is not None, own)
         stop = stack.enter_context(_signals())
-
-        def save() -> None:
-            main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
-            with run.writing(done, watch.keep, main, barrier) as folder:
-                with _no_notice_of_sharing():
-                    accelerator.save_state(str(folder))
-                if main:
-                    state = {"ema": ema.state_dict(), "rates": rates.state_dict()}
-                    torch.save(state, folder / LOOP_STATE)
 
         model.train()
         while done < config.steps:
@@ -240,7 +174,7 @@ def train(
                 watch.on_step(Progress(done, loss, float(norm), float(lr), rate))
             due = watch.checkpoint_every and done % watch.checkpoint_every == 0
             if due or step.stopping or done == config.steps:
-                save()
+                checkpoints.save(run, done, watch.keep, accelerator, own)
             if step.stopping and done < config.steps:
                 raise Stopped(stop[0] if stop else signal.SIGTERM, done)
             if watch.preview_every and done % watch.preview_every == 0:
@@ -346,38 +280,6 @@ class _Step:
         return (weight.float() * losses).mean()
 
 
-def _keep_only_trained(model: nn.Module, accelerator: Accelerator, stack: ExitStack) -> None:
-    """Leave what is frozen out of checkpoints, as long as ``stack`` is entered."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-
-    def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        for state in weights:
-            for name in [n for n in state if n.removeprefix("module.") not in trained]:
-                del state[name]
-
-    stack.callback(accelerator.register_save_state_pre_hook(strip).remove)
-
-
-def _restore(
-    run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dict[str, Any]
-) -> int:
-    latest = run.latest()
-    if latest is None:
-        return 0
-    step, folder = latest
-    try:
-        accelerator.load_state(str(folder), strict=not adapted)
-        state = torch.load(folder / LOOP_STATE, map_location="cpu", weights_only=True)
-        for name, part in own.items():
-            part.load_state_dict(state[name])
-    except Exception as error:
-        why = " ".join(str(error).split())  # torch and accelerate say it in several lines
-        raise AccelkitError(
-            f"cannot read the checkpoint {folder}: {why}; remove it to go on from the one before"
-        ) from error
-    return step
-
-
 def _diverged(loss: float, step: int, run: RunDirectory) -> str:
     latest = run.latest()
     kept = f"the checkpoint of step {latest[0]} is kept" if latest else "no checkpoint was reached"
@@ -406,24 +308,6 @@ def _teacher(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) ->
     finally:
         ema.restore(parameters)
         model.train()
-
-
-@contextmanager
-def _no_notice_of_sharing() -> Iterator[None]:
-    """Keep back accelerate's line that names every shared tensor.
-
-    Equal embedders are one while training, on purpose, and are one again when it goes on.
-    """
-
-    def others(record: logging.LogRecord) -> bool:
-        return "Removed shared tensor" not in str(record.msg)
-
-    logger = logging.getLogger("accelerate.utils.other")
-    logger.addFilter(others)
-    try:
-        yield
-    finally:
-        logger.removeFilter(others)
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""Hooks of diffusers put on one module of one model, and taken off without a trace."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from accelkit import compiling
+from accelkit.routing import Router
+
+HOOK = "accelkit"
+TAP = "accelkit-tap"
+"""Names of the hooks on a module, in the order in which they are put there."""
+
+
+def detach(model: nn.Module, *names: str) -> None:
+    """Take accelkit's hooks off ``model``, leaving no trace and every other hook at work.
+
+    Args:
+        model: the network.
+        names: of the hooks to take off; default: all of them.
+    """
+    for module in model.modules():
+        for name in names or (TAP, HOOK):
+            _take_off(module, name)
+    if not names:
+        for name in ("_initialize_hook", "_infer_parameters"):
+            model.__dict__.pop(name, None)
+
+
+def _take_off(module: nn.Module, name: str) -> None:
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook(name)
+    if registry is None or not isinstance(hook, Hook):
+        return
+    outer = module.__dict__["forward"]
+    if name == HOOK:
+        compiling.let_in(module)
+    _remove(registry, name)
+    if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    elif not registry.hooks and not hook.had_forward:
+        module.__dict__.pop("forward", None)
+    if not registry.hooks and not hook.had_registry:
+        del module._diffusers_hook
+
+
+def _remove(registry: HookRegistry, name: str) -> None:
+    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
+    place = registry._hook_order.index(name) + 1
+    after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
+    own = after.forward if after is not None and after.original_forward is not None else None
+    registry.remove_hook(name, recurse=False)
+    if after is not None and own is not None:
+        after.original_forward, after.forward = after.forward, own
+
+
+def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
+    """Put a hook on a module, outside of those of diffusers that are there.
+
+    Inside of accelerate's: taking those off, as a pipeline that offloads its models does after
+    every call, leaves the forward that they were put around.
+    """
+    outer: Any = module.__dict__.get("forward")
+    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
+        module.forward = module._old_forward  # type: ignore[assignment]
+    else:
+        outer = None
+    hook.had_forward = "forward" in module.__dict__
+    hook.had_registry = "_diffusers_hook" in module.__dict__
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    hook.installed, hook.own = module.forward, hook.fn_ref.forward
+    if outer is not None:
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    if hook.can_be_outside:
+        compiling.keep_outside(module, hook)
+
+
+def _is_accelerates(forward: Any) -> bool:
+    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Return the names of what a module's forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+class Hook(ModelHook):
+    """What accelkit's hooks have in common."""
+
+    had_forward = had_registry = False
+    installed: Any = None  # the module's forward with this hook
+    own: Any = None  # what this hook runs in place of the module's forward
+    can_be_outside = False  # whether it has a way to be, by a method of that name
+    is_outside = False  # of the graph of a module that is compiled in place, and not to be in it
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Let the call's arguments through; see that this hook is what runs."""
+        if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
+            return args, kwargs
+        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
+        return args, kwargs
