@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def save(
         "metrics": metrics or {},
     }
     write_json(directory / CONFIG, config)
+    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors writes for one user only
     saving = ideal_saving(state.backbone.model, state.schedule)
-    card = _card(config, directory.resolve().name, state.schedule, saving, _call(pipe))
+    card = _card(config, directory, state.schedule, saving, _call(pipe))
     (directory / CARD).write_text(card, encoding="utf-8")
     return directory
 
@@ -229,7 +231,8 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
     config = read_json(folder / CONFIG)
     known = isinstance(config, dict) and config.get("format") == FORMAT
-    known = known and {"family", "schedule", "base_model_name_or_path"} <= config.keys()
+    known = known and {"family", "schedule"} <= config.keys()
+    known = known and isinstance(config.get("base_model_name_or_path"), str)
     if not known or "rank" not in (config.get("lora") or {"rank": None}):
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
@@ -244,7 +247,11 @@ def _call(pipe: Any) -> str:
     return f"pipe({next((way for name, way in ways.items() if name in takes), '')})"
 
 
-def _card(config: dict[str, Any], name: str, schedule: Schedule, saving: float, call: str) -> str:
+def _card(
+    config: dict[str, Any], directory: Path, schedule: Schedule, saving: float, call: str
+) -> str:
+    name = directory.resolve().name  # nothing of where this machine keeps it, if that was given
+    place = name if directory.is_absolute() or not directory.name else directory.as_posix()
     base = config["base_model_name_or_path"]
     task = "text-to-image" if '"' in call else "unconditional-image-generation"
     header = ["library_name: accelkit", f"pipeline_tag: {task}"]
@@ -259,7 +266,7 @@ def _card(config: dict[str, Any], name: str, schedule: Schedule, saving: float, 
         "and the weights were fine-tuned for it.",
         "| noise level | blocks run |\n|---|---|\n" + "\n".join(rows),
         f"Mean depth {schedule.mean_depth():.2f}, ideal saving {saving:.1%}.",
-        f'```python\nimport accelkit\n\npipe = accelkit.from_pretrained("{name}")\n'
+        f'```python\nimport accelkit\n\npipe = accelkit.from_pretrained("{place}")\n'
         f"images = {call}.images\n```",
     ]
     for title in ("metrics", "training"):

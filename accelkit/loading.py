@@ -43,6 +43,8 @@ def open_pipeline(
     if is_original(model):
         return _around_original(Path(model), vae, num_heads)
     refuse_original_settings(name, vae, num_heads)
+    if revision is not None and Path(name if name != BUILTIN else builtin()).is_dir():
+        raise AccelkitError(f"{name} has no revisions; leave --revision out, which is of a hub id")
     with reading(name):
         from diffusers.utils.logging import disable_progress_bar
 
@@ -114,7 +116,11 @@ def located(name: str | Path, index: str = "model_index.json") -> str:
     path = builtin() if str(name) == BUILTIN else Path(name)
     if path.is_dir():
         if not (path / index).is_file():
-            raise AccelkitError(f"{path} is no pipeline directory: it has no {index}")
+            alone = " (a network alone: give the original-layout file, or put it into a pipeline)"
+            raise AccelkitError(
+                f"{path} is no pipeline directory: it has no {index}"
+                + (alone if (path / "config.json").is_file() else "")
+            )
         return str(path)
     text = str(name)
     looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1

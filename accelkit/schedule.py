@@ -60,7 +60,7 @@ class Schedule:
             if compute.depth > self.layers:
                 raise AccelkitError(
                     f"depth {compute.depth} is above the model's {self.layers} blocks; "
-                    f"give depths from 1 to {self.layers}"
+                    f"give none above {self.layers}"
                 )
         keep = [i for i in range(len(edges)) if computes[i : i + 1] != computes[i + 1 : i + 2]]
         object.__setattr__(self, "edges", tuple(edges[i] for i in keep))
@@ -103,7 +103,13 @@ class Schedule:
         if match := re.fullmatch(r"uniform:(-?\d+)", word, re.IGNORECASE):
             return cls.uniform(int(match[1]), depth, name=word)
         if Path(word).suffix.lower() in {".toml", ".json"}:
-            return cls.load(word).rescaled(depth)
+            stored = cls.load(word)
+            if stored.family not in ("", family):
+                raise AccelkitError(
+                    f"the schedule in {word} counts blocks of the {stored.family} family, this is "
+                    f"a {family}; name one for it"
+                )
+            return stored.rescaled(depth)
         if "@" in word:
             return cls._literal(word, depth)
         return _preset(word, family, depth)
@@ -316,6 +322,11 @@ def is_preset(text: str) -> bool:
 def preset_family(family: str) -> str:
     """Return whose presets a family uses: its own if it has any."""
     return family if family in _families else SEQUENTIAL
+
+
+def families() -> tuple[str, ...]:
+    """Return the families that have presets of their own."""
+    return tuple(_families)
 
 
 def preset_names(family: str = SEQUENTIAL) -> tuple[str, ...]:

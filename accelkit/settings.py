@@ -47,16 +47,23 @@ def resolve(context: Any, *layers: dict[str, Any]) -> dict[str, Any]:
         AccelkitError: a layer holds an unknown name or a value of the wrong kind.
     """
     known = {parameter.name: parameter for parameter in context.command.params}
+    spelled = {
+        option.lstrip("-").replace("-", "_"): parameter
+        for parameter in context.command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+        if option.startswith("--")
+    }
     settings = dict(context.params)
     for layer in reversed(layers):
         for name, value in layer.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+            parameter = known.get(name) or spelled.get(name)
+            if parameter is None:
+                near = difflib.get_close_matches(name, spelled, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise AccelkitError(f"unknown setting {name!r} in the recipe{hint}")
-            source = context.get_parameter_source(name)
+            source = context.get_parameter_source(parameter.name)
             if source is None or source.name != "COMMANDLINE":
-                settings[name] = _cast(context, known[name], value)
+                settings[parameter.name] = _cast(context, parameter, value)
     return settings
 
 

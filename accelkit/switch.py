@@ -15,7 +15,7 @@ from accelkit import hooking, hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import NoiseAxis
-from accelkit.schedule import Schedule, preset_family
+from accelkit.schedule import SEQUENTIAL, Schedule, preset_family
 
 _STATE = "_accelkit"
 
@@ -176,10 +176,12 @@ def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
         schedule = Schedule.parse(schedule, backbone.depth, backbone.family)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"a schedule is a name or a Schedule, not {type(schedule).__name__}")
-    if schedule.family not in ("", preset_family(backbone.family)):
+    counted = preset_family(backbone.family)
+    made_for = schedule.family or SEQUENTIAL
+    if made_for != counted and schedule.depths != (schedule.layers,):
         raise AccelkitError(
-            f"the schedule {schedule.name or schedule} counts blocks of the {schedule.family} "
-            f"family, this is a {backbone.family}; name one for it"
+            f"the schedule {schedule.name or schedule} counts blocks as the {made_for} family "
+            f"does, this is a {backbone.family}; make it with family={counted!r}"
         )
     if schedule.layers != backbone.depth:
         raise AccelkitError(

@@ -45,12 +45,13 @@ def check(backbone: Backbone, schedule: Schedule) -> None:
         raise AccelkitError(
             f"the schedule {schedule.name or schedule} runs the same blocks at every noise level, "
             "so that there is no earlier exit to supervise; name one such as dvd-4p, or train "
-            "without an intermediate loss"
+            "without an intermediate loss (--intermediate-weight 0)"
         )
     if backbone.exit is None:
         raise AccelkitError(
             f"a {backbone.family} cannot be supervised on the way: accelkit knows no module that "
-            "turns its hidden states into a prediction; train it without an intermediate loss"
+            "turns its hidden states into a prediction; train it without an "
+            "intermediate loss (--intermediate-weight 0)"
         )
 
 

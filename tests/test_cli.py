@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import accelkit
 from accelkit import cli
 from accelkit.cli import app
+from accelkit.cli.using import _split
 from accelkit.errors import AccelkitError, Stopped
 
 COMMANDS = {"finetune", "train", "sample", "bench", "schedules", "convert", "inspect"}
@@ -222,3 +223,35 @@ def test_one_process_may_run_many_commands(main, pipe, tmp_path):
     for _ in range(2):
         assert main("inspect", "--model", tmp_path / "m")[0] == 0
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("D1,D4", ["D1", "D4"]),
+        ("D4+tome:0.3:R3, D6", ["D4+tome:0.3:R3", "D6"]),
+        ("dvd-2p:threshold=0.6,depth=2", ["dvd-2p:threshold=0.6,depth=2"]),
+        ("uniform:3,dvd-2p:threshold=0.6,depth=2,D6", None),
+        ("28@0.5,14@1;D4", ["28@0.5,14@1", "D4"]),
+        ("dvd-2p:threshold=0.6,depth=2;D4", ["dvd-2p:threshold=0.6,depth=2", "D4"]),
+    ],
+)
+def test_schedules_are_told_apart_by_commas_that_are_not_their_own(text, parts):
+    assert _split(text) == (parts or ["uniform:3", "dvd-2p:threshold=0.6,depth=2", "D6"])
+
+
+def test_a_recipe_spells_options_as_the_command_line_does(tmp_path):
+    (tmp_path / "r.toml").write_text('schedule = "D6"\ndry-run = true\njson = true\n')
+    done = run("finetune", "--recipe", str(tmp_path / "r.toml"))
+    assert json.loads(done.stdout)["schedule"] == "D6"
+
+
+def test_a_directory_tuned_from_the_builtin_has_its_settings(tmp_path):
+    (tmp_path / "accelkit.json").write_text('{"base_model_name_or_path": "builtin"}')
+    found, own = (
+        json.loads(run("finetune", "--model", model, "--dry-run", "--json").stdout)
+        for model in (str(tmp_path), "builtin")
+    )
+    assert {k: v for k, v in found.items() if k != "model"} == {
+        k: v for k, v in own.items() if k != "model"
+    }

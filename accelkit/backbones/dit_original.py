@@ -280,7 +280,8 @@ def to_original(model: DiTTransformer2DModel, allow_inexact: bool = False) -> St
     if found != wanted and not allow_inexact:
         raise AccelkitError(
             f"the model computes with {found}, original code with {wanted}, so the weights would "
-            "give other outputs there; pass allow_inexact=True to convert them all the same"
+            "give other outputs there; convert them all the same with --allow-inexact "
+            "(allow_inexact=True)"
         )
     weights = model.state_dict()
     state: State = {}

@@ -17,7 +17,7 @@ from accelkit.errors import AccelkitError
 from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Moments, frechet_distance
 from accelkit.noise import NoiseAxis
-from accelkit.sample.generate import Sampling, generate
+from accelkit.sample.generate import Sampling, check_seed, generate
 from accelkit.sample.samplers import make_sampler
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
@@ -56,6 +56,8 @@ class Work:
                 f"give at least 1 image and a batch of at least 1, got {self.images} images in "
                 f"batches of {self.batch_size}"
             )
+
+        check_seed(self.seed)
 
     def batches(self) -> Iterator[tuple[list[Item], list[int]]]:
         """Yield items, going round the classes, and consecutive seeds."""

@@ -23,8 +23,11 @@ NumHeads = Annotated[
     int, typer.Option(help="Attention heads of an original-layout file; 0: as published.")
 ]
 Data = Annotated[
-    str,
-    typer.Option(help="digits, a folder of images (by class or with captions) or a zip of one."),
+    str | None,
+    typer.Option(
+        help="digits, a folder of images (by class or with captions) or a zip of one. Default for "
+        "the built-in model: digits."
+    ),
 ]
 SkipBad = Annotated[bool, typer.Option(help="Go on without images that cannot be read.")]
 Recipe = Annotated[Path | None, typer.Option(help="TOML file that sets any of these options.")]
@@ -32,7 +35,12 @@ Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier run left 
 DryRun = Annotated[bool, typer.Option(help="Print the resolved settings and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Sampler = Annotated[
-    str, typer.Option(help="ddpm, ddim, dpm (DPM-Solver++), dpm-fast (single-step), em or flow.")
+    str,
+    typer.Option(
+        help="ddpm, ddim, dpm (DPM-Solver++), dpm-fast (single-step), em (for a continuous VP SDE) "
+        "or flow (for flow matching). Default: flow where the model's scheduler is of flow "
+        "matching, else ddim."
+    ),
 ]
 Baseline = Annotated[
     str,
@@ -89,9 +97,9 @@ Precision = Annotated[
     str, typer.Option(help="no, bf16 or fp16.", envvar="ACCELERATE_MIXED_PRECISION")
 ]
 TrainSeed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-CheckpointEvery = Annotated[int, typer.Option(help="Steps; 0: only at the end.")]
-CheckpointsKept = Annotated[int, typer.Option(help="The newest ones; 0: all.")]
-PreviewEvery = Annotated[int, typer.Option(help="Steps between preview grids; 0: none.")]
+CheckpointEvery = Annotated[int, typer.Option(min=0, help="Steps; 0: only at the end.")]
+CheckpointsKept = Annotated[int, typer.Option(min=0, help="The newest ones; 0: all.")]
+PreviewEvery = Annotated[int, typer.Option(min=0, help="Steps between preview grids; 0: none.")]
 ReportTo = Annotated[str | None, typer.Option(help="tensorboard, wandb, …")]
 
 
@@ -105,6 +113,31 @@ def source_of(settings: dict[str, Any]) -> Any:
     from accelkit.jobs.common import Source
 
     return pick(Source, {**settings, "num_heads": settings.get("num_heads") or None})
+
+
+def made_of_builtin(settings: dict[str, Any]) -> bool:
+    """Whether the model is the built-in one, or an artifact that was tuned from it."""
+    model = settings["model"]
+    if model == "builtin":
+        return True
+    from accelkit.assets import BUILTIN, builtin
+    from accelkit.files import read_json
+
+    stored = Path(model) / "accelkit.json"
+    if stored.is_file():
+        found = read_json(stored)
+        return isinstance(found, dict) and found.get("base_model_name_or_path") == BUILTIN
+    return Path(model).exists() and Path(model).resolve() == builtin().resolve()
+
+
+def fill_in_data(settings: dict[str, Any]) -> None:
+    """Take the digits for the built-in model; AccelkitError where another's data are not named."""
+    if settings["data"] is None and not made_of_builtin(settings):
+        raise AccelkitError(
+            f"give --data with {settings['model']}: a folder of images, by class or with captions, "
+            "or a zip of one; digits is the built-in model's"
+        )
+    settings["data"] = settings["data"] or "digits"
 
 
 def run_of(kind: Any, settings: dict[str, Any]) -> Any:

@@ -60,14 +60,14 @@ def worded(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def shown(settings: dict[str, Any], dry_run: bool, as_json: bool) -> bool:
+def shown(settings: dict[str, Any]) -> bool:
     """Print the resolved settings if this is a dry run; say whether it is."""
-    if not dry_run:
+    if not settings["dry_run"]:
         return False
     hidden = {"dry_run", "as_json", "recipe"}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     plain = {k: v for k, v in plain.items() if k not in hidden}
-    if as_json:
+    if settings["as_json"]:
         typer.echo(json.dumps(plain, indent=2))
         return True
     table = Table("setting", "value", title="settings", title_justify="left")

@@ -53,6 +53,8 @@ from accelkit.cli.options import (
     WeightDecay,
     baselines,
     checked,
+    fill_in_data,
+    made_of_builtin,
     pick,
     reporter,
     run_of,
@@ -72,7 +74,7 @@ def finetune(
     ctx: typer.Context,
     schedule: Annotated[str, typer.Option(help="D1…D6, uniform:K, depth@edge,… or a file.")] = "D4",
     model: Model = "builtin",
-    data: Data = "digits",
+    data: Data = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: runs/finetune-SCHEDULE.")
     ] = None,
@@ -115,7 +117,7 @@ def finetune(
     baseline: Baseline = "",
     eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
     eval_batch_size: Annotated[int, typer.Option()] = 250,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = "auto",
     sampling_steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
     guidance: Guidance = 1.0,
     guidance_channels: GuidanceChannels = 0,
@@ -138,11 +140,12 @@ def finetune(
     if resume:
         layers.append(_stored(ctx, output, layers))
     first = resolve(ctx, *layers)
-    if first["model"] == "builtin":
+    if made_of_builtin(first):
         from accelkit.assets import FINETUNE_RECIPE
 
         layers.append(read_recipe(FINETUNE_RECIPE))
     settings = resolve(ctx, *layers)
+    fill_in_data(settings)
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
@@ -155,8 +158,10 @@ def finetune(
     # and a U-ViT is the one that may run none of its counted blocks
     if not is_preset(settings["schedule"]):
         Schedule.parse(settings["schedule"], depth=_ANY_DEPTH, family="uvit")
+    if made_of_builtin(settings):
+        Schedule.parse(settings["schedule"])
     merges = baselines(settings["baseline"])
-    if shown(settings, dry_run, as_json):
+    if shown(settings):
         return
     from accelkit.jobs.finetune import finetune as job
 
@@ -176,7 +181,7 @@ def finetune(
             report,
         )
     if rows:
-        print_rows(rows, settings["output"], as_json)
+        print_rows(rows, settings["output"], settings["as_json"])
 
 
 def train(
@@ -229,7 +234,7 @@ def train(
 
     _supervise(settings)
     config = pick(TrainConfig, settings)
-    if shown({**settings, **sizes}, dry_run, as_json):
+    if shown({**settings, **sizes}):
         return
     from accelkit.jobs.fresh import ModelConfig
     from accelkit.jobs.scratch import PIPELINE, scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from accelkit.cli.options import (
     SkipBad,
     Vae,
     baselines,
+    fill_in_data,
     reporter,
     sampling_of,
     source_of,
@@ -33,7 +35,7 @@ from accelkit.cli.options import (
 from accelkit.cli.show import intervals, out, overview, print_rows, saved, shown, worded
 from accelkit.errors import AccelkitError
 from accelkit.presets import published_depth
-from accelkit.schedule import Schedule, common_presets, preset_names
+from accelkit.schedule import Schedule, common_presets, families, preset_family, preset_names
 from accelkit.settings import read_recipe, resolve
 
 
@@ -49,7 +51,7 @@ def sample(
         str | None, typer.Option(help="Classes to go round, e.g. 3,1,4 or 0-9. Default: all known.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first image; the next has the next.")] = 0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = "auto",
     steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
     guidance: Guidance = 1.0,
     guidance_channels: GuidanceChannels = 0,
@@ -71,7 +73,7 @@ def sample(
       accelkit sample --model runs/finetune-D4 --labels 3,1,4 --guidance 2 --sampler dpm --steps 20
     """
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
-    if shown(settings, dry_run, as_json):
+    if shown(settings):
         return
     from accelkit.jobs.sample import sample as job
 
@@ -88,7 +90,7 @@ def sample(
             settings["overwrite"],
             report,
         )
-    if as_json:
+    if settings["as_json"]:
         typer.echo(json.dumps({"files": [str(f) for f in files]}))
     else:
         out.print(f"{len(files)} images and grid.png in {settings['output']}", highlight=False)
@@ -98,15 +100,18 @@ def bench(
     ctx: typer.Context,
     model: Model = "builtin",
     schedules: Annotated[
-        str, typer.Option(help="Presets or files separated by commas; literals by semicolons.")
+        str,
+        typer.Option(
+            help="Presets or files between commas; with a literal among them, semicolons."
+        ),
     ] = "D1,D3,D4,D6",
     baseline: Baseline = "",
-    data: Data = "digits",
+    data: Data = None,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/bench"),
     number: Annotated[int, typer.Option("-n", "--number", help="Images per schedule.")] = 1000,
     batch_size: Annotated[int, typer.Option()] = 250,
     seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = "auto",
     steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
     guidance: Guidance = 1.0,
     guidance_channels: GuidanceChannels = 0,
@@ -130,8 +135,9 @@ def bench(
       accelkit bench --model runs/finetune-D4 --schedules D4 --sampler ddpm --steps 250
     """
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
+    fill_in_data(settings)
     merges = baselines(settings["baseline"])
-    if shown(settings, dry_run, as_json):
+    if shown(settings):
         return
     from accelkit.jobs.common import Evaluation
     from accelkit.jobs.compare import bench as job
@@ -148,7 +154,7 @@ def bench(
             settings["overwrite"],
             report,
         )
-    print_rows(rows, settings["output"], as_json)
+    print_rows(rows, settings["output"], settings["as_json"])
 
 
 def schedules(
@@ -172,6 +178,11 @@ def schedules(
 
       accelkit schedules D4 --sampler ddim --steps 50
     """
+    if preset_family(family) != family:
+        raise AccelkitError(
+            f"no presets are named for the family {family!r}; those with presets of their own are "
+            f"{', '.join(families())}, all others use the first one's"
+        )
     depth = published_depth(family) if depth is None else depth
     if name:
         chosen = [Schedule.parse(name, depth, family)]
@@ -262,8 +273,9 @@ def inspect(
 
 
 def _split(text: str) -> list[str]:
-    literal = "@" in text
-    return [part.strip() for part in text.split(";" if literal else ",") if part.strip()]
+    """Split at semicolons, which literals need, or else at commas but those of a name's options."""
+    between = ";" if "@" in text or ";" in text else r",(?!\s*\w+=)"
+    return [part.strip() for part in re.split(between, text) if part.strip()]
 
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:

@@ -51,9 +51,11 @@ def read_captions(files: Files, images: Sequence[PurePosixPath]) -> tuple[str, .
     for text in sorted(t for t in files.texts if t.name == METADATA):
         found |= _lines(files, text)
     if missing := [str(name) for name in images if name not in found]:
+        strange = sorted(str(name) for name in found.keys() - set(images))
+        also = f" ({METADATA} names {strange[0]}, which is no image there)" if strange else ""
         raise AccelkitError(
             f"{len(missing)} of {len(images)} images in {files.where} have no caption, e.g. "
-            f"{missing[0]}; give each a line in {METADATA} or a .txt beside it"
+            f"{missing[0]}{also}; give each a line in {METADATA} or a .txt beside it"
         )
     return tuple(found[name] for name in images)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +22,10 @@ from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, grid
-from accelkit.sample.samplers import make_sampler
 from accelkit.schedule import Schedule
 from accelkit.switch import disable, enable, enabled_on
 from accelkit.train.config import TrainConfig
-from accelkit.train.forward import FlowProcess
-from accelkit.train.loop import Progress, Watch, make_accelerator, process_for
+from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
 
 MAY_DIFFER = frozenset({"evaluation"})
@@ -80,10 +78,10 @@ class Evaluation:
     sampling: Sampling = field(default_factory=Sampling)
     baselines: tuple[Merge, ...] = ()
 
-    def check(self, scheduler: Any) -> None:
-        """Raise AccelkitError for what would fail only after a run's training."""
+    def check(self, pipe: Any) -> Evaluation:
+        """Return it with the sampler named; AccelkitError for what would fail after training."""
         Work(self.images, self.batch_size, self.sampling, (0,), self.seed)
-        make_sampler(self.sampling.sampler, scheduler, self.sampling.steps)
+        return replace(self, sampling=self.sampling.check(pipe))
 
     def baselines_of(self, model: Any) -> list[Schedule]:
         """Return the baselines' schedules; AccelkitError if ``model`` cannot run one."""
@@ -193,6 +191,10 @@ def claimed(
         if where.report_to:
             accelerator.init_trackers("tracking", config=config.to_dict())
         yield run, accelerator
+    except AccelkitError:
+        if accelerator.is_main_process and not where.resume:
+            run.abandon()  # so that the same command, corrected, can have the directory
+        raise
     finally:
         run.close()
         accelerator.end_training()
@@ -261,8 +263,7 @@ def watch(
         chosen = [items[i % len(items)] for i in range(16)]
         path = where.output / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        straight = isinstance(process_for(pipe.scheduler, config), FlowProcess)
-        how = Sampling("flow" if straight else "ddim", steps=20)
+        how = Sampling(steps=20)
         save_picture(grid(generate(pipe, chosen, list(range(16)), how)), path)
 
     return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)

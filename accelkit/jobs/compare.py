@@ -59,6 +59,7 @@ def bench(
     config = artifact.config_of(source.model, source.revision)
     tuned = open_unscheduled(source) if config else None
     pipe = open_unscheduled(replace(source, **artifact.base_of(config)) if config else source)
+    evaluation = evaluation.check(pipe)
     tuned_for = Schedule.from_dict(config["schedule"]) if config else None
     backbone = backbone_of(denoiser_of(pipe))
     parsed = [Schedule.parse(text, backbone.depth, backbone.family) for text in schedules]
@@ -109,7 +110,13 @@ def measure(
     work = Work(evaluation.images, evaluation.batch_size, how, items, evaluation.seed)
     features, reference = _quality(images, image_size(pipe))
     if features is None:
-        reporter.say(f"no feature extractor for {images.name} comes with accelkit: fid is null")
+        size = image_size(pipe)
+        reporter.say(
+            f"no feature extractor for {images.name} at {size}x{size} comes with accelkit: "
+            "fid is null"
+        )
+    elif evaluation.images < 2:
+        reporter.say("a Fréchet distance needs at least 2 images: fid is null")
     rows = compare(
         variants,
         work,

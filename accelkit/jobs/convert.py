@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,9 @@ def convert(
                 f"{source} is read as an original-layout file, so the target is a directory, "
                 f"not {target.name}"
             )
+        _check_replaced(target)
         model = load_original(source, num_heads=num_heads)
-        part = target.with_name(target.name + ".partial")
-        shutil.rmtree(part, ignore_errors=True)
+        part = target.with_name(f"{target.name}.partial-{os.getpid()}")
         model.save_pretrained(part)
         if target.is_dir():
             shutil.rmtree(target)
@@ -70,3 +72,16 @@ def convert(
     backbone_of(model).restore()
     save_original(model, target, allow_inexact=allow_inexact)
     return target
+
+
+_WRITTEN = re.compile(r"config\.json|diffusion_pytorch_model.*\.(safetensors|index\.json)")
+
+
+def _check_replaced(target: Path) -> None:
+    """Raise AccelkitError for a directory that holds what no conversion wrote."""
+    entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    if others := [name for name in entries if not _WRITTEN.fullmatch(name)]:
+        raise AccelkitError(
+            f"{target} holds {others[0]}, which no conversion wrote and --overwrite does not "
+            "remove; give another target"
+        )

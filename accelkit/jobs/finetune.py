@@ -54,7 +54,7 @@ def finetune(
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
-    evaluation.check(pipe.scheduler)
+    evaluation = evaluation.check(pipe)
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)

@@ -14,7 +14,7 @@ from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.files import write_json
 from accelkit.jobs.common import Reporter, Source, open_model, save_picture
-from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.sample.generate import Sampling, check_seed, generate, grid
 from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
@@ -53,6 +53,7 @@ def sample(
     """
     if number < 1 or batch_size < 1:
         raise AccelkitError(f"give at least 1 image and a batch of 1, got {number}, {batch_size}")
+    check_seed(seed)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
         raise AccelkitError(
             f"the output {output} is not an empty directory; use --overwrite or another -o"
@@ -62,6 +63,7 @@ def sample(
         if enabled_on(pipe) is not None:
             disable(pipe)
         enable(pipe, schedule)
+    how = how.check(pipe)
     items = _items(pipe, labels)
     output.mkdir(parents=True, exist_ok=True)
     images: list[np.ndarray] = []

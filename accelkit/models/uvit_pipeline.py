@@ -75,10 +75,15 @@ class UViTPipeline(DiffusionPipeline):
         Raises:
             AccelkitError: labels that the network lacks or none where it has classes, as many
                 generators as images are not given, guidance of a network that knows no missing
-                label, or another output type.
+                label, another output type, or a scheduler of flow matching.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise AccelkitError(f"output_type={output_type!r}; give pil, np, pt or latent")
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise AccelkitError(
+                f"a U-ViT predicts the noise, which {type(self.scheduler).__name__} does not "
+                "sample with; give a scheduler of a process with betas, or of the VP SDE"
+            )
         config, device = self.transformer.config, self._execution_device
         guided = guidance_scale != 1
         labels = self._labels(class_labels, guided)

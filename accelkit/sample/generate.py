@@ -6,8 +6,9 @@ the CPU by one generator per image, for samplers that keep adding noise as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import STOCHASTIC, make_sampler
+from accelkit.sample.samplers import STOCHASTIC, make_sampler, resolved
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,48 @@ class Sampling:
     """How images are sampled.
 
     Attributes:
-        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`.
+        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``
+            (:func:`accelkit.sample.samplers.resolved`).
         steps: network calls per image.
         guidance: classifier-free guidance scale; 1 is none and runs no second half of the batch.
         guidance_channels: how many latent channels are guided, None for all as diffusers does;
             the original DiT guides the first 3.
+
+    Raises:
+        AccelkitError: a scale that is not finite, or fewer than one guided channel.
     """
 
-    sampler: str = "ddim"
+    sampler: str = "auto"
     steps: int = 50
     guidance: float = 1.0
     guidance_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise AccelkitError(f"a guidance scale is a finite number, got {self.guidance}")
+        if self.guidance_channels is not None and self.guidance_channels < 1:
+            raise AccelkitError(f"guide at least 1 channel, got {self.guidance_channels}")
+
+    def check(self, pipe: Any) -> Sampling:
+        """Return it with the sampler named.
+
+        Raises:
+            AccelkitError: the sampler does not follow the pipeline's process, or there are fewer
+                channels than are to be guided.
+        """
+        make_sampler(self.sampler, pipe.scheduler, self.steps)
+        channels = conditioning_of(backbone_of(denoiser_of(pipe))).shape[0]
+        if (self.guidance_channels or 0) > channels:
+            raise AccelkitError(
+                f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
+            )
+        return replace(self, sampler=resolved(self.sampler, pipe.scheduler))
+
+
+def check_seed(seed: int) -> None:
+    """Raise AccelkitError for a seed that images cannot be numbered from."""
+    if not 0 <= seed < 2**32:
+        raise AccelkitError(f"a seed lies in [0, 2^32), got {seed}")
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:

@@ -31,6 +31,7 @@ in single ones of order 3 (Lu et al. 2022), Euler-Maruyama on the continuous VP 
 On the continuous VP SDE ``dpm-fast`` is the DPM-Solver that the U-ViT paper samples with; ``ddpm``,
 ``ddim`` and ``dpm`` run on the betas that have its noise at whole timesteps."""
 
+AUTO = "auto"
 STOCHASTIC = ("ddpm", "em")
 """Samplers that keep adding noise, and take generators for it."""
 
@@ -46,7 +47,7 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
     """Return a sampler for the process that ``scheduler`` describes, set to ``steps`` steps.
 
     Args:
-        name: a key of :data:`SAMPLERS`.
+        name: a key of :data:`SAMPLERS`, or ``auto`` (:func:`resolved`).
         scheduler: a pipeline's scheduler; it is left as it is.
         steps: network calls per image without guidance.
         learned_variance: the network predicts a variance, which ancestral sampling then uses.
@@ -55,8 +56,7 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
         AccelkitError: unknown sampler, one that does not follow the process, or a number of steps
             that the process does not have.
     """
-    if name not in SAMPLERS:
-        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    name = resolved(name, scheduler)
     whole = range(scheduler.config.get("num_train_timesteps", 1000))
     # the last interval of DPM-Solver would have no width
     longest = len(whole) - name.startswith("dpm")
@@ -67,10 +67,23 @@ def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool =
     if not np.allclose(NoiseAxis.of(sampler).levels(whole), axis.levels(whole), atol=1e-4):
         raise AccelkitError(
             f"the sampler {name} does not follow the process of {type(scheduler).__name__} "
-            f"({axis.kind}); name another one, or sample with the pipeline itself"
+            f"({axis.kind}); {resolved(AUTO, scheduler)} does, or sample with the pipeline itself"
         )
     sampler.set_timesteps(steps)
     return sampler
+
+
+def resolved(name: str, scheduler: Any) -> str:
+    """Return a sampler's name; for ``auto`` that of the deterministic one of the model's process.
+
+    Raises:
+        AccelkitError: it is unknown.
+    """
+    if name == AUTO:
+        return "flow" if "flow matching" in NoiseAxis.of(scheduler).kind else "ddim"
+    if name not in SAMPLERS:
+        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    return name
 
 
 def _follow(name: str, scheduler: Any, options: dict[str, Any]) -> Any:

@@ -61,7 +61,10 @@ class RunDirectory:
             )
         if resume and SETTINGS not in content:
             raise AccelkitError(f"there is no run in {self.path} to resume; leave --resume out")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AccelkitError(f"cannot make the output directory {self.path}: {error}") from error
         self._claim()
         if resume:
             self._compare(settings, free)
@@ -74,6 +77,13 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that has done nothing yet."""
+        if self._content() == [SETTINGS]:
+            (self.path / SETTINGS).unlink()
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
 
     def stored(self) -> dict[str, Any]:
         """Return the settings of the run that is there, empty if there is none."""

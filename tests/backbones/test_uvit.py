@@ -492,6 +492,18 @@ def test_presets_scale_by_the_fraction_of_six():
 def test_schedules_of_other_families_or_depths(uvit, dit):
     with pytest.raises(AccelkitError, match="above the model's 4 blocks"):
         enable(uvit, "5@1")
-    with pytest.raises(AccelkitError, match="counts blocks of the uvit family, this is a dit"):
+    with pytest.raises(AccelkitError, match="counts blocks as the uvit family does, this is a dit"):
         enable(dit, Schedule.parse("D4", 6, "uvit"))
+    with pytest.raises(AccelkitError, match="counts blocks as the dit family does, this is a uvit"):
+        enable(uvit, Schedule.parse("D4", 4))
     assert enabled_on(uvit) is None
+    enable(uvit, Schedule.parse("full", 4))
+
+
+def test_a_file_of_another_family(uvit, dit, tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(Schedule.parse("D4", 4, "uvit").to_dict()))
+    with pytest.raises(AccelkitError, match="counts blocks of the uvit family, this is a dit"):
+        enable(dit, path)
+    assert enabled_on(dit) is None
+    assert enable(uvit, path).schedule == Schedule.parse("D4", 4, "uvit")

@@ -9,7 +9,14 @@ from PIL import Image
 
 from accelkit import cli
 
-PROGRESS = ("encoding images ", "training ", "comparing ", "sampling ", "no feature extractor ")
+PROGRESS = (
+    "encoding images ",
+    "skipped ",
+    "training ",
+    "comparing ",
+    "sampling ",
+    "no feature extractor ",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,18 @@ def test_schedule_files(refused, content, words, tmp_path):
         (["finetune", "--eval-images", "0", "-o", "run"], "at least 1 image"),
         (["finetune", "--report-to", "abacus", "-o", "run"], "--report-to abacus"),
         (["finetune", "--data", "nowhere"], "no data at nowhere"),
-        (["finetune", "--model", "nowhere"], "nowhere"),
+        (["finetune", "--model", "nowhere", "--data", "digits"], "no model at nowhere"),
+        (["finetune", "--model", "nowhere"], "give --data with nowhere"),
         (["convert", "nowhere.pt", "x"], "nowhere.pt does not exist"),
+        (["sample", "--seed", str(2**64)], "a seed lies in [0, 2^32)"),
+        (["sample", "--seed", "-5"], "a seed lies in [0, 2^32)"),
+        (["bench", "--seed", str(2**32)], "a seed lies in [0, 2^32)"),
+        (["sample", "--guidance", "nan"], "a guidance scale is a finite number, got nan"),
+        (["finetune", "--guidance", "inf", "-o", "run"], "a guidance scale is a finite number"),
+        (["finetune", "--guidance-channels", "9", "-o", "run"], "9 channels cannot be guided"),
+        (["finetune", "--revision", "x", "-o", "run"], "builtin has no revisions"),
+        (["finetune", "--schedule", "30@1", "--dry-run"], "above the model's 28 blocks"),
+        (["schedules", "--family", "uvitt"], "no presets are named for the family 'uvitt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -195,12 +205,15 @@ MODELS = {
 }
 
 
+DATA = dict.fromkeys(("finetune", "bench"), ("--data", "digits"))
+
+
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("command", ["finetune", "sample", "bench", "inspect"])
 def test_models(refused, model, command, case, tmp_path):
     spoil, words = MODELS[case]
     spoil(model)
-    assert words in refused(command, "--model", model)
+    assert words in refused(command, "--model", model, *DATA.get(command, ()))
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -219,7 +232,13 @@ def test_models(refused, model, command, case, tmp_path):
 def test_original_files(refused, command, make, words, tmp_path):
     make(tmp_path / "dit.pt")
     given = [tmp_path / "dit.pt", "x"] if command == "convert" else ["--model", tmp_path / "dit.pt"]
-    assert words in refused(command, *given)
+    assert words in refused(command, *given, *DATA.get(command, ()))
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["finetune", "bench"])
+def test_another_models_data_have_to_be_named(refused, model, command, tmp_path):
+    assert f"give --data with {model}" in refused(command, "--model", model)
     assert list((tmp_path / "cwd").iterdir()) == []
 
 

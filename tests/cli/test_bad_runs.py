@@ -45,6 +45,16 @@ def test_a_directory_that_another_run_is_using(refused, main, finetune, tmp_path
     run.close()
 
 
+def test_a_corrected_command_can_have_the_directory(refused, main, finetune, data, tmp_path):
+    (data / "bee" / "0.png").write_bytes(b"no image")
+    assert "bee/0.png" in refused(*finetune)
+    assert not (tmp_path / "cwd" / "run").exists()
+    assert "cannot be shared" in refused(
+        *finetune, "--skip-bad", "--gradient-accumulation", "3", after_progress=True
+    )
+    assert main(*finetune, "--skip-bad")[0] == 0
+
+
 def test_resuming_a_run_of_another_command(refused, tmp_path):
     os.mkdir("run")
     settings = {"job": "train", "source": {}, "train": {}, "schedule": {}}

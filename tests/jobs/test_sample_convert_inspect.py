@@ -193,12 +193,17 @@ def test_a_target_is_replaced_on_demand_only(original, tmp_path):
     with pytest.raises(AccelkitError, match="exists; replace it with --overwrite"):
         cli("convert", original, tmp_path / "dit", "--num-heads", "2")
     assert (tmp_path / "dit" / "mine.txt").is_file()
+    with pytest.raises(AccelkitError, match=r"holds mine\.txt, which no conversion wrote"):
+        cli("convert", original, tmp_path / "dit", "--num-heads", "2", "--overwrite")
+    (tmp_path / "dit" / "mine.txt").unlink()
     cli("convert", original, tmp_path / "dit", "--num-heads", "2", "--overwrite")
-    assert not (tmp_path / "dit" / "mine.txt").exists()
+    with pytest.raises(AccelkitError, match="no conversion wrote"):
+        cli("convert", original, original.parent, "--num-heads", "2", "--overwrite")
+    assert original.is_file()
     (tmp_path / "file").write_text("a file, where a directory goes")
     cli("convert", original, tmp_path / "file", "--num-heads", "2", "--overwrite")
     assert (tmp_path / "file" / "config.json").is_file()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_convert_refuses(original, model, tmp_path):

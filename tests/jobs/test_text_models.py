@@ -72,7 +72,7 @@ def command(model, data, run, *more):
         ("pixart", []),
         ("sd3", ["--sampler", "flow", "--timestep-density", "logit-normal"]),
         ("flux", ["--sampler", "flow"]),
-        ("sana", ["--sampler", "flow"]),
+        ("sana", []),  # sampled by its own kind of process
         ("hunyuan", []),
         ("pixart", ["--lora-rank", "2"]),
         ("sd3", ["--sampler", "flow", "--lora-rank", "2"]),
