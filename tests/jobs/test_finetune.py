@@ -232,7 +232,7 @@ def test_flag_before_recipe_before_what_suits_the_built_in_model(tmp_path, monke
     assert shown["sampler"] == "dpm"
     assert shown["batch_size"] == 128  # what suits the built-in model
     assert shown["weight_decay"] == 0  # the default
-    other = settings("--recipe", "mine.toml", "--model", "me/model")
+    other = settings("--recipe", "mine.toml", "--model", "me/model", "--data", "mine")
     assert other["batch_size"] == 64
     assert settings("--steps", "10000")["steps"] == 10_000  # a flag that says the default
 

@@ -96,6 +96,7 @@ def test_compared_on_its_own_weights():
 @pytest.mark.parametrize("command", ["finetune", "sample", "bench"])
 def test_neither_is_guessed(command, tmp_path):
     given = [command, "--model", "dit.safetensors", "-o", "out"]
+    given += [] if command == "sample" else ["--data", "data"]
     with pytest.raises(AccelkitError, match="give num_heads"):
         cli(*given, "--vae", "vae")
     with pytest.raises(AccelkitError, match="sd-vae-ft-ema here or from the hub"):
@@ -117,5 +118,6 @@ def test_refused_where_the_model_brings_its_own(command, option, pipe, tmp_path)
     before = sorted(tmp_path.iterdir())
     for model in ("model", "tuned", "builtin"):
         with pytest.raises(AccelkitError, match=f"{model} has its own settings; leave"):
-            cli(command, "--model", model, *option)
+            data = ["--data", "data"] if command in ("finetune", "bench") else []
+            cli(command, "--model", model, *option, *data)
     assert sorted(tmp_path.iterdir()) == before
