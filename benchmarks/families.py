@@ -20,80 +20,82 @@ from accelkit.models import UViTTransformer2DModel
 from accelkit.switch import enable
 from benchmarks.common import interleaved, parser, record
 
-WIDE = {"num_attention_heads": 6, "attention_head_dim": 64}
-NARROW = {"num_attention_heads": 2, "attention_head_dim": 16}
-WIDTH = dict(WIDE)
+WIDE, NARROW = (6, 64), (2, 16)
+"""Heads and their width."""
+
 SIZE = {"sample_size": 32, "in_channels": 4, "patch_size": 2, "num_layers": 8}
 
 
-def _width() -> int:
-    return WIDTH["num_attention_heads"] * WIDTH["attention_head_dim"]
+def _attention(heads: int, dim: int) -> dict[str, int]:
+    return {"num_attention_heads": heads, "attention_head_dim": dim}
 
 
-NETWORKS: dict[str, Callable[[], Any]] = {
-    "DiT": lambda: diffusers.DiTTransformer2DModel(**WIDTH, **SIZE, out_channels=8),
-    "U-ViT": lambda: UViTTransformer2DModel(**WIDTH, **SIZE),
-    "PixArt": lambda: diffusers.PixArtTransformer2DModel(
-        **WIDTH,
+NETWORKS: dict[str, Callable[[int, int], Any]] = {
+    "DiT": lambda heads, dim: diffusers.DiTTransformer2DModel(
+        **_attention(heads, dim), **SIZE, out_channels=8
+    ),
+    "U-ViT": lambda heads, dim: UViTTransformer2DModel(**_attention(heads, dim), **SIZE),
+    "PixArt": lambda heads, dim: diffusers.PixArtTransformer2DModel(
+        **_attention(heads, dim),
         **SIZE,
         out_channels=8,
-        cross_attention_dim=_width(),
+        cross_attention_dim=heads * dim,
         caption_channels=256,
         use_additional_conditions=False,
     ),
-    "SD3": lambda: diffusers.SD3Transformer2DModel(
-        **WIDTH,
+    "SD3": lambda heads, dim: diffusers.SD3Transformer2DModel(
+        **_attention(heads, dim),
         **SIZE,
         out_channels=4,
         joint_attention_dim=256,
-        caption_projection_dim=_width(),
+        caption_projection_dim=heads * dim,
         pooled_projection_dim=256,
         pos_embed_max_size=32,
     ),
-    "FLUX": lambda: diffusers.FluxTransformer2DModel(
-        **WIDTH,
+    "FLUX": lambda heads, dim: diffusers.FluxTransformer2DModel(
+        **_attention(heads, dim),
         in_channels=16,
         num_layers=3,
         num_single_layers=6,
         joint_attention_dim=256,
         pooled_projection_dim=256,
-        axes_dims_rope=tuple(WIDTH["attention_head_dim"] * n // 8 for n in (2, 3, 3)),
+        axes_dims_rope=tuple(dim * n // 8 for n in (2, 3, 3)),
     ),
-    "Sana": lambda: diffusers.SanaTransformer2DModel(
-        **WIDTH,
+    "Sana": lambda heads, dim: diffusers.SanaTransformer2DModel(
+        **_attention(heads, dim),
         sample_size=16,
         patch_size=1,
         in_channels=4,
         out_channels=4,
         num_layers=6,
-        num_cross_attention_heads=WIDTH["num_attention_heads"],
-        cross_attention_head_dim=WIDTH["attention_head_dim"],
-        cross_attention_dim=_width(),
+        num_cross_attention_heads=heads,
+        cross_attention_head_dim=dim,
+        cross_attention_dim=heads * dim,
         caption_channels=256,
     ),
-    "HunyuanDiT": lambda: diffusers.HunyuanDiT2DModel(
-        **WIDTH,
+    "HunyuanDiT": lambda heads, dim: diffusers.HunyuanDiT2DModel(
+        **_attention(heads, dim),
         **SIZE,
-        hidden_size=_width(),
+        hidden_size=heads * dim,
         cross_attention_dim=128,
         cross_attention_dim_t5=128,
         pooled_projection_dim=128,
         text_len=16,
         text_len_t5=16,
     ),
-    "Wan": lambda: diffusers.WanTransformer3DModel(
-        **WIDTH,
+    "Wan": lambda heads, dim: diffusers.WanTransformer3DModel(
+        **_attention(heads, dim),
         in_channels=4,
         out_channels=4,
         num_layers=6,
         text_dim=128,
         freq_dim=64,
-        ffn_dim=4 * _width(),
+        ffn_dim=4 * heads * dim,
         rope_max_seq_len=64,
     ),
-    "UNet": lambda: diffusers.UNet2DModel(
+    "UNet": lambda heads, dim: diffusers.UNet2DModel(
         sample_size=32,
-        block_out_channels=tuple(n * max(32, _width() // 3) for n in (1, 1, 2)),
+        block_out_channels=tuple(n * max(32, heads * dim // 3) for n in (1, 1, 2)),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -107,10 +109,10 @@ CROPS: dict[str, dict[str, tuple[Any, ...]]] = {
 """What is kept of inputs that would take seconds a call."""
 
 
-def rounds_of(family: str, count: int) -> dict[str, list[float]]:
+def rounds_of(family: str, size: tuple[int, int], count: int) -> dict[str, list[float]]:
     """Return seconds of calls at full depth, in turns: plain, with ``full``, with a schedule."""
     torch.manual_seed(0)
-    plain = NETWORKS[family]().eval()
+    plain = NETWORKS[family](*size).eval()
     backbone = backbone_of(plain)
     call = backbone.example(2, "cpu")
     call |= {name: call[name][kept] for name, kept in CROPS.get(family, {}).items()}
@@ -129,10 +131,8 @@ def main() -> None:
     given = parser(__doc__, rounds=80).parse_args()
     results = {}
     for family in NETWORKS:
-        WIDTH.update(NARROW)
-        few = rounds_of(family, given.rounds)
-        WIDTH.update(WIDE)
-        plain = statistics.median(rounds_of(family, 3)["plain"])
+        few = rounds_of(family, NARROW, given.rounds)
+        plain = statistics.median(rounds_of(family, WIDE, 3)["plain"])
         for name in ("full", "scheduled"):
             pairs = zip(few[name], few["plain"], strict=True)
             added = statistics.median(a - b for a, b in pairs)
