@@ -25,7 +25,7 @@ from accelkit.routing import Pass, Plan, Router
 def attach(router: Router) -> None:
     """Hook ``router`` into its model."""
     backbone, schedule = router.backbone, router.schedule
-    if schedule.full:
+    if schedule.full and router.fused is None:
         return
     call = _CallHook(router)
     put(backbone.model, call)
@@ -146,6 +146,10 @@ class _CallHook(Hook):
         router = self.router
         router.running, router.left = plan, {}
         try:
+            if router.fused is not None and not self.is_outside:  # of a graph that is all it needs
+                fused = router.fused.pass_of(plan, args, kwargs)
+                if fused is not None:
+                    return router.fused.output(fused(fused.tensors), args, kwargs)
             return forward(*args, **kwargs)
         finally:
             router.running, router.left = None, {}

@@ -83,10 +83,15 @@ def list_of_hooks(module: nn.Module) -> list[str]:
     return [] if registry is None else registry._hook_order
 
 
+def is_ours(name: str) -> bool:
+    """Whether a hook of this name is accelkit's own."""
+    return name.startswith(OURS)
+
+
 def foreign(model: nn.Module) -> list[str]:
     """Return the names of diffusers' hooks on a model or in it that are not accelkit's."""
     names = dict.fromkeys(name for module in model.modules() for name in list_of_hooks(module))
-    return [_cache(name) or name for name in names if not name.startswith(OURS)]
+    return [_cache(name) or name for name in names if not is_ours(name)]
 
 
 def _conflicts(backbone: Backbone, schedule: Schedule) -> Iterator[tuple[str, str]]:
@@ -111,7 +116,7 @@ def _caches(names: list[str]) -> list[str]:
 
 def _inside(names: list[str]) -> list[str]:
     """Those of a module's hooks that are, or would come to lie, inside of accelkit's."""
-    ours = [place for place, name in enumerate(names) if name.startswith(OURS)]
+    ours = [place for place, name in enumerate(names) if is_ours(name)]
     return names[: ours[0]] if ours else names
 
 

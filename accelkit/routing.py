@@ -66,6 +66,7 @@ class Router:
         left: hidden states of the rows that left it, by the block that they left before.
         ready: passes planned ahead of a compiled call, whose graph cannot look at timesteps.
         taps: what taps the exits on the way (:class:`accelkit.taps.Taps`), None for nothing.
+        fused: the model's forward in few operations (:mod:`accelkit.fused`), None for its own.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Router:
         self.left: dict[int, Tensor] = {}
         self.ready: list[Pass] | None = None
         self.taps: Any = None
+        self.fused: Any = None
         self.scheduler = scheduler
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self._axis: tuple[Any, NoiseAxis] | None = None

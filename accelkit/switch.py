@@ -14,6 +14,7 @@ from torch import nn
 from accelkit import hooking, hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.fused import fused_forward, paths
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import SEQUENTIAL, Schedule, preset_family, preset_names
 
@@ -26,13 +27,25 @@ class Enabled:
     Attributes:
         schedule: the schedule, scaled to the model's depth.
         backbone: the model as accelkit sees it.
+        kernels: ``auto`` or ``off``.
     """
 
-    def __init__(self, router: routing.Router) -> None:
+    def __init__(self, router: routing.Router, kernels: str) -> None:
         self._router = router
+        self.kernels = kernels
         self.schedule: Schedule = router.schedule
         self.backbone: Backbone = router.backbone
         self.handle: Any = None  # of the hook on what torch.compile wrapped the model in
+
+    def paths(self) -> list[str]:
+        """Return for each of the model's blocks by which path it runs, and why.
+
+        A block that is not fused runs as it is. A call that records gradients, that torch.compile
+        traces, or that merges tokens runs all of them so.
+        """
+        if self.kernels == "off":
+            return ["own modules: kernels are off"] * len(self.backbone.all_blocks)
+        return paths(self.backbone)
 
     @property
     def axis(self) -> NoiseAxis:
@@ -51,7 +64,16 @@ class Enabled:
         return f"<{name} on {type(self.backbone.model).__name__}: {self.schedule}>"
 
 
-def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = None) -> Enabled:
+KERNELS = ("auto", "off")
+
+
+def enable(
+    target: Any,
+    schedule: str | Path | Schedule,
+    *,
+    scheduler: Any = None,
+    kernels: str = "auto",
+) -> Enabled:
     """Let the noise level decide how many blocks each call of ``target`` runs.
 
     The model's weights, class and state_dict keys stay as they are. A batch may mix noise levels:
@@ -63,15 +85,21 @@ def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = Non
             :class:`Schedule` made for a model of this depth.
         scheduler: what tells the noise level of a timestep. Default: the pipeline's scheduler,
             also when it is exchanged later; for a bare network the linear betas of DiT.
+        kernels: ``auto`` runs a DiT, U-ViT or PixArt without gradients by its fused forward
+            (:mod:`accelkit.fused`), Triton kernels on a CUDA GPU and PyTorch's operators elsewhere,
+            whose results differ by rounding; ``off`` runs nothing but the model's own modules.
 
     Returns:
         A handle that can be used in a ``with``, which disables at its end.
 
     Raises:
         AccelkitError: the model has a schedule already, no backbone is known for its class, the
-            schedule does not fit, or the scheduler cannot be placed on the noise axis.
+            schedule does not fit, the scheduler cannot be placed on the noise axis, or ``kernels``
+            is neither.
         TypeError: ``target`` or ``schedule`` is of another type.
     """
+    if kernels not in KERNELS:
+        raise AccelkitError(f"kernels={kernels!r}; expected one of {', '.join(KERNELS)}")
     model = denoiser_of(target)
     if (old := enabled_on(model)) is not None:
         raise AccelkitError(
@@ -83,7 +111,7 @@ def enable(target: Any, schedule: str | Path | Schedule, *, scheduler: Any = Non
     router = routing.Router(
         backbone, _fitting(schedule, backbone), _scheduler_getter(target, scheduler)
     )
-    state = Enabled(router)
+    state = Enabled(router, kernels)
     _ = state.axis  # fails here rather than at the first step
     others.check(backbone, state.schedule)
     _install(state)
@@ -117,6 +145,8 @@ def enabled_on(target: Any) -> Enabled | None:
 
 
 def _install(state: Enabled) -> None:
+    if state.kernels == "auto":
+        state._router.fused = fused_forward(state.backbone)
     hooks.attach(state._router)
     model = state.backbone.model
     setattr(model, _STATE, state)
@@ -128,6 +158,10 @@ def _install(state: Enabled) -> None:
 
 def _uninstall(model: nn.Module) -> None:
     hooking.detach(model)
+    router = model.__dict__[_STATE]._router
+    if router.fused is not None:
+        router.fused.close()
+        router.fused = None
     for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
         del model.__dict__[name]
 
@@ -158,16 +192,17 @@ class _Copier:
         state, twin = self._bare(memo)
         follows = state._router.scheduler
         scheduler = follows.copied(memo) if isinstance(follows, _SchedulerOf) else follows
-        _install(Enabled(routing.Router(backbone_of(twin), state.schedule, scheduler)))
+        router = routing.Router(backbone_of(twin), state.schedule, scheduler)
+        _install(Enabled(router, state.kernels))
         return twin
 
     def reduce(self, protocol: Any) -> tuple[Any, ...]:
         state, twin = self._bare({})
-        return _revived, (twin, state.schedule, state._router.scheduler())
+        return _revived, (twin, state.schedule, state._router.scheduler(), state.kernels)
 
 
-def _revived(model: nn.Module, schedule: Schedule, scheduler: Any) -> nn.Module:
-    enable(model, schedule, scheduler=scheduler)
+def _revived(model: nn.Module, schedule: Schedule, scheduler: Any, kernels: str) -> nn.Module:
+    enable(model, schedule, scheduler=scheduler, kernels=kernels)
     return model
 
 

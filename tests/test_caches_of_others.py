@@ -5,10 +5,11 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from plain import enable
 from text_pipes import filled
 
 from accelkit.errors import AccelkitError
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 
 SCHEDULE = "6@0.3,4@0.6,2@1"  # of the six blocks of `dit`
 STEPS = [900, 800, 700, 500, 450, 400, 350, 200, 100]

@@ -18,11 +18,12 @@ from diffusers import (
     KarrasVeScheduler,
 )
 from diffusers.hooks import HookRegistry, ModelHook
+from plain import enable
 from small_dit import MIXED, SCHEDULE, by_hand, close, inputs, run, truncated
 
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 
 
 def traces(model):

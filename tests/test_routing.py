@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from plain import enable
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_dit import DEPTH_OF, MIXED, SCHEDULE, by_hand, close, inputs, run, truncated
@@ -13,7 +14,7 @@ from accelkit.backbones.original import load_original
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.routing import place_in
 from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 
 # --- what runs -------------------------------------------------------------------------------
 

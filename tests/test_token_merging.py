@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from plain import enable
 from torch import nn
 
 from accelkit.backbones import Backbone, DiT
@@ -12,7 +13,7 @@ from accelkit.errors import AccelkitError
 from accelkit.merging import match, merge, unmerge
 from accelkit.models.uvit import UViTTransformer2DModel
 from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 
 MIXED = [900, 100, 500, 100]
 DEPTHS = {900: 2, 500: 4, 100: 6}  # of the literal below

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,8 @@ class Variant:
 class Work:
     """What every variant does: ``images`` images in batches, with a seed and an item each.
 
-    ``classes`` are the items to go round, classes or captions, or None alone for neither.
+    ``classes`` are the items to go round, classes or captions, or None alone for neither;
+    ``kernels`` is as :func:`accelkit.enable` takes it, for full depth too.
     """
 
     images: int
@@ -49,6 +49,7 @@ class Work:
     sampling: Sampling
     classes: tuple[Item, ...]
     seed: int = 0
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.batch_size < 1:
@@ -102,10 +103,11 @@ def compare(
     scores = [Score(moments=Moments() if features else None) for _ in variants]
     batches = list(work.batches())
     for variant in variants:
-        _run(variant, batches[0][0][:2], batches[0][1][:2], _brief(work.sampling))
+        labels, seeds = batches[0]
+        _run(variant, labels[:2], seeds[:2], replace(work, sampling=_brief(work.sampling)))
     for index, (labels, seeds) in enumerate(batches):
         for place, (variant, score) in enumerate(zip(variants, scores, strict=True)):
-            images, seconds = _run(variant, labels, seeds, work.sampling)
+            images, seconds = _run(variant, labels, seeds, work)
             score.seconds.append(seconds)
             if features is not None and score.moments is not None:
                 score.moments.update(features(images))
@@ -133,12 +135,11 @@ def _brief(sampling: Sampling) -> Sampling:
 
 
 def _run(
-    variant: Variant, labels: list[Item], seeds: list[int], sampling: Sampling
+    variant: Variant, labels: list[Item], seeds: list[int], work: Work
 ) -> tuple[np.ndarray, float]:
-    schedule = variant.schedule
-    with nullcontext() if variant.full else enable(variant.pipe, schedule):
+    with enable(variant.pipe, variant.schedule, kernels=work.kernels):
         began = time.perf_counter()
-        images = generate(variant.pipe, labels, seeds, sampling)  # on the CPU, hence finished
+        images = generate(variant.pipe, labels, seeds, work.sampling)  # on the CPU, hence finished
         return images, time.perf_counter() - began
 
 

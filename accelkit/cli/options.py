@@ -49,6 +49,13 @@ Baseline = Annotated[
         "many at the front (tome:0.3:F4), the rear (R) or both ends (B); commas between several."
     ),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help="auto: run schedules by fused forward passes where the family has one; off: by the "
+        "model's own modules."
+    ),
+]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 GuidanceChannels = Annotated[
     int, typer.Option(help="Latent channels that are guided, 0 for all (the original DiT: 3).")

@@ -18,6 +18,7 @@ from accelkit.cli.options import (
     DryRun,
     Guidance,
     GuidanceChannels,
+    Kernels,
     Model,
     NumHeads,
     Overwrite,
@@ -56,6 +57,7 @@ def sample(
     guidance: Guidance = 1.0,
     guidance_channels: GuidanceChannels = 0,
     batch_size: Annotated[int, typer.Option(help="Changes the speed, not the images.")] = 64,
+    kernels: Kernels = "auto",
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -88,6 +90,7 @@ def sample(
             sampling_of({**settings, "sampling_steps": settings["steps"]}),
             settings["output"],
             settings["overwrite"],
+            settings["kernels"],
             report,
         )
     if settings["as_json"]:
@@ -115,6 +118,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
     guidance: Guidance = 1.0,
     guidance_channels: GuidanceChannels = 0,
+    kernels: Kernels = "auto",
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -148,7 +152,12 @@ def bench(
             source_of(settings),
             _split(settings["schedules"]),
             Evaluation(
-                settings["number"], settings["batch_size"], settings["seed"], sampling, merges
+                settings["number"],
+                settings["batch_size"],
+                settings["seed"],
+                sampling,
+                merges,
+                settings["kernels"],
             ),
             settings["output"],
             settings["overwrite"],

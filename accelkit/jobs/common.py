@@ -69,7 +69,8 @@ class Source:
 class Evaluation:
     """How variants are compared: images, batch size, first seed, sampler; and with what beside.
 
-    ``baselines`` are ways of merging tokens, each of which is run at full depth.
+    ``baselines`` are ways of merging tokens, each of which is run at full depth; ``kernels`` is as
+    :func:`accelkit.enable` takes it.
     """
 
     images: int = 1000
@@ -77,6 +78,7 @@ class Evaluation:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     baselines: tuple[Merge, ...] = ()
+    kernels: str = "auto"
 
     def check(self, pipe: Any) -> Evaluation:
         """Return it with the sampler named; AccelkitError for what would fail after training."""

@@ -107,7 +107,14 @@ def measure(
     images = open_images(source, model)
     items = items_of(images, model)
     how = evaluation.sampling
-    work = Work(evaluation.images, evaluation.batch_size, how, items, evaluation.seed)
+    work = Work(
+        evaluation.images,
+        evaluation.batch_size,
+        how,
+        items,
+        evaluation.seed,
+        evaluation.kernels,
+    )
     features, reference = _quality(images, image_size(pipe))
     if features is None:
         size = image_size(pipe)
@@ -159,6 +166,6 @@ def _write_samples(
     seeds = [evaluation.seed + i for i in range(10)]
     pictures = []
     for variant in variants:
-        with enable(variant.pipe, variant.schedule):
+        with enable(variant.pipe, variant.schedule, kernels=evaluation.kernels):
             pictures.append(generate(variant.pipe, chosen, seeds, evaluation.sampling))
     save_picture(grid(np.concatenate(pictures), columns=10), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
 from accelkit.cost import cost_of, macs_by_depth
 from accelkit.errors import AccelkitError
+from accelkit.fused import paths
 from accelkit.loading import is_original
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
@@ -68,11 +70,22 @@ def inspect(
             "schedule": " ".join(dict.fromkeys((chosen.name, str(chosen)))).strip(),
             "mean_depth": round(chosen.mean_depth(), 3),
         }
+    seen["path_of_blocks"] = _ranges(paths(backbone))
     try:
         seen |= _costs(network, backbone, chosen)
     except AccelkitError as error:
         seen["cost"] = f"not counted: {error}"
     return seen
+
+
+def _ranges(paths: list[str]) -> str:
+    """Say what consecutive blocks have in common: ``0-27 fused``."""
+    said, start = [], 0
+    for path, group in groupby(paths):
+        last = start + len(list(group)) - 1
+        said.append(f"{start}-{last} {path}" if last > start else f"{start} {path}")
+        start = last + 1
+    return "; ".join(said)
 
 
 def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[str, Any]:

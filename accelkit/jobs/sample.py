@@ -15,6 +15,7 @@ from accelkit.errors import AccelkitError
 from accelkit.files import write_json
 from accelkit.jobs.common import Reporter, Source, open_model, save_picture
 from accelkit.sample.generate import Sampling, check_seed, generate, grid
+from accelkit.schedule import Schedule
 from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
@@ -32,6 +33,7 @@ def sample(
     how: Sampling,
     output: Path,
     overwrite: bool,
+    kernels: str,
     reporter: Reporter,
 ) -> list[Path]:
     """Write ``number`` PNG files, a grid and an index; return the files of the images.
@@ -46,6 +48,7 @@ def sample(
         how: sampler, steps and guidance.
         output: directory.
         overwrite: remove what an earlier run left there, and nothing else.
+        kernels: as :func:`accelkit.enable` takes it.
         reporter: told how far it is.
 
     Raises:
@@ -59,10 +62,12 @@ def sample(
             f"the output {output} is not an empty directory; use --overwrite or another -o"
         )
     pipe = open_model(source)
-    if schedule is not None:
-        if enabled_on(pipe) is not None:
-            disable(pipe)
-        enable(pipe, schedule)
+    runs: str | Schedule | None = schedule
+    if (tuned_for := enabled_on(pipe)) is not None:
+        runs = tuned_for.schedule if schedule is None else schedule
+        disable(pipe)
+    if runs is not None:
+        enable(pipe, runs, kernels=kernels)
     how = how.check(pipe)
     items = _items(pipe, labels)
     output.mkdir(parents=True, exist_ok=True)

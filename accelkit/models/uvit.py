@@ -238,14 +238,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
             AccelkitError: labels for a network without classes or none for one with, or a sample
                 of another size.
         """
-        self._check_call(sample, class_labels)
-        x = self.patch_embed(sample)  # (B, N, D)
-        time = self.time_embed(self._sinusoids(timestep, x))  # (B, D)
-        tokens = [time[:, None], x]
-        if self.label_emb is not None:
-            tokens.insert(0, self.label_emb(class_labels).expand(len(x), -1)[:, None])
-        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, 1 or 2 + N, D)
-
+        x = self.embed(sample, timestep, class_labels)
         skips = []
         for block in self.in_blocks:
             x = self._run(block, x)
@@ -253,12 +246,26 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         x = self._run(self.mid_block, x)
         for block in self.out_blocks:
             x = self._run(block, x, skips.pop())
-
-        x = self.decoder_pred(self.norm(x))[:, self.extras :]  # (B, N, p * p * C)
-        x = self._unpatchify(x)
-        if self.final_layer is not None:
-            x = self.final_layer(x)
+        x = self.unembed(x)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    def embed(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the tokens of a call, (B, 1 or 2 + N, D): label, time, patches, with positions."""
+        self._check_call(sample, class_labels)
+        x = self.patch_embed(sample)  # (B, N, D)
+        time = self.time_embed(self._sinusoids(timestep, x))  # (B, D)
+        tokens = [time[:, None], x]
+        if self.label_emb is not None:
+            tokens.insert(0, self.label_emb(class_labels).expand(len(x), -1)[:, None])
+        return torch.cat(tokens, dim=1) + self.pos_embed  # (B, 1 or 2 + N, D)
+
+    def unembed(self, tokens: Tensor) -> Tensor:
+        """Return the prediction (B, C, S, S) of the last block's tokens."""
+        x = self.decoder_pred(self.norm(tokens))[:, self.extras :]  # (B, N, p * p * C)
+        x = self._unpatchify(x)
+        return x if self.final_layer is None else self.final_layer(x)
 
     def timestep_of(self, index: Tensor) -> Tensor:
         """Return the timestep that the network is given at a scheduler's index 0..999."""

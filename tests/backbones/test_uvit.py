@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from plain import enable
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,7 +17,7 @@ from accelkit.backbones.original import load_original
 from accelkit.errors import AccelkitError
 from accelkit.models import PUBLISHED, UViTTransformer2DModel
 from accelkit.schedule import Schedule, preset_names
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 
 SCHEDULE = "4@0.3,2@0.6,0@1"  # of the four decoder blocks of `uvit`
 DEPTH_OF = {100: 4, 299: 4, 300: 2, 500: 2, 600: 0, 900: 0}

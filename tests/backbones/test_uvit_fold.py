@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from plain import enable
 from torch.utils.flop_counter import FlopCounterMode
 
 from accelkit.backbones import backbone_of
 from accelkit.backbones.uvit_fold import LEAST_RUN, FoldedSkips, fold
 from accelkit.models import UViTTransformer2DModel
-from accelkit.switch import enable, enabled_on
+from accelkit.switch import enabled_on
 
 WIDTH = 64
 

@@ -56,7 +56,7 @@ def test_variants_take_turns_on_the_same_work(studio, pipe):
         on_batch=lambda done, total: progress.append((done, total)),
     )
     warm, calls = studio.calls[:3], studio.calls[3:]
-    names = ["none", str(HALF), str(LOW)]  # full depth is the plain pipeline, with no hook on it
+    names = [str(FULL), str(HALF), str(LOW)]  # full depth runs by the same path as the others
     assert [c.schedule for c in warm] == names
     assert {c.how.steps for c in warm} == {2}
     assert [c.schedule for c in calls] == names * 3
@@ -196,7 +196,7 @@ def test_an_artifact_is_measured_beside_its_base(base, make_pipe, data, tmp_path
     ]
     own = DiTPipeline.from_pretrained(base).transformer.proj_out_2.weight
     new = tuned.transformer.proj_out_2.weight
-    assert [name for name, _ in seen] == ["none", "3@1", "2@1", "2@1"] * 3
+    assert [name for name, _ in seen] == ["6@1", "3@1", "2@1", "2@1"] * 3
     for i, (_, weight) in enumerate(seen):
         assert torch.equal(weight, new if i % 4 == 3 else own)
 

@@ -1,0 +1,222 @@
+"""DiT in diffusers, ``DiTTransformer2DModel``, with its conditioning computed once.
+
+diffusers embeds timestep and label anew in each block, by embedders that hold equal weights in
+every published model. Where they do, bit for bit, they are asked once; and the modulations of all
+blocks are one matrix product over the distinct pairs of timestep and label.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
+
+from accelkit.backbones import DiT
+from accelkit.fused import ops, parts
+from accelkit.fused.base import Block, FusedForward, Pass
+from accelkit.fused.modulation import Distinct, Modulations
+from accelkit.fused.watch import mismatch
+from accelkit.routing import Plan
+
+_VECTORS = 6  # of a block: shift, scale and gate of its attention, then of its MLP
+_LAST = 2  # of the final norm, which stand first in the table: shift and scale
+
+
+@dataclass(frozen=True)
+class _Block:
+    attention: parts.SelfAttention
+    mlp: parts.MLP
+    eps: tuple[float, float]
+
+    def __call__(
+        self, x: Tensor, pending: ops.Pending | None, vectors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ops.Pending]:
+        """Return the residual stream (B, N, D) and what the MLP has still to add to it."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors  # (B, D) each
+        x, normal = ops.add_layernorm_modulate(x, pending, shift, scale, self.eps[0])
+        gathered = self.attention(normal)
+        x, normal = ops.add_layernorm_modulate(
+            x, (gathered, gate), shift_mlp, scale_mlp, self.eps[1]
+        )
+        return x, (self.mlp(normal), gate_mlp)
+
+
+class FusedDiT(FusedForward):
+    """A DiT's forward in few, large operations."""
+
+    backbone: DiT
+
+    def __init__(self, backbone: DiT) -> None:
+        super().__init__(backbone)
+        self.distinct = Distinct()
+        self._embedders: list[Any] = []
+        self._embedding: list[Tensor] = []  # all of their parameters
+        self._equal: tuple[list[int], bool] | None = None
+
+    def outside(self) -> list[nn.Module]:
+        """Return the final norm, its modulation and the projection."""
+        return [self.model.norm_out, self.model.proj_out_1, self.model.proj_out_2]
+
+    def read(self, block: Any) -> Block | str:
+        """Read an adaLN-Zero block."""
+        if reason := mismatch({"it": (block, BasicTransformerBlock)}):
+            return reason
+        expected: dict[str, tuple[Any, type | None]] = {
+            "its first norm": (block.norm1, AdaLayerNormZero),
+            "its modulation": (block.norm1.linear, nn.Linear),
+            "its second norm": (block.norm3, nn.LayerNorm),
+            "its cross-attention": (block.attn2, None),
+            "its chunk size": (block._chunk_size, None),
+        }
+        reason = mismatch(expected) or parts.odd_attention(block.attn1) or parts.odd_mlp(block.ff)
+        if reason is not None:
+            return reason
+        if block.norm1.norm.weight is not None or block.norm3.weight is not None:
+            return "its norms have weights of their own"
+        if block.norm1.linear.bias is None:
+            return "its modulation has no bias"
+        return _Block(
+            parts.self_attention(block.attn1, self.joined),
+            parts.mlp(block.ff),
+            (block.norm1.norm.eps, block.norm3.eps),
+        )
+
+    def finish_reading(self) -> str | None:
+        """Join the layers that make the modulations of all blocks, and of the final norm."""
+        model = self.model
+        ends = {"its last norm": (model.norm_out, nn.LayerNorm)}
+        if reason := mismatch(ends | {"its last layer": (model.proj_out_2, nn.Linear)}):
+            return reason
+        if reason := mismatch({"its last modulation": (model.proj_out_1, nn.Linear)}):
+            return reason
+        blocks: Any = self.backbone.blocks
+        self.fused = [number for number, block in enumerate(self.blocks) if block is not None]
+        self._layers = [model.proj_out_1, *(blocks[number].norm1.linear for number in self.fused)]
+        self.weight = self.joined([layer.weight for layer in self._layers])  # ((2 + 6 L) D, D)
+        self.bias = self.joined([layer.bias for layer in self._layers])
+        self._embedders = [block.norm1.emb for block in blocks]
+        self._embedding = [p for e in self._embedders for p in e.parameters()]
+        self._equal = None
+        scales = [_LAST + _VECTORS * n + i for n in range(len(self.fused)) for i in (1, 4)]
+        self._scales = torch.tensor([1, *scales], device=self.bias.device)
+        return None
+
+    def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
+        """Embed the distinct pairs of timestep and label, and return the pass."""
+        sample, timestep = call["hidden_states"], call.get("timestep")
+        labels = call.get("class_labels")
+        if not isinstance(timestep, Tensor) or not isinstance(labels, Tensor):
+            return None
+        if timestep.ndim != 1 or labels.ndim != 1 or call.get("cross_attention_kwargs") is not None:
+            return None
+        if self.model.training or sample.shape[-1] != sample.shape[-2]:
+            return None  # labels are dropped at random; diffusers takes a map for a square one
+        modulations = self.modulations(plan.depth, timestep, labels, sample.dtype)
+        return _Pass(self, plan, sample, timestep, labels, modulations)
+
+    def modulations(
+        self, depth: int, timestep: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> Modulations:
+        """Return the vectors for a batch of pairs.
+
+        Returns:
+            Two for the final norm, then six for each fused block among the first ``depth``.
+        """
+        times, classes, index = self.distinct(timestep, labels)
+        count = bisect_left(self.fused, depth)
+        rows = (_LAST + _VECTORS * count) * self.model.inner_dim
+        embedders = self._embedders
+        if self._embedders_equal():
+            hidden = F.silu(embedders[0](times, classes, hidden_dtype=dtype))  # (P, D)
+            table = F.linear(hidden, self.weight[:rows], self.bias[:rows])
+        else:  # trained apart: each block has its own embedding, the final norm the first block's
+            embedders = [embedders[number] for number in (0, *self.fused[:count])]
+            rows_of = [
+                F.linear(F.silu(e(times, classes, hidden_dtype=dtype)), layer.weight, layer.bias)
+                for e, layer in zip(embedders, self._layers, strict=False)
+            ]
+            table = torch.cat(rows_of, dim=1)
+        table = table.unflatten(1, (-1, self.model.inner_dim))  # (P, 2 + 6 L, D)
+        return Modulations(ops.with_factors(table, self._scales[: 1 + 2 * count]), index)
+
+    def _embedders_equal(self) -> bool:
+        """Whether all embedders hold the same weights, compared again where one was written to."""
+        versions = [p._version for p in self._embedding]
+        if self._equal is None or self._equal[0] != versions:
+            self._equal = (versions, self.backbone.embedders_equal)
+        return self._equal[1]
+
+
+class _Pass(Pass):
+    def __init__(
+        self,
+        fused: FusedDiT,
+        plan: Plan,
+        sample: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        modulations: Modulations,
+    ) -> None:
+        self._fused, self._plan = fused, plan
+        self.tensors = {"sample": sample, "table": modulations.table}
+        if modulations.index is not None:
+            self.tensors["index"] = modulations.index
+        if not all(fused.blocks[: plan.depth]):
+            self.tensors |= {"timestep": timestep, "labels": labels}
+        self.key = (plan.depth, plan.active)
+
+    def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the prediction (B, C or 2C, H, W)."""
+        sample, model = tensors["sample"], self._fused.model
+        tokens = (sample.shape[-1] // model.patch_size) ** 2
+        count = ops.chunk(sample, tokens, 4 * model.inner_dim)
+        if self._plan.active is not None or len(sample) <= count:
+            return self._run(tensors)
+        shared = {"table"} if "index" in tensors or len(tensors["table"]) == 1 else set()
+        split = {k: v.split(count) for k, v in tensors.items() if k not in shared and len(v) > 1}
+        whole = {k: v for k, v in tensors.items() if k not in split}
+        parts = zip(*split.values(), strict=True)
+        runs = [self._run(whole | dict(zip(split, part, strict=True))) for part in parts]
+        return torch.cat(runs)
+
+    def _run(self, tensors: dict[str, Tensor]) -> Tensor:
+        fused, plan, model = self._fused, self._plan, self._fused.model
+        modulations = Modulations(tensors["table"], tensors.get("index"))
+        x = model.pos_embed(tensors["sample"]).contiguous()  # (B, N, D)
+        grid = (tensors["sample"].shape[-1] // model.patch_size,) * 2
+        pending: ops.Pending | None = None
+        left: list[Tensor] = []  # samples that are through, those that left last at the end
+        for number, block in enumerate(fused.blocks[: plan.depth]):
+            stay = plan.staying(number)
+            if stay is not None and stay < x.shape[0]:
+                x, pending = ops.add(x, pending), None
+                left.append(x[stay:])
+                x = x[:stay]
+            if block is not None:
+                start = _LAST + _VECTORS * fused.fused.index(number)
+                x, pending = block(
+                    x, pending, modulations.take(start, start + _VECTORS, x.shape[0])
+                )
+            else:
+                x, pending = ops.add(x, pending), None
+                own = fused.backbone.blocks[number]
+                rows = {name: _rows(tensors[name], x.shape[0]) for name in ("timestep", "labels")}
+                x = own(x, timestep=rows["timestep"], class_labels=rows["labels"])
+        x = ops.add(x, pending)
+        if left:
+            x = torch.cat([x, *reversed(left)])  # in the order of the batch again
+        shift, scale = modulations.take(0, _LAST, x.shape[0])
+        last = model.proj_out_2
+        return ops.exit_head(
+            x, shift, scale, last.weight, last.bias, grid, model.patch_size, model.norm_out.eps
+        )
+
+
+def _rows(values: Tensor, count: int) -> Tensor:
+    return values if len(values) == 1 else values[:count]

@@ -1,0 +1,78 @@
+"""What conditions the blocks, computed once for every distinct condition of a batch.
+
+A DiT's blocks are modulated by vectors that depend on the timestep and label of a sample and on
+nothing else of it. A batch has few distinct pairs of those: one timestep, as a rule, and under
+guidance the same label, the null class, in half of its rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """Vectors of width D by which samples are modulated, R for each distinct condition.
+
+    Attributes:
+        table: (P, R, D).
+        index: (B,), int64: which row of the table is a sample's. None where the table has one for
+            each of them, or one for all.
+    """
+
+    table: Tensor
+    index: Tensor | None = None
+
+    def take(self, start: int, stop: int, samples: int) -> tuple[Tensor, ...]:
+        """Return some of the vectors for the first samples: (samples, D) each, (1, D) if shared."""
+        part = self.table[:, start:stop]
+        if self.index is not None:
+            part = part[self.index[:samples]]
+        elif part.shape[0] > samples:
+            part = part[:samples]
+        return part.unbind(1)
+
+
+class Distinct:
+    """Finds the distinct conditions of a batch.
+
+    The labels of a sampling run are the same tensor at every step, so that only the first step has
+    to look at them, and wait for a GPU to tell.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None
+        self._found: tuple[Tensor, Tensor | None]
+
+    def __call__(self, timestep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return timesteps (P,) and labels (P,) of the distinct pairs, and which each sample has.
+
+        Args:
+            timestep: (B,) or (1,).
+            labels: (B,) or (1,).
+
+        Returns:
+            The third is (B,), int64; None where all samples have the same pair.
+        """
+        if len(timestep) == 1 or not any(timestep.stride()):
+            labels, index = self._labels(labels)
+            return timestep[:1].expand(len(labels)), labels, index
+        pairs = torch.stack([timestep.double(), labels.expand(len(timestep)).double()], dim=1)
+        pairs, index = torch.unique(pairs, dim=0, return_inverse=True)  # exact: far below 2^53
+        times, classes = pairs[:, 0].to(timestep.dtype), pairs[:, 1].to(labels.dtype)
+        return times, classes, index if len(pairs) > 1 else None
+
+    def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        tracked = not labels.is_inference()  # of which nothing tells that they were written to
+        if tracked and self._seen is not None:
+            seen, version = self._seen
+            if seen() is labels and version == labels._version:
+                return self._found
+        values, index = torch.unique(labels, return_inverse=True)
+        self._found = values, index if len(values) > 1 else None
+        self._seen = (weakref.ref(labels), labels._version) if tracked else None
+        return self._found
