@@ -46,14 +46,24 @@ def check_tokens(x: Tensor, eps: float | None = None) -> None:
 
 
 def check_beside(
-    x: Tensor, sizes: str, expected: tuple[int, ...], _x: str = "x", **tensors: Tensor
+    x: Tensor,
+    sizes: str,
+    expected: tuple[int, ...],
+    _x: str = "x",
+    _dtype: torch.dtype | None = None,
+    **tensors: Tensor,
 ) -> None:
-    """Raises unless each tensor has shape `expected`, called `sizes`, and x's dtype and device."""
+    """Raises unless each tensor has shape `expected`, called `sizes`, and x's device and dtype.
+
+    The dtype is that of x, unless `_dtype` names another.
+    """
     for name, t in tensors.items():
         if t.shape != expected:
             given = f"{name} has shape {tuple(t.shape)}"
             raise ValueError(f"{given}, expected {sizes} = {expected} from {_x} {tuple(x.shape)}")
-        if t.dtype != x.dtype:
+        if _dtype is not None and t.dtype != _dtype:
+            raise TypeError(f"{name} is {t.dtype}, expected {_dtype}")
+        if _dtype is None and t.dtype != x.dtype:
             raise TypeError(f"{name} is {t.dtype} and {_x} is {x.dtype}: cast them to one dtype")
         if t.device != x.device:
             where = f"{name} is on {t.device} and {_x} on {x.device}"
