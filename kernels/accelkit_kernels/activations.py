@@ -234,7 +234,7 @@ def _backward_triton(
     with torch.cuda.device_of(x):
         _backward_kernel[grid](dx, dvalue, partial, dflat, flat, gate, *biases, *sizes, **constants)
         # Over thousands of chunks, which PyTorch's reduction spreads and adds in a fixed order.
-        dbias, dvalue_bias = partial.sum(0)
+        dbias, dvalue_bias = partial[:, 0].sum(0), partial[:, 1].sum(0)
     return _present(x.dtype, dx, dbias, dvalue, dvalue_bias, bias, value, value_bias)
 
 
