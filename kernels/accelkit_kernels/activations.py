@@ -140,16 +140,17 @@ if HAS_TRITON:
         """act(z) and its derivative, which the compiler drops where it is not used."""
         if ACT == "gelu":
             cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-            density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-            return z * cdf, cdf + z * density
-        if ACT == "gelu_tanh":
-            twice_u = 1.5957691216057308 * (z + 0.044715 * z * z * z)
-            slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+            out = z * cdf
+            slope = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        elif ACT == "gelu_tanh":
+            s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+            out = z * s
+            slope = s + out * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
         else:
-            twice_u = z
-            slope = 1.0
-        s = tl.sigmoid(twice_u)
-        return z * s, s + z * s * (1.0 - s) * slope
+            s = tl.sigmoid(z)
+            out = z * s
+            slope = s + out * (1.0 - s)
+        return out, slope
 
     @triton.jit
     def _forward_kernel(

@@ -129,9 +129,12 @@ if HAS_TRITON:
         if RMS:
             root = tl.sqrt(tl.sum(x * x, axis=1) / D)[:, None]
             inverse = 1.0 / (root + eps)
-            return x * inverse, inverse, tl.where(root > 0, (root + eps) / root, 0.0)
-        n, inverse = normalise(x, mask, D, eps)
-        return n, inverse, 1.0
+            n = x * inverse
+            factor = tl.where(root > 0, (root + eps) / root, 0.0)
+        else:
+            n, inverse = normalise(x, mask, D, eps)
+            factor = 1.0
+        return n, inverse, factor
 
     @triton.jit
     def _forward_kernel(
