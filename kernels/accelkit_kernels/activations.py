@@ -92,12 +92,15 @@ def _backward_reference(
     x: Tensor, dout: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str
 ) -> Grads:
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.enable_grad():  # PyTorch knows its activations' derivatives
-        z = (x.to(wide) if bias is None else x.to(wide) + bias.to(wide)).detach().requires_grad_()
-        activated, gated = _widened(act, z, None, value, value_bias)
-        (slope,) = torch.autograd.grad(activated.sum(), z)
-    dx = dout.to(wide) * slope * (1.0 if gated is None else gated)
-    dvalue = dout.to(wide) * activated.detach()
+    z = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    activated, gated = _widened(act, z, None, value, value_bias)
+    dvalue = dout.to(wide) * activated
+    dact = dout.to(wide) if gated is None else dout.to(wide) * gated
+    if act == "silu":  # an operator's own backward runs where autograd does not record
+        dx = torch.ops.aten.silu_backward(dact, z)
+    else:
+        approximate = "tanh" if act == "gelu_tanh" else "none"
+        dx = torch.ops.aten.gelu_backward(dact, z, approximate=approximate)
     rows = dx.flatten(0, -2).sum(0), dvalue.flatten(0, -2).sum(0)
     return _present(x.dtype, dx, rows[0], dvalue, rows[1], bias, value, value_bias)
 
