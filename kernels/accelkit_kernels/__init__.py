@@ -5,5 +5,32 @@ runs and nothing else changes.
 """
 
 from accelkit_kernels.adaln import layernorm_modulate, layernorm_modulate_reference
+from accelkit_kernels.coefficients import (
+    StepCoefficients,
+    ddim_coefficients,
+    ddpm_coefficients,
+    dpmpp_coefficients,
+)
+from accelkit_kernels.exit import exit_head, exit_head_reference
+from accelkit_kernels.rotary import qk_norm_rope, qk_norm_rope_reference, rotary_2d
+from accelkit_kernels.sampler import GuidedStep, guided_step, guided_step_reference
+from accelkit_kernels.skip import skip_linear, skip_linear_reference
 
-__all__ = ["layernorm_modulate", "layernorm_modulate_reference"]
+__all__ = [
+    "GuidedStep",
+    "StepCoefficients",
+    "ddim_coefficients",
+    "ddpm_coefficients",
+    "dpmpp_coefficients",
+    "exit_head",
+    "exit_head_reference",
+    "guided_step",
+    "guided_step_reference",
+    "layernorm_modulate",
+    "layernorm_modulate_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
+    "rotary_2d",
+    "skip_linear",
+    "skip_linear_reference",
+]
