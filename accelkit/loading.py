@@ -10,6 +10,7 @@ from typing import Any
 from accelkit.assets import BUILTIN, builtin
 from accelkit.errors import AccelkitError
 from accelkit.files import read_json
+from accelkit.noise import reference_process
 
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
@@ -174,12 +175,9 @@ _PIXELS = 3  # channels of a network without an autoencoder
 
 
 def _dit_pipeline(transformer: Any, vae: Any) -> Any:
-    from diffusers import DDIMScheduler, DiTPipeline
+    from diffusers import DiTPipeline
 
-    scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
-    )
-    return DiTPipeline(transformer, vae, scheduler)
+    return DiTPipeline(transformer, vae, reference_process())
 
 
 def _uvit_pipeline(transformer: Any, vae: Any) -> Any:

@@ -35,6 +35,15 @@ def level_of_log_snr(log_snr: np.ndarray) -> np.ndarray:
     return np.where(log_snr < _REFERENCE[-1] - 1e-4, 1.0, levels)
 
 
+def reference_process() -> Any:
+    """Return diffusers' DDIMScheduler of the process that the axis is made of, DiT's own."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", clip_sample=False
+    )
+
+
 class NoiseAxis:
     """Places the timesteps of one process on the axis.
 

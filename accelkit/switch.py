@@ -15,7 +15,7 @@ from accelkit import hooking, hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import NoiseAxis
-from accelkit.schedule import SEQUENTIAL, Schedule, preset_family
+from accelkit.schedule import SEQUENTIAL, Schedule, preset_family, preset_names
 
 _STATE = "_accelkit"
 
@@ -177,8 +177,10 @@ def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"a schedule is a name or a Schedule, not {type(schedule).__name__}")
     counted = preset_family(backbone.family)
-    made_for = schedule.family or SEQUENTIAL
-    if made_for != counted and schedule.depths != (schedule.layers,):
+    made_for = schedule.family or counted  # one made by hand is for the model it is given for
+    if schedule.name.partition("+")[0] in preset_names(SEQUENTIAL):
+        made_for = schedule.family or SEQUENTIAL
+    if made_for != counted:
         raise AccelkitError(
             f"the schedule {schedule.name or schedule} counts blocks as the {made_for} family "
             f"does, this is a {backbone.family}; make it with family={counted!r}"

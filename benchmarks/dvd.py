@@ -7,8 +7,6 @@ not trained again, so that several processes can share the training before one m
 """
 
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ ROWS = {
 
 
 def trained(name: str, seed: int, steps: int, batch: int, folder: Path) -> dict[str, Any]:
-    """Train a row unless its pipeline lies in ``folder``; return its training's figures."""
+    """Train a row unless its pipeline lies in ``folder``; return its settings."""
     done = folder / "training.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -58,18 +56,13 @@ def trained(name: str, seed: int, steps: int, batch: int, folder: Path) -> dict[
     )
     run = RunDirectory(folder / "run")
     run.open({"row": name}, resume=False, overwrite=True, free=frozenset())
-    losses: list[float] = []
-    seconds: list[float] = []
 
     def note(progress: Progress) -> None:
-        losses.append(progress.loss)
-        seconds.append(batch / progress.samples_per_second)
         if progress.step % 100 == 0:
             print(
                 f"{name}, seed {seed}: step {progress.step}, loss {progress.loss:.4f}", flush=True
             )
 
-    began = time.perf_counter()
     train(
         pipe.transformer,
         pipe.scheduler,
@@ -80,11 +73,7 @@ def trained(name: str, seed: int, steps: int, batch: int, folder: Path) -> dict[
         make_accelerator(config),
         Watch(on_step=note),
     )
-    figures = {
-        "train": config.to_dict(),
-        "minutes": (time.perf_counter() - began) / 60,
-        "seconds_per_step": statistics.median(seconds),
-    }
+    figures = {"train": config.to_dict()}
     pipe.save_pretrained(folder / "pipeline")
     done.write_text(json.dumps(figures))
     return figures

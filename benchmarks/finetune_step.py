@@ -1,14 +1,20 @@
 """What a fine-tuning step costs on each preset, of a full-depth step on the same batch."""
 
+from contextlib import ExitStack
+
 import torch
 
 from accelkit.artifact import from_pretrained
 from accelkit.backbones import DiT
 from accelkit.schedule import Schedule, preset_names
 from accelkit.switch import enable
+from accelkit.taps import Taps
+from accelkit.train.dvd import Supervision
 from accelkit.train.forward import forward_process
 from accelkit.train.objectives import denoising_loss
 from benchmarks.common import interleaved, parser, ratio, record
+
+SUPERVISED = ", supervised"
 
 
 def main() -> None:
@@ -25,17 +31,24 @@ def main() -> None:
             t, y = torch.randint(1000, (batch,)), torch.randint(10, (batch,))
             xt = process.add_noise(x0, eps, t)
 
-            def step(schedule: str, xt=xt, x0=x0, eps=eps, t=t, y=y) -> None:
-                with enable(model, schedule):
+            def step(name: str, xt=xt, x0=x0, eps=eps, t=t, y=y) -> None:
+                schedule = Schedule.parse(name.removesuffix(SUPERVISED))
+                with enable(model, schedule) as enabled, ExitStack() as stack:
+                    taps = stack.enter_context(Taps(enabled)) if SUPERVISED in name else None
                     output = model(xt, timestep=t, class_labels=y, return_dict=False)[0]
-                    denoising_loss(process, output, x0, eps, xt, t).mean().backward()
+                    losses = denoising_loss(process, output, x0, eps, xt, t)
+                    if taps is not None:
+                        parts = Supervision(schedule, enabled.axis, process)
+                        losses = losses + parts.losses(taps.pop(), x0, eps, t, torch.rand(len(t)))
+                    losses.mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
-            names = ["full", *preset_names()]
+            names = ["full", *preset_names(), "dvd-2p", "dvd-4p"]
+            names += [name + SUPERVISED for name in names[-2:]]
             seconds = interleaved({n: lambda n=n: step(n) for n in names}, options.rounds)
             for name in names[1:]:
-                mean = Schedule.parse(name).mean_depth(t) / 28
+                mean = Schedule.parse(name.removesuffix(SUPERVISED)).mean_depth(t) / 28
                 row = {**ratio(seconds, name, "full"), "mean_depth_of_full": mean}
                 results[f"{name}, batch {batch}"] = row
     protocol = {"model": "builtin", "ratio": "step with the schedule / step at full depth"}

@@ -148,7 +148,7 @@ def test_what_is_known_as_a_preset(text, known):
 @pytest.mark.parametrize(
     ("arguments", "weight"),
     [
-        (("--schedule", "dvd-3p:depth=8"), 1.0),
+        (("--schedule", "dvd-3p:depth=13"), 1.0),
         (("--schedule", "D4"), 0.0),
         (("--schedule", "dvd-4p", "--intermediate-weight", "0"), 0.0),
         (("--schedule", "D4", "--intermediate-weight", "0.5"), 0.5),

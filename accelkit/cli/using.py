@@ -165,7 +165,7 @@ def schedules(
     family: Annotated[str, typer.Option(help="Whose presets.")] = "dit",
     sampler: Annotated[
         str | None,
-        typer.Option(help="Cost under a sampler: ddpm, ddim, dpm, dpm-fast, em or flow."),
+        typer.Option(help="Cost under a sampler of its process: ddpm, ddim, dpm or dpm-fast."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = 50,
     as_json: AsJson = False,
@@ -280,13 +280,8 @@ def _split(text: str) -> list[str]:
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:
     """The noise levels a sampler visits on the linear-beta process of DiT."""
-    from diffusers import DDIMScheduler
-
-    from accelkit.noise import BETA_END, BETA_START, NoiseAxis
+    from accelkit.noise import NoiseAxis, reference_process
     from accelkit.sample.samplers import make_sampler
 
-    process = DDIMScheduler(
-        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear", clip_sample=False
-    )
-    made = make_sampler(sampler, process, steps)
+    made = make_sampler(sampler, reference_process(), steps)
     return NoiseAxis.of(made).levels(made.timesteps)

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
+from accelkit.noise import reference_process
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ def fresh_pipeline(config: ModelConfig, vae: Any, classes: Sequence[str], seed: 
     return pipe
 
 
-def _linear_betas() -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-
-
 def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
     """What a network of any family takes of the latents that it works on."""
     return {
@@ -103,7 +98,7 @@ def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
         norm_eps=1e-6,
     )
     names = dict(enumerate(classes))
-    pipe = DiTPipeline(network, vae, _linear_betas(), id2label=names or None)
+    pipe = DiTPipeline(network, vae, reference_process(), id2label=names or None)
     pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
     return pipe
 
@@ -117,7 +112,7 @@ def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
         null_class=config.num_classes,
         timestep_offset=1.0,  # its discrete process counts steps from 1
     )
-    return UViTPipeline(network, _linear_betas(), vae)
+    return UViTPipeline(network, reference_process(), vae)
 
 
 _PIPELINES: dict[str, Callable[[ModelConfig, Any, Sequence[str]], Any]] = {

@@ -156,7 +156,9 @@ class TestHunyuan(Compiled, Family):
         assert Schedule.parse("uniform:0", 4, "hunyuan").computes == (Compute(0),)
         with enable(model, "D1") as state:
             assert state.schedule.depths == (1, 2, 3, 4)
-        with pytest.raises(AccelkitError, match="counts blocks of the uvit family, this is a huny"):
+        with pytest.raises(
+            AccelkitError, match="counts blocks as the uvit family does, this is a huny"
+        ):
             enable(model, Schedule.parse("D1", 4, "uvit"))
 
     @torch.no_grad()

@@ -116,8 +116,8 @@ def test_refused_where_the_model_brings_its_own(command, option, pipe, tmp_path)
     accelkit.enable(pipe, "uniform:3")
     accelkit.save(pipe, "tuned", base_model="model")
     before = sorted(tmp_path.iterdir())
+    data = ["--data", "data"] if command in ("finetune", "bench") else []
     for model in ("model", "tuned", "builtin"):
         with pytest.raises(AccelkitError, match=f"{model} has its own settings; leave"):
-            data = ["--data", "data"] if command in ("finetune", "bench") else []
             cli(command, "--model", model, *option, *data)
     assert sorted(tmp_path.iterdir()) == before

@@ -136,7 +136,7 @@ def test_captions_are_missing(models, data, tmp_path):
 @pytest.mark.parametrize(
     ("family", "options", "match"),
     [
-        ("sd3", [], "sampler ddim does not follow"),
+        ("sd3", ["--sampler", "ddim"], "sampler ddim does not follow"),
         ("pixart", ["--timestep-density", "logit-normal"], "is one of flow matching"),
     ],
 )
