@@ -13,6 +13,7 @@ from accelkit_kernels.activations import (
     bias_swiglu_reference,
 )
 from accelkit_kernels.adaln import layernorm_modulate, layernorm_modulate_reference
+from accelkit_kernels.angles import rotary_2d
 from accelkit_kernels.coefficients import (
     StepCoefficients,
     ddim_coefficients,
@@ -21,7 +22,7 @@ from accelkit_kernels.coefficients import (
 )
 from accelkit_kernels.exit import exit_head, exit_head_reference
 from accelkit_kernels.gated import gated_residual, gated_residual_reference
-from accelkit_kernels.rotary import qk_norm_rope, qk_norm_rope_reference, rotary_2d
+from accelkit_kernels.rotary import qk_norm_rope, qk_norm_rope_reference
 from accelkit_kernels.sampler import GuidedStep, guided_step, guided_step_reference
 from accelkit_kernels.seam import (
     gated_residual_layernorm_modulate,

@@ -8,7 +8,7 @@ the PyTorch reference runs.
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -46,28 +46,32 @@ def check_tokens(x: Tensor, eps: float | None = None) -> None:
 
 
 def check_beside(
+    tensors: Mapping[str, Tensor | None],
     x: Tensor,
     sizes: str,
-    expected: tuple[int, ...],
-    _x: str = "x",
-    _dtype: torch.dtype | None = None,
-    **tensors: Tensor,
+    expected: Sequence[int],
+    of: str = "x",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raises unless each tensor has shape `expected`, called `sizes`, and x's device and dtype.
 
-    The dtype is that of x, unless `_dtype` names another.
+    `of` is what x is called in a message. The dtype is that of x, unless `dtype` names another.
+    None stands for an optional tensor that is not given.
     """
     for name, t in tensors.items():
-        if t.shape != expected:
+        if t is None:
+            continue
+        if t.shape != torch.Size(expected):
             given = f"{name} has shape {tuple(t.shape)}"
-            raise ValueError(f"{given}, expected {sizes} = {expected} from {_x} {tuple(x.shape)}")
-        if _dtype is not None and t.dtype != _dtype:
-            raise TypeError(f"{name} is {t.dtype}, expected {_dtype}")
-        if _dtype is None and t.dtype != x.dtype:
-            raise TypeError(f"{name} is {t.dtype} and {_x} is {x.dtype}: cast them to one dtype")
+            from_x = f"from {of} {tuple(x.shape)}"
+            raise ValueError(f"{given}, expected {sizes} = {tuple(expected)} {from_x}")
+        if dtype is not None and t.dtype != dtype:
+            raise TypeError(f"{name} is {t.dtype}, expected {dtype}")
+        if dtype is None and t.dtype != x.dtype:
+            raise TypeError(f"{name} is {t.dtype} and {of} is {x.dtype}: cast them to one dtype")
         if t.device != x.device:
-            where = f"{name} is on {t.device} and {_x} on {x.device}"
-            raise ValueError(f"{where}: move it to {_x}'s device")
+            where = f"{name} is on {t.device} and {of} on {x.device}"
+            raise ValueError(f"{where}: move it to {of}'s device")
 
 
 # -------------------------------------------------------------------------- kernel or reference

@@ -21,7 +21,6 @@ and backwards, with act' the derivative:
     dx     = dout * (value + value_bias) * act'(z)             dbias       = sum of dx over the rows
     dvalue = dout * act(z)                                     dvalue_bias = sum of dvalue
 """
-# ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
 from typing import Any
 
@@ -29,8 +28,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from accelkit_kernels import _common
-from accelkit_kernels._common import CHUNK, HAS_TRITON, run, unit
+from accelkit_kernels import _activation_kernels, _common
+from accelkit_kernels._activation_kernels import Grads, Maybe, present
+from accelkit_kernels._common import run
 
 __all__ = [
     "bias_geglu",
@@ -42,8 +42,6 @@ __all__ = [
 ]
 
 GELUS = {"tanh": "gelu_tanh", "none": "gelu"}  # by the names of torch.nn.functional.gelu
-Maybe = Tensor | None
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # ---------------------------------------------------------------------------- PyTorch reference
 
@@ -102,144 +100,7 @@ def _backward_reference(
         approximate = "tanh" if act == "gelu_tanh" else "none"
         dx = torch.ops.aten.gelu_backward(dact, z, approximate=approximate)
     rows = dx.flatten(0, -2).sum(0), dvalue.flatten(0, -2).sum(0)
-    return _present(x.dtype, dx, rows[0], dvalue, rows[1], bias, value, value_bias)
-
-
-def _present(
-    dtype: torch.dtype, dx: Tensor, dbias: Tensor, dvalue: Tensor, dvalue_bias: Tensor,
-    *inputs: Maybe,
-) -> Grads:  # fmt: skip
-    """The gradients in `dtype`, empty where there is no such input: an operator returns no None."""
-    grads = zip((dbias, dvalue, dvalue_bias), inputs, strict=True)
-    rest = (dx.new_empty(0, dtype=dtype) if t is None else g.to(dtype) for g, t in grads)
-    return dx.to(dtype), *rest
-
-
-# ------------------------------------------------------------------------------- Triton kernels
-
-# Rows and features of a program's tile: 32 elements a thread, and whole lines of 256 bytes in
-# bfloat16. A program adds up its rows' share of the biases' gradients.
-WIDTH = 128
-
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _tile_at(rows, D, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
-        row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[:, None].to(tl.int64)
-        col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        return row, col, (row < rows) & (col < D)[None, :]
-
-    @triton.jit
-    def _load_biased(x_ptr, bias_ptr, x_n, row, col, mask, D, BIASED: tl.constexpr):
-        z = tl.load(x_ptr + row * x_n + col[None, :], mask, other=0.0).to(tl.float32)
-        if BIASED:
-            z += tl.load(bias_ptr + col, col < D, other=0.0).to(tl.float32)[None, :]
-        return z
-
-    @triton.jit
-    def _activate(z, ACT: tl.constexpr):
-        """act(z) and its derivative, which the compiler drops where it is not used."""
-        if ACT == "gelu":
-            cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-            out = z * cdf
-            slope = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        elif ACT == "gelu_tanh":
-            s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-            out = z * s
-            slope = s + out * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-        else:
-            s = tl.sigmoid(z)
-            out = z * s
-            slope = s + out * (1.0 - s)
-        return out, slope
-
-    @triton.jit
-    def _forward_kernel(
-        out_ptr, x_ptr, value_ptr, bias_ptr, value_bias_ptr, rows, D, x_n, value_n,
-        ACT: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, VALUE_BIASED: tl.constexpr,
-        WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    ):  # fmt: skip
-        """One program per CHUNK rows and WIDTH features."""
-        row, col, mask = _tile_at(rows, D, CHUNK, WIDTH)
-        z = _load_biased(x_ptr, bias_ptr, x_n, row, col, mask, D, BIASED)
-        out, _ = _activate(z, ACT)
-        if GATED:
-            out *= _load_biased(value_ptr, value_bias_ptr, value_n, row, col, mask, D, VALUE_BIASED)
-        tl.store(out_ptr + row * D + col[None, :], out.to(out_ptr.dtype.element_ty), mask)
-
-    @triton.jit
-    def _backward_kernel(
-        dx_ptr, dvalue_ptr, partial_ptr, dout_ptr, x_ptr, value_ptr, bias_ptr, value_bias_ptr,
-        rows, D, dout_n, x_n, value_n,
-        ACT: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, VALUE_BIASED: tl.constexpr,
-        WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    ):  # fmt: skip
-        """The same tile: its dx and dvalue, and its part of the biases' gradients."""
-        row, col, mask = _tile_at(rows, D, CHUNK, WIDTH)
-        to = row * D + col[None, :]
-        out = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * D + col  # partial: (chunks, 2, D)
-        dout_at = dout_ptr + row * dout_n + col[None, :]
-        dx = tl.load(dout_at, mask, other=0.0).to(tl.float32)
-        z = _load_biased(x_ptr, bias_ptr, x_n, row, col, mask, D, BIASED)
-        activated, slope = _activate(z, ACT)
-        if GATED:
-            dvalue = dx * activated
-            tl.store(dvalue_ptr + to, dvalue.to(dvalue_ptr.dtype.element_ty), mask)
-            if VALUE_BIASED:
-                tl.store(out + D, tl.sum(dvalue, axis=0), col < D)
-            dx *= _load_biased(value_ptr, value_bias_ptr, value_n, row, col, mask, D, VALUE_BIASED)
-        dx *= slope
-        tl.store(dx_ptr + to, dx.to(dx_ptr.dtype.element_ty), mask)
-        if BIASED:
-            tl.store(out, tl.sum(dx, axis=0), col < D)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(..., F) as (rows, F): of a half of a wider projection still a view."""
-    return unit(t.reshape(-1, t.shape[-1]))
-
-
-def _launch(
-    x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str
-) -> tuple[tuple[int, int], tuple[Tensor, ...], dict[str, Any]]:
-    """The grid, the tensors that both kernels read (x itself where one is missing), constants."""
-    flat = _rows(x)
-    gate = flat if value is None else _rows(value)
-    biases = (flat if t is None else t.contiguous() for t in (bias, value_bias))
-    grid = (triton.cdiv(flat.shape[0], CHUNK), triton.cdiv(flat.shape[1], WIDTH))
-    constants = {
-        "ACT": act, "GATED": value is not None,
-        "BIASED": bias is not None, "VALUE_BIASED": value_bias is not None,
-        "WIDTH": WIDTH, "CHUNK": CHUNK, "num_warps": 4, "enable_fp_fusion": True,
-    }  # fmt: skip
-    return grid, (flat, gate, *biases), constants
-
-
-def _forward_triton(x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str) -> Tensor:
-    grid, (flat, gate, *biases), constants = _launch(x, bias, value, value_bias, act)
-    out = x.new_empty(x.shape)
-    sizes = *flat.shape, flat.stride(0), gate.stride(0)
-    with torch.cuda.device_of(x):
-        _forward_kernel[grid](out, flat, gate, *biases, *sizes, **constants)
-    return out
-
-
-def _backward_triton(
-    x: Tensor, dout: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str
-) -> Grads:
-    grid, (flat, gate, *biases), constants = _launch(x, bias, value, value_bias, act)
-    dflat = _rows(dout)
-    dx = x.new_empty(x.shape)
-    dvalue = dx if value is None else x.new_empty(x.shape)
-    partial = x.new_zeros(grid[0], 2, x.shape[-1], dtype=torch.float32)
-    sizes = *flat.shape, dflat.stride(0), flat.stride(0), gate.stride(0)
-    with torch.cuda.device_of(x):
-        _backward_kernel[grid](dx, dvalue, partial, dflat, flat, gate, *biases, *sizes, **constants)
-        # Over thousands of chunks, which PyTorch's reduction spreads and adds in a fixed order.
-        dbias, dvalue_bias = partial[:, 0].sum(0), partial[:, 1].sum(0)
-    return _present(x.dtype, dx, dbias, dvalue, dvalue_bias, bias, value, value_bias)
+    return present(x.dtype, dx, rows[0], dvalue, rows[1], bias, value, value_bias)
 
 
 # ----------------------------------------------------------------------------- public functions
@@ -326,18 +187,16 @@ def _check(x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str) ->
         expected = "expected (..., F) of 2 dimensions or more, with F at least 1"
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {expected}")
     _common.check_dtype(name, x)
-    if value is not None:
-        _common.check_beside(x, "(..., F)", tuple(x.shape), name, value=value)
-    vectors = {of_bias: bias, "value_bias": value_bias}
-    vectors_given = {of: t for of, t in vectors.items() if t is not None}
-    _common.check_beside(x, "(F,)", (x.shape[-1],), name, **vectors_given)
+    _common.check_beside({"value": value}, x, "(..., F)", x.shape, name)
+    biases = {of_bias: bias, "value_bias": value_bias}
+    _common.check_beside(biases, x, "(F,)", (x.shape[-1],), name)
 
 
 @torch.library.custom_op("accelkit::bias_act", mutates_args=())
 def _bias_act(x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str) -> Tensor:
     _check(x, bias, value, value_bias, act)
     inputs = x, bias, value, value_bias, act
-    return run(f"bias_act[{act}]", _forward_triton, _reference, *inputs).contiguous()
+    return run(f"bias_act[{act}]", _activation_kernels.forward, _reference, *inputs).contiguous()
 
 
 @torch.library.custom_op("accelkit::bias_act_backward", mutates_args=())
@@ -346,7 +205,7 @@ def _bias_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = x, dout, bias, value, value_bias, act
     dx, dbias, dvalue, dvalue_bias = run(
-        f"bias_act[{act}]", _backward_triton, _backward_reference, *inputs
+        f"bias_act[{act}]", _activation_kernels.backward, _backward_reference, *inputs
     )
     return dx.contiguous(), dbias, dvalue.contiguous(), dvalue_bias
 

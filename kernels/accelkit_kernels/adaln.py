@@ -189,7 +189,7 @@ def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
 def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
     _common.check_tokens(x, eps)
     expected = (x.shape[0], x.shape[2])
-    _common.check_beside(x, "(B, D)", expected, shift=shift, scale=scale)
+    _common.check_beside({"shift": shift, "scale": scale}, x, "(B, D)", expected)
 
 
 @torch.library.custom_op("accelkit::layernorm_modulate", mutates_args=())

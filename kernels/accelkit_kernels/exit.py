@@ -57,7 +57,6 @@ def exit_head_reference(
 # A program reads TOKENS tokens STEP features at a time, twice: the second time from the cache, as
 # they are 72 KiB for DiT-XL in bfloat16. So no width spills. Fixed, whatever the batch.
 TOKENS, STEP, WARPS, STAGES = 32, 128, 4, 2
-MOST_OUTPUTS = 64  # of a tile; further outputs are for further programs, which read x again
 
 if HAS_TRITON:
     import triton
@@ -125,9 +124,14 @@ if HAS_TRITON:
         tl.store(y_at, total.to(y_ptr.dtype.element_ty), real & kept[None, :])
 
 
-def _outputs(count: int) -> int:
-    """Outputs of a tile: a power of two, of which a matrix product takes 16 at least."""
-    return min(MOST_OUTPUTS, max(16, 1 << (count - 1).bit_length()))
+def _outputs(count: int, dtype: torch.dtype) -> int:
+    """Outputs of a tile: a power of two, of which a matrix product takes 16 at least.
+
+    Further outputs are for further programs, which read x again. In float32, where the product is
+    made of scalar ones, 32 outputs spill on sm_86 and 64 on sm_80.
+    """
+    most = 16 if dtype == torch.float32 else 64
+    return min(most, max(16, 1 << (count - 1).bit_length()))
 
 
 def _forward_triton(
@@ -145,7 +149,7 @@ def _forward_triton(
     B, N, D = x.shape
     y = x.new_empty(B, channels, grid[0] * patch, grid[1] * patch)
     count = patch * patch * channels
-    outputs = _outputs(count)
+    outputs = _outputs(count, x.dtype)
     with torch.cuda.device_of(x):
         _forward_kernel[(B * triton.cdiv(N, TOKENS), triton.cdiv(count, outputs))](
             y, x, shift, scale, weight, weight if bias is None else bias.contiguous(),
@@ -226,7 +230,7 @@ def _check(
 ) -> None:
     _common.check_tokens(x, eps)
     B, N, D = x.shape
-    _common.check_beside(x, "(B, D)", (B, D), shift=shift, scale=scale)
+    _common.check_beside({"shift": shift, "scale": scale}, x, "(B, D)", (B, D))
     if rows < 1 or columns < 1 or rows * columns != N:
         raise ValueError(f"grid is {rows} x {columns}, expected one of the {N} tokens of x")
     if patch < 1:
@@ -235,9 +239,8 @@ def _check(
     if weight.ndim != 2 or weight.shape[1] != D or outputs == 0 or outputs % area:
         shape = f"weight has shape {tuple(weight.shape)}"
         raise ValueError(f"{shape}, expected ({area} C, {D}) for patches of {patch} x {patch}")
-    _common.check_beside(x, "(p p C, D)", (outputs, D), weight=weight)
-    if bias is not None:
-        _common.check_beside(weight, "(p p C,)", (outputs,), "weight", bias=bias)
+    _common.check_beside({"weight": weight}, x, "(p p C, D)", (outputs, D))
+    _common.check_beside({"bias": bias}, weight, "(p p C,)", (outputs,), "weight")
     if not 1 <= channels <= outputs // area:
         raise ValueError(f"channels is {channels}, expected 1 to {outputs // area}")
 

@@ -149,8 +149,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def _check(x: Tensor, y: Tensor, gate: Tensor) -> None:
     _common.check_tokens(x)
-    _common.check_beside(x, "(B, N, D)", tuple(x.shape), y=y)
-    _common.check_beside(x, "(B, D)", (x.shape[0], x.shape[2]), gate=gate)
+    _common.check_beside({"y": y}, x, "(B, N, D)", x.shape)
+    _common.check_beside({"gate": gate}, x, "(B, D)", (x.shape[0], x.shape[2]))
 
 
 @torch.library.custom_op("accelkit::gated_residual", mutates_args=())

@@ -6,10 +6,8 @@ For each head of each token, over its d features:
     y[2j]     = n[2j] cos(a_j) - n[2j + 1] sin(a_j)          Su et al. 2021, eq. 34,
     y[2j + 1] = n[2j + 1] cos(a_j) + n[2j] sin(a_j)          on pairs that lie side by side
 
-where the first half of the angles turns with the token's row and the second with its column,
-a_j = row * theta^(-4j / d) for j < d / 4, and likewise for the columns (Lu et al. 2024, FiT,
-section 3.2; FiTv2 adds the norm, without affine). Backwards, with dy the gradient of y, g is dy
-turned back by the same angles and
+with the angles of angles.py; the norm, without affine, is FiTv2's (Wang et al. 2024). Backwards,
+with dy the gradient of y, g is dy turned back by the same angles and
 
     dx = (g - mean(g) - n * mean(g * n)) / sqrt(var(x) + eps)
 
@@ -27,32 +25,9 @@ from torch import Tensor
 from accelkit_kernels import _common
 from accelkit_kernels._common import HAS_TRITON, run, unit
 
-__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rotary_2d"]
+__all__ = ["qk_norm_rope", "qk_norm_rope_reference"]
 
 # ---------------------------------------------------------------------------- PyTorch reference
-
-
-def rotary_2d(
-    rows: int,
-    columns: int,
-    head_dim: int,
-    theta: float = 10_000.0,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines for a grid of tokens, row by row: float32 (N, head_dim / 2).
-
-    Raises:
-        ValueError: head_dim is not a multiple of four, or a size is not positive.
-    """
-    if head_dim < 4 or head_dim % 4:
-        raise ValueError(f"head_dim is {head_dim}, expected a multiple of 4: two axes of pairs")
-    if rows < 1 or columns < 1:
-        raise ValueError(f"the grid is {rows} x {columns}, expected at least 1 x 1")
-    frequency = theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim)
-    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
-    column = torch.arange(columns, dtype=torch.float64).repeat(rows)
-    angle = torch.cat([torch.outer(row, frequency), torch.outer(column, frequency)], dim=1)
-    return angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32)
 
 
 def qk_norm_rope_reference(
@@ -248,7 +223,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"eps is {eps}, expected a positive number such as 1e-6")
     B, N, _, d = q.shape
-    _common.check_beside(q, "(B, N, H, d)", tuple(q.shape), "q", k=k)
+    _common.check_beside({"k": k}, q, "(B, N, H, d)", q.shape, "q")
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape not in ((N, d // 2), (B, N, d // 2)):
             given = f"{name} has shape {tuple(t.shape)}"

@@ -244,8 +244,7 @@ def _check(
     _common.check_dtype("x", x)
     others = {"eps_cond": eps_cond, "eps_uncond": eps_uncond, "noise": noise}
     others |= {"previous": previous, "variance": variance}
-    like = {name: t for name, t in others.items() if t is not None}
-    _common.check_beside(x, "(B, C, ...)", tuple(x.shape), **like)
+    _common.check_beside(others, x, "(B, C, ...)", x.shape)
     if coefficients.shape not in ((COUNT,), (x.shape[0], COUNT)):
         given = f"coefficients has shape {tuple(coefficients.shape)}"
         raise ValueError(f"{given}, expected ({COUNT},) or (B, {COUNT}), B = {x.shape[0]}")

@@ -49,8 +49,8 @@ def _backward_reference(
     through, dshift, dscale = adaln._backward_reference(h.to(wide), dm.to(wide), scale, eps)
     dx = dh.to(wide) + through  # (B, N, D)
     dy, dgate = gated._backward_reference(y.to(wide), dx, gate)
-    dx, dy, dgate, dshift, dscale = (t.to(h.dtype) for t in (dx, dy, dgate, dshift, dscale))
-    return dx, dy, dgate, dshift, dscale
+    vectors = dgate.to(h.dtype), dshift.to(h.dtype), dscale.to(h.dtype)
+    return dx.to(h.dtype), dy.to(h.dtype), *vectors
 
 
 # ------------------------------------------------------------------------------- Triton kernels
@@ -213,8 +213,8 @@ def gated_residual_layernorm_modulate(
 
 def _check(x: Tensor, y: Tensor, eps: float, **vectors: Tensor) -> None:
     _common.check_tokens(x, eps)
-    _common.check_beside(x, "(B, N, D)", tuple(x.shape), y=y)
-    _common.check_beside(x, "(B, D)", (x.shape[0], x.shape[2]), **vectors)
+    _common.check_beside({"y": y}, x, "(B, N, D)", x.shape)
+    _common.check_beside(vectors, x, "(B, D)", (x.shape[0], x.shape[2]))
 
 
 @torch.library.custom_op("accelkit::gated_residual_layernorm_modulate", mutates_args=())
@@ -255,8 +255,8 @@ def _(
 def _(
     dh: Tensor, dm: Tensor, h: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dy = h.new_empty(h.shape), h.new_empty(h.shape)
-    return dx, dy, *(gate.new_empty(gate.shape) for _ in range(3))
+    dgate, dshift, dscale = (gate.new_empty(gate.shape) for _ in range(3))
+    return h.new_empty(h.shape), h.new_empty(h.shape), dgate, dshift, dscale
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

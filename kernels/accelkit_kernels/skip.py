@@ -73,9 +73,10 @@ if HAS_TRITON:
         group = tl.program_id(0) // (GROUP * tiles_o)
         inside = tl.program_id(0) % (GROUP * tiles_o)
         height = min(tiles_m - group * GROUP, GROUP)
-        row = (group * GROUP + inside % height) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        col = (inside // height) * COLS + tl.arange(0, COLS).to(tl.int64)
-        b, n, k = row // N, row % N, tl.arange(0, STEP)
+        # 32 bits for what a tile has of its own: in 64 the pointers of y alone spill on sm_80.
+        row = (group * GROUP + inside % height) * ROWS + tl.arange(0, ROWS)
+        col = (inside // height) * COLS + tl.arange(0, COLS)
+        b, n, k = (row // N).to(tl.int64), (row % N).to(tl.int64), tl.arange(0, STEP)
 
         steps = tl.cdiv(D, STEP)
         total = tl.zeros([ROWS, COLS], tl.float32)
@@ -97,7 +98,7 @@ if HAS_TRITON:
 
         if HAS_BIAS:
             total += tl.load(bias_ptr + col, col < OUT, other=0.0).to(tl.float32)[None, :]
-        y_at = y_ptr + row[:, None] * OUT + col[None, :]
+        y_at = y_ptr + row.to(tl.int64)[:, None] * OUT + col[None, :]
         mask = (row < M)[:, None] & (col < OUT)[None, :]
         tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask)
 
@@ -168,14 +169,13 @@ def _check(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | None) 
     if not skips:
         raise ValueError("skip is an empty sequence, expected at least one (B, N, D)")
     named = {f"skip {i}" if len(skips) > 1 else "skip": s for i, s in enumerate(skips)}
-    _common.check_beside(x, "(B, N, D)", tuple(x.shape), **named)
+    _common.check_beside(named, x, "(B, N, D)", x.shape)
     columns = (len(skips) + 1) * x.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0:
         given = f"weight has shape {tuple(weight.shape)}, expected (OUT, {columns})"
         raise ValueError(f"{given} for x {tuple(x.shape)} and {len(skips)} of its like")
-    _common.check_beside(x, "(OUT, (k + 1) D)", (weight.shape[0], columns), weight=weight)
-    if bias is not None:
-        _common.check_beside(weight, "(OUT,)", weight.shape[:1], "weight", bias=bias)
+    _common.check_beside({"weight": weight}, x, "(OUT, (k + 1) D)", (weight.shape[0], columns))
+    _common.check_beside({"bias": bias}, weight, "(OUT,)", weight.shape[:1], "weight")
 
 
 @torch.library.custom_op("accelkit::skip_linear", mutates_args=())

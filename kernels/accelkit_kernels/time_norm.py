@@ -30,6 +30,7 @@ from torch import Tensor
 
 from accelkit_kernels import _common
 from accelkit_kernels._common import CHUNK, HAS_TRITON, run, sum_chunks, tile, unit
+from accelkit_kernels._time_vectors import vector_grads, vectors_at, vectors_at_triton
 
 __all__ = ["td_norm", "td_norm_reference"]
 
@@ -49,11 +50,6 @@ def _normalised(x: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor, Tenso
     return centred * inverse, inverse, 1.0
 
 
-def _at(level: Tensor, vectors: Tensor) -> Tensor:
-    high, low, slope, offset = vectors
-    return low + torch.sigmoid(slope * level[:, None] + offset) * (high - low)  # (B, D)
-
-
 def td_norm_reference(
     x: Tensor, level: Tensor, scale: Tensor, shift: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -61,9 +57,9 @@ def td_norm_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     eps = (1e-8 if shift is None else 1e-5) if eps is None else eps
     n, _, _ = _normalised(x.to(wide), shift is None, eps)
-    y = n * _at(level.to(wide), scale.to(wide))[:, None]
+    y = n * vectors_at(level.to(wide), scale.to(wide))[:, None]
     if shift is not None:
-        y = y + _at(level.to(wide), shift.to(wide))[:, None]
+        y = y + vectors_at(level.to(wide), shift.to(wide))[:, None]
     return y.to(x.dtype)
 
 
@@ -72,29 +68,12 @@ def _backward_reference(
 ) -> Grads:
     wide = torch.promote_types(x.dtype, torch.float32)
     n, inverse, factor = _normalised(x.to(wide), shift is None, eps)
-    g = dy.to(wide) * _at(level.to(wide), scale.to(wide))[:, None]
+    g = dy.to(wide) * vectors_at(level.to(wide), scale.to(wide))[:, None]
     dx = g - n * (g * n).mean(-1, keepdim=True) * factor
     if shift is not None:
         dx = dx - g.mean(-1, keepdim=True)
     sums = [(dy.to(wide) * n).sum(1), dy.to(wide).sum(1)]
-    return (dx * inverse).to(x.dtype), *_vector_grads(sums, level, scale, shift)
-
-
-def _vector_grads(
-    sums: list[Tensor], level: Tensor, scale: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dscale, dshift (empty without a shift) and dlevel of dgamma and dbeta, both (B, D)."""
-    t = level.to(sums[0].dtype)
-    dlevel = torch.zeros_like(t)
-    grads = [scale, scale.new_empty(0)]
-    for i, vectors in enumerate([scale] if shift is None else [scale, shift]):
-        high, low, slope, offset = vectors.to(t.dtype)
-        s = torch.sigmoid(slope * t[:, None] + offset)  # (B, D)
-        dz = sums[i] * (high - low) * s * (1 - s)
-        rows = [sums[i] * s, sums[i] * (1 - s), dz * t[:, None], dz]
-        grads[i] = torch.stack([row.sum(0) for row in rows]).to(vectors.dtype)
-        dlevel += (dz * slope).sum(1)
-    return grads[0], grads[1], dlevel.to(level.dtype)
+    return (dx * inverse).to(x.dtype), *vector_grads(sums, level, scale, shift)
 
 
 # ------------------------------------------------------------------------------- Triton kernels
@@ -108,20 +87,6 @@ if HAS_TRITON:
     import triton.language as tl
 
     from accelkit_kernels._common import normalise
-
-    @triton.jit
-    def _at_kernel(out_ptr, level_ptr, vectors_ptr, D, WIDTH: tl.constexpr):
-        """One vector at a sample's noise level, on its own: a token's program would read four."""
-        b = tl.program_id(0).to(tl.int64)
-        col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        kept = col < D
-        level = tl.load(level_ptr + b)
-        high = tl.load(vectors_ptr + col, kept, other=0.0).to(tl.float32)
-        low = tl.load(vectors_ptr + D + col, kept, other=0.0).to(tl.float32)
-        slope = tl.load(vectors_ptr + 2 * D + col, kept, other=0.0).to(tl.float32)
-        offset = tl.load(vectors_ptr + 3 * D + col, kept, other=0.0).to(tl.float32)
-        out = low + tl.sigmoid(slope * level + offset) * (high - low)
-        tl.store(out_ptr + b * D + col, out, kept)
 
     @triton.jit
     def _normalise(x, mask, D, eps, RMS: tl.constexpr):
@@ -195,15 +160,6 @@ if HAS_TRITON:
             tl.store(out + D, dbeta, kept)
 
 
-def _at_triton(level: Tensor, vectors: Tensor) -> Tensor:
-    B, D = level.shape[0], vectors.shape[1]
-    out = vectors.new_empty(B, D, dtype=torch.float32)
-    _at_kernel[(B, triton.cdiv(D, 256))](
-        out, level.contiguous(), vectors.contiguous(), D, WIDTH=256, enable_fp_fusion=True
-    )
-    return out
-
-
 def _forward_triton(
     x: Tensor, level: Tensor, scale: Tensor, shift: Tensor | None, eps: float
 ) -> Tensor:
@@ -212,8 +168,8 @@ def _forward_triton(
     width, tokens, warps = tile(D)
     y = x.new_empty(B, N, D)
     with torch.cuda.device_of(x):
-        gamma = _at_triton(level, scale)
-        beta = gamma if shift is None else _at_triton(level, shift)
+        gamma = vectors_at_triton(level, scale)
+        beta = gamma if shift is None else vectors_at_triton(level, shift)
         _forward_kernel[(B * triton.cdiv(N, tokens),)](
             y, x, gamma, beta, N, D, eps, x.stride(0), x.stride(1), RMS=shift is None,
             WIDTH=width, TOKENS=tokens, num_warps=warps, enable_fp_fusion=True,
@@ -232,12 +188,12 @@ def _backward_triton(
     partial = x.new_empty(B, chunks, 1 if shift is None else 2, D, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[(B * chunks,)](
-            dx, partial, dy, x, _at_triton(level, scale),
+            dx, partial, dy, x, vectors_at_triton(level, scale),
             N, D, eps, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), RMS=shift is None,
             WIDTH=width, TOKENS=tokens, CHUNK=CHUNK, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
         sums = sum_chunks(partial, torch.float32)
-    return dx, *_vector_grads(sums, level, scale, shift)
+    return dx, *vector_grads(sums, level, scale, shift)
 
 
 # ------------------------------------------------------------------------------ public function
@@ -280,11 +236,11 @@ def td_norm(
 def _check(x: Tensor, level: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> None:
     _common.check_tokens(x, eps)
     # A noise level in a half would be another noise level.
-    _common.check_beside(x, "(B,)", (x.shape[0],), _dtype=torch.float32, level=level)
+    _common.check_beside({"level": level}, x, "(B,)", (x.shape[0],), dtype=torch.float32)
     if scale.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"scale is {scale.dtype}, expected {x.dtype} like x, or float32")
-    vectors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
-    _common.check_beside(x, "(4, D)", (4, x.shape[2]), _dtype=scale.dtype, **vectors)
+    vectors = {"scale": scale, "shift": shift}
+    _common.check_beside(vectors, x, "(4, D)", (4, x.shape[2]), dtype=scale.dtype)
 
 
 @torch.library.custom_op("accelkit::td_norm", mutates_args=())

@@ -29,7 +29,13 @@ BUILDS = [*(("bf16", target) for target in TARGETS), ("fp32", 86)]
 COMPILED = [*(("bf16", target) for target in TARGETS), ("fp32", 80)]
 
 needs_triton = pytest.mark.skipif(not _common.HAS_TRITON, reason="Triton is not installed")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs a kernel on a GPU, where falling back to the reference fails it."""
+    test = pytest.mark.filterwarnings("error::RuntimeWarning")(test)
+    test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
+    return pytest.mark.gpu(test)
 
 
 def outputs(
@@ -141,12 +147,13 @@ def compile_all(
     stages: int = 3,
 ) -> dict[str, dict[str, int]]:
     """Every launch (label, kernel, constants, warps) for every (dtype, target)."""
+    builds = list(dtypes)
     return {
         f"{label} {dtype} sm_{target}": compile_kernel(
             kernel, constants, dtype, target, warps, types or {}, stages
         )
         for label, kernel, constants, warps in launches
-        for dtype, target in dtypes
+        for dtype, target in builds
     }
 
 

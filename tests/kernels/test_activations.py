@@ -4,10 +4,11 @@ import common
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from common import DTYPES, needs_cuda, needs_triton
+from common import DTYPES, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import (
+    _activation_kernels,
     _common,
     activations,
     bias_geglu,
@@ -145,9 +146,7 @@ def test_compiles_without_spills(usage, record_property):
     common.check_spills(usage, 4 * len(common.BUILDS), record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@on_cuda
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "case",
@@ -225,14 +224,14 @@ def interpret() -> dict[str, list[Tensor]]:
 
 
 def compile_all() -> dict[str, dict[str, int]]:
-    block = {"WIDTH": activations.WIDTH, "CHUNK": _common.CHUNK, "BIASED": True}
+    block = {"WIDTH": _activation_kernels.WIDTH, "CHUNK": _common.CHUNK, "BIASED": True}
     launches = [
         (f"{act} {kernel.__name__}", kernel, block | gated | {"ACT": act}, 4)
         for act, gated in [
             ("gelu_tanh", {"GATED": False, "VALUE_BIASED": False}),
             ("gelu", {"GATED": True, "VALUE_BIASED": True}),  # of the gated forms the largest
         ]
-        for kernel in (activations._forward_kernel, activations._backward_kernel)
+        for kernel in (_activation_kernels._forward_kernel, _activation_kernels._backward_kernel)
     ]
     return common.compile_all(launches, common.BUILDS)
 

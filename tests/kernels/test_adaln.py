@@ -5,7 +5,7 @@ import itertools
 import common
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, TARGETS, needs_cuda, needs_triton
+from common import DTYPES, LAYOUTS, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import _common, adaln, layernorm_modulate, layernorm_modulate_reference
@@ -124,12 +124,11 @@ def usage(tmp_path_factory) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("kernel", ["forward", "backward", "sum"])
 def test_compiles_without_spills(kernel: str, usage, record_property):
     mine = {k: v for k, v in usage.items() if k.startswith(f"{kernel} ")}
-    expected = 2 * len(TARGETS) * (1 if kernel == "sum" else len(COMPILED_WIDTHS))
+    expected = len(common.BUILDS) * (1 if kernel == "sum" else len(COMPILED_WIDTHS))
     common.check_spills(mine, expected, record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
+@on_cuda
 @pytest.mark.parametrize(
     "case",
     [
@@ -212,7 +211,7 @@ def compile_all() -> dict[str, dict[str, int]]:
             (f"forward D={features}", adaln._forward_kernel, size, warps),
             (f"backward D={features}", adaln._backward_kernel, size | chunk, warps),
         ]
-    return common.compile_all(launches, itertools.product(["bf16", "fp32"], TARGETS))
+    return common.compile_all(launches, common.BUILDS)
 
 
 if __name__ == "__main__":

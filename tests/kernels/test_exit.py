@@ -3,7 +3,7 @@
 import common
 import pytest
 import torch
-from common import COMPILED, DTYPES, needs_cuda, needs_triton
+from common import DTYPES, TARGETS, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import exit as operation
@@ -142,12 +142,11 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
 @needs_triton
 def test_compiles_without_spills(tmp_path, record_property):
     usage = common.compiled(__file__, tmp_path)
-    common.check_spills(usage, 2 * len(COMPILED), record_property)
+    common.check_spills(usage, 2 * 2 * len(TARGETS), record_property)
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
 
-@pytest.mark.gpu
-@needs_cuda
+@on_cuda
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_on_cuda(case: str):
     dtype, size, layout = CASES[case]
@@ -213,19 +212,24 @@ def interpret() -> dict[str, Tensor]:
 
 
 def compile_all() -> dict[str, dict[str, int]]:
+    """In float32 for every target too: its products are what spills, on one or the other."""
     constants = {
         "HAS_BIAS": True,
         "WIDEN": False,
         "TOKENS": operation.TOKENS,
         "STEP": operation.STEP,
     }
-    launches = []
-    for patch, every, channels in [(2, 8, 4), (4, 8, 8)]:
-        sizes = {"PATCH": patch, "ALL": every, "CHANNELS": channels}
-        sizes["OUTPUTS"] = operation._outputs(patch * patch * channels)
-        label = f"{channels} channels"
-        launches.append((label, operation._forward_kernel, constants | sizes, operation.WARPS))
-    return common.compile_all(launches, COMPILED, stages=operation.STAGES)
+    usage = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        launches = []
+        for patch, every, channels in [(2, 8, 4), (4, 8, 8)]:
+            sizes = {"PATCH": patch, "ALL": every, "CHANNELS": channels}
+            sizes["OUTPUTS"] = operation._outputs(patch * patch * channels, dtype)
+            label = f"{channels} channels"
+            launches.append((label, operation._forward_kernel, constants | sizes, operation.WARPS))
+        builds = [(name, target) for target in TARGETS]
+        usage |= common.compile_all(launches, builds, stages=operation.STAGES)
+    return usage
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import common
 import pytest
 import torch
-from common import DTYPES, needs_cuda, needs_triton
+from common import DTYPES, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import (
@@ -142,9 +142,7 @@ def test_compiles_without_spills(usage, record_property):
     common.check_spills(usage, 5 * len(common.BUILDS), record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@on_cuda
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(
     "case",

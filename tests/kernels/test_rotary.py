@@ -5,7 +5,7 @@ import itertools
 import common
 import pytest
 import torch
-from common import COMPILED, DTYPES, needs_cuda, needs_triton
+from common import COMPILED, DTYPES, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import _common, qk_norm_rope, qk_norm_rope_reference, rotary, rotary_2d
@@ -136,8 +136,7 @@ def test_compiles_without_spills(tmp_path, record_property):
     common.check_spills(usage, 2 * len(COMPILED), record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
+@on_cuda
 @pytest.mark.parametrize("case", [*CASES.values(), ("bfloat16", (2, 16, 16, 16, 72), "strided")])
 def test_kernel_on_cuda(case: tuple[str, tuple[int, ...], str]):
     inputs = [t.cuda() for t in make(*case)]

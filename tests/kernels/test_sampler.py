@@ -5,7 +5,7 @@ import math
 import common
 import pytest
 import torch
-from common import COMPILED, DTYPES, needs_cuda, needs_triton
+from common import COMPILED, DTYPES, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import (
@@ -195,8 +195,7 @@ def test_compiles_without_spills(tmp_path, record_property):
     common.check_spills(usage, len(COMPILED), record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
+@on_cuda
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_on_cuda(case: str):
     given = make(*CASES[case])

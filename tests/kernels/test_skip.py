@@ -5,7 +5,7 @@ import itertools
 import common
 import pytest
 import torch
-from common import DTYPES, TARGETS, needs_cuda, needs_triton
+from common import DTYPES, TARGETS, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import skip as operation
@@ -150,8 +150,7 @@ def test_compiles_without_spills(usage, record_property):
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
 
-@pytest.mark.gpu
-@needs_cuda
+@on_cuda
 @pytest.mark.parametrize(
     "case", [*CASES.values(), ("bfloat16", (2, 257, 1024, 1024, 1), "strided")]
 )

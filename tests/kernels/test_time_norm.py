@@ -4,10 +4,10 @@ import common
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from common import DTYPES, needs_cuda, needs_triton
+from common import DTYPES, needs_triton, on_cuda
 from torch import Tensor
 
-from accelkit_kernels import _common, td_norm, td_norm_reference, time_norm
+from accelkit_kernels import _common, _time_vectors, td_norm, td_norm_reference, time_norm
 
 FORMS = {"layer": "y dx dlevel dscale dshift", "rms": "y dx dlevel dscale"}
 # One token of one feature, odd sizes, three chunks of tokens, vectors of float32 beside halves.
@@ -138,9 +138,7 @@ def test_compiles_without_spills(usage, record_property):
     common.check_spills(usage, 5 * len(common.BUILDS), record_property)
 
 
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@on_cuda
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "case",
@@ -211,7 +209,7 @@ def interpret() -> dict[str, list[Tensor]]:
 def compile_all() -> dict[str, dict[str, int]]:
     width, tokens, warps = _common.tile(1152)
     size = {"WIDTH": width, "TOKENS": tokens}
-    launches = [("at", time_norm._at_kernel, {"WIDTH": 256}, 4)]
+    launches = [("at", _time_vectors._at_kernel, {"WIDTH": 256}, 4)]
     for form, rms in (("layer", {"RMS": False}), ("rms", {"RMS": True})):
         backward = size | rms | {"CHUNK": _common.CHUNK}
         launches += [
