@@ -142,7 +142,7 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
 @needs_triton
 def test_compiles_without_spills(tmp_path, record_property):
     usage = common.compiled(__file__, tmp_path)
-    common.check_spills(usage, 2 * 2 * len(TARGETS), record_property)
+    common.check_spills(usage, 3 * len(TARGETS), record_property)
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
 
@@ -212,7 +212,7 @@ def interpret() -> dict[str, Tensor]:
 
 
 def compile_all() -> dict[str, dict[str, int]]:
-    """In float32 for every target too: its products are what spills, on one or the other."""
+    """In float32 for every target too: its products are what spilled on some and not on others."""
     constants = {
         "HAS_BIAS": True,
         "WIDEN": False,
@@ -220,15 +220,14 @@ def compile_all() -> dict[str, dict[str, int]]:
         "STEP": operation.STEP,
     }
     usage = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        launches = []
-        for patch, every, channels in [(2, 8, 4), (4, 8, 8)]:
-            sizes = {"PATCH": patch, "ALL": every, "CHANNELS": channels}
-            sizes["OUTPUTS"] = operation._outputs(patch * patch * channels, dtype)
-            label = f"{channels} channels"
-            launches.append((label, operation._forward_kernel, constants | sizes, operation.WARPS))
+    for name, patch, channels in [("bf16", 2, 4), ("bf16", 4, 8), ("fp32", 4, 8)]:
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        sizes = {"PATCH": patch, "ALL": 8, "CHANNELS": channels}
+        sizes["OUTPUTS"] = operation._outputs(patch * patch * channels, dtype)
+        label = f"{channels} channels"
+        launch = (label, operation._forward_kernel, constants | sizes, operation.WARPS)
         builds = [(name, target) for target in TARGETS]
-        usage |= common.compile_all(launches, builds, stages=operation.STAGES)
+        usage |= common.compile_all([launch], builds, stages=operation.STAGES)
     return usage
 
 
