@@ -16,17 +16,16 @@ them would only add memory traffic.
 """
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["layernorm_modulate", "layernorm_modulate_reference"]
+from accelkit_kernels import _common
+from accelkit_kernels._common import CHUNK, HAS_TRITON, run, sum_chunks, tile, unit
 
-HAS_TRITON = find_spec("triton") is not None
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["layernorm_modulate", "layernorm_modulate_reference"]
 
 # ---------------------------------------------------------------------------- PyTorch reference
 
@@ -41,7 +40,7 @@ def layernorm_modulate_reference(
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, scale: Tensor, eps: float
+    x: Tensor, dy: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     dy_wide = dy.to(wide)
@@ -59,32 +58,12 @@ def _backward_reference(
 # A token's features stay in registers, so D has a largest value: the widest power of two at which
 # the backward kernel, compiled for sm_80 to sm_100, does not spill. Wider inputs run the reference.
 MAX_WIDTH = 8192
-# Tokens whose share of dshift and dscale one program adds up. Partial sums then move about 1/12 of
-# the bytes of the pass in bfloat16. Fixed, so that a gradient does not depend on the batch size.
-CHUNK = 32
-
-
-def _tile(features: int) -> tuple[int, int, int]:
-    """(padded width, tokens, warps) of the tile that one program holds.
-
-    Eight elements a thread, since eight bfloat16 are the 16 bytes of one vector load; sixteen at
-    the largest width, where 32 warps would leave a thread 64 registers and the backward spills.
-    """
-    width = 1 << (features - 1).bit_length()
-    tokens = max(1, min(CHUNK, 2048 // width))
-    return width, tokens, max(1, min(16, width * tokens // 256))
-
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def _normalise(x, mask, D, eps):
-        """The normalised tile (TOKENS, WIDTH), zero where masked, and 1 / sqrt(var + eps)."""
-        centred = tl.where(mask, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
-        return centred * rstd, rstd
+    from accelkit_kernels._common import normalise
 
     @triton.jit
     def _forward_kernel(
@@ -103,7 +82,7 @@ if HAS_TRITON:
         x = tl.load(x_ptr + b * x_b + token * x_n + col[None, :], mask, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + b * shift_b + col, kept, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + b * scale_b + col, kept, other=0.0).to(tl.float32)
-        n, _ = _normalise(x, mask, D, eps)
+        n, _ = normalise(x, mask, D, eps)
         y = n * (1.0 + scale)[None, :] + shift[None, :]
         tl.store(y_ptr + (b * N + token) * D + col[None, :], y.to(y_ptr.dtype.element_ty), mask)
 
@@ -130,7 +109,7 @@ if HAS_TRITON:
             dy_at = dy_ptr + b * dy_b + token * dy_n + col[None, :]
             x = tl.load(x_at, mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_at, mask, other=0.0).to(tl.float32)
-            n, rstd = _normalise(x, mask, D, eps)
+            n, rstd = normalise(x, mask, D, eps)
             g = dy * gain[None, :]
             mean_g = (tl.sum(g, axis=1) / D)[:, None]
             mean_gn = (tl.sum(g * n, axis=1) / D)[:, None]
@@ -145,38 +124,11 @@ if HAS_TRITON:
         tl.store(out, dshift, kept)
         tl.store(out + D, dscale, kept)
 
-    @triton.jit
-    def _sum_kernel(dshift_ptr, dscale_ptr, partial_ptr, chunks, D, WIDTH: tl.constexpr):
-        """The second stage: one program adds WIDTH features of one sample, chunk by chunk."""
-        b = tl.program_id(0).to(tl.int64)
-        col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        kept = col < D
-        dshift = tl.zeros([WIDTH], tl.float32)
-        dscale = tl.zeros([WIDTH], tl.float32)
-        for chunk in range(chunks):
-            at = partial_ptr + (b * chunks + chunk) * 2 * D + col
-            dshift += tl.load(at, kept, other=0.0)
-            dscale += tl.load(at + D, kept, other=0.0)
-        tl.store(dshift_ptr + b * D + col, dshift.to(dshift_ptr.dtype.element_ty), kept)
-        tl.store(dscale_ptr + b * D + col, dscale.to(dscale_ptr.dtype.element_ty), kept)
-
-    # With TRITON_INTERPRET=1, which Triton reads as it decorates, a kernel runs on CPU tensors.
-    INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
-
-
-def _kernel_serves(x: Tensor) -> bool:
-    return HAS_TRITON and (x.is_cuda or INTERPRETED) and x.numel() > 0 and x.shape[-1] <= MAX_WIDTH
-
-
-def _unit(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: the kernels take any other stride as it is."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
 
 def _forward_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    x, shift, scale = _unit(x), _unit(shift), _unit(scale)
+    x, shift, scale = unit(x), unit(shift), unit(scale)
     B, N, D = x.shape
-    width, tokens, warps = _tile(D)
+    width, tokens, warps = tile(D)
     y = x.new_empty(B, N, D)
     with torch.cuda.device_of(x):
         _forward_kernel[(B * triton.cdiv(N, tokens),)](
@@ -188,13 +140,13 @@ def _forward_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tens
 
 
 def _backward_triton(
-    dy: Tensor, x: Tensor, scale: Tensor, eps: float
+    x: Tensor, dy: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, scale = _unit(dy), _unit(x), _unit(scale)
+    x, dy, scale = unit(x), unit(dy), unit(scale)
     B, N, D = x.shape
-    width, tokens, warps = _tile(D)
+    width, tokens, warps = tile(D)
     chunks = triton.cdiv(N, CHUNK)
-    dx, dshift, dscale = x.new_empty(B, N, D), x.new_empty(B, D), x.new_empty(B, D)
+    dx = x.new_empty(B, N, D)
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[(B * chunks,)](
@@ -202,9 +154,7 @@ def _backward_triton(
             N, D, eps, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0),
             WIDTH=width, TOKENS=tokens, CHUNK=CHUNK, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-        _sum_kernel[(B, triton.cdiv(D, 256))](
-            dshift, dscale, partial, chunks, D, WIDTH=256, enable_fp_fusion=True
-        )
+        dshift, dscale = sum_chunks(partial, x.dtype)
     return dx, dshift, dscale
 
 
@@ -232,45 +182,33 @@ def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
 
     Source: adaLN of DiT (Peebles & Xie 2023, section 3.2) on the layer norm of Ba et al. 2016.
     """
-    for name, t in (("x", x), ("shift", shift), ("scale", scale)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor")
+    _common.check_tensors(x=x, shift=shift, scale=scale)
     return _layernorm_modulate(x, shift, scale, eps)
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
-    if x.ndim != 3 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, N, D) with D at least 1")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}, expected float32, bfloat16 or float16")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}, expected a positive number such as 1e-6")
+    _common.check_tokens(x, eps)
     expected = (x.shape[0], x.shape[2])
-    for name, t in (("shift", shift), ("scale", scale)):
-        if t.shape != expected:
-            given = f"{name} has shape {tuple(t.shape)}"
-            raise ValueError(f"{given}, expected (B, D) = {expected} from x {tuple(x.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name} is {t.dtype} and x is {x.dtype}: cast them to one dtype")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} and x on {x.device}: move it to x's device")
+    _common.check_beside({"shift": shift, "scale": scale}, x, "(B, D)", expected)
 
 
 @torch.library.custom_op("accelkit::layernorm_modulate", mutates_args=())
 def _layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     _check(x, shift, scale, eps)
-    if _kernel_serves(x):
-        return _forward_triton(x, shift, scale, eps)
-    return layernorm_modulate_reference(x, shift, scale, eps).contiguous()
+    return run(
+        "layernorm_modulate", _forward_triton, layernorm_modulate_reference,
+        x, shift, scale, eps, max_width=MAX_WIDTH,
+    ).contiguous()  # fmt: skip
 
 
 @torch.library.custom_op("accelkit::layernorm_modulate_backward", mutates_args=())
 def _layernorm_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _kernel_serves(x):
-        return _backward_triton(dy, x, scale, eps)
-    dx, dshift, dscale = _backward_reference(dy, x, scale, eps)
+    dx, dshift, dscale = run(
+        "layernorm_modulate", _backward_triton, _backward_reference,
+        x, dy, scale, eps, max_width=MAX_WIDTH,
+    )  # fmt: skip
     return dx.contiguous(), dshift, dscale
 
 

@@ -1,35 +1,21 @@
-"""layernorm_modulate against float64: reference, interpreted kernel, gradients, registration.
-
-Triton decides when it is imported whether kernels are interpreted, so this file also runs as a
-script: once under the interpreter, once to compile for GPUs that are not there.
-"""
+"""layernorm_modulate against float64: reference, interpreted kernel, gradients, registration."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import common
 import pytest
 import torch
+from common import DTYPES, LAYOUTS, needs_triton, on_cuda
 from torch import Tensor
 
-from accelkit_kernels import adaln, layernorm_modulate, layernorm_modulate_reference
+from accelkit_kernels import _common, adaln, layernorm_modulate, layernorm_modulate_reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One token of one feature, odd sizes, three chunks of tokens, the width of DiT-XL.
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 70, 48), (1, 2, 1152)]
-LAYOUTS = ["contiguous", "strided"]
 CASES = {
     "-".join([dtype, "x".join(map(str, shape)), layout]): (dtype, shape, layout)
     for dtype, shape, layout in itertools.product(DTYPES, SHAPES, LAYOUTS)
 }
-COMPILED_WIDTHS = [64, 1152]
-TARGETS = [80, 86, 90, 100]
-
-needs_triton = pytest.mark.skipif(not adaln.HAS_TRITON, reason="Triton is not installed")
 
 
 def make(dtype: str, shape: tuple[int, int, int], layout: str) -> list[Tensor]:
@@ -51,34 +37,13 @@ def make(dtype: str, shape: tuple[int, int, int], layout: str) -> list[Tensor]:
 
 def outputs(inputs: list[Tensor], function=layernorm_modulate) -> list[Tensor]:
     """y, dx, dshift, dscale."""
-    *leaves, dy = (t.detach() for t in inputs)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    return common.outputs(function, inputs[:-1], inputs[-1:])
 
 
 def check(actual: list[Tensor], inputs: list[Tensor]) -> None:
-    """Within 1e-5 in float32, and within the rounding of the last cast in the halves."""
     expected = outputs([t.double() for t in inputs], layernorm_modulate_reference)
-    for name, a, e in zip(["y", "dx", "dshift", "dscale"], actual, expected, strict=True):
-        assert a.dtype == inputs[0].dtype, name
-        assert a.is_contiguous(), name
-        # A row of one feature normalises to zero: its dx is zero and has no scale of its own.
-        atol = 1e-5 * max(1.0, float(e.abs().max()))
-        rtol = max(1e-5, torch.finfo(a.dtype).eps)
-        torch.testing.assert_close(a.double(), e, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
-
-
-def run_python(*args: str, interpret: bool) -> None:
-    env = os.environ | {
-        "TRITON_INTERPRET": str(int(interpret)),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    done = subprocess.run(
-        [sys.executable, *args], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert all(t.dtype == inputs[0].dtype for t in actual)
+    common.check(actual, expected, "y dx dshift dscale")
 
 
 # ----------------------------------------------------------------------------------- reference
@@ -119,11 +84,11 @@ import sys
 sys.modules["triton"] = None
 import torch
 from accelkit_kernels import adaln, layernorm_modulate, layernorm_modulate_reference
-assert not adaln.HAS_TRITON
+assert not adaln._common.HAS_TRITON
 inputs = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
 assert torch.equal(layernorm_modulate(*inputs), layernorm_modulate_reference(*inputs))
 """
-    run_python("-c", code, interpret=True)
+    common.run_python("-c", code, interpret=True)
 
 
 # -------------------------------------------------------------------------------------- kernel
@@ -132,14 +97,7 @@ assert torch.equal(layernorm_modulate(*inputs), layernorm_modulate_reference(*in
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, list[Tensor]]:
     """What the kernels give for every case, and for one sample of a batch on its own."""
-    folder = tmp_path_factory.mktemp("interpreted")
-    inputs = {case: make(*spec) for case, spec in CASES.items()}
-    inputs["alone"] = [t[1:2] for t in inputs["float32-2x70x48-contiguous"]]
-    torch.save(inputs, folder / "inputs.pt")
-    run_python(
-        __file__, "interpret", str(folder / "inputs.pt"), str(folder / "outputs.pt"), interpret=True
-    )
-    return torch.load(folder / "outputs.pt", weights_only=True)
+    return common.interpreted(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @needs_triton
@@ -156,33 +114,20 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
         assert torch.equal(alone[0], batch[1])
 
 
-@needs_triton
-def test_kernel_serves_what_fits_in_registers(monkeypatch):
-    monkeypatch.setattr(adaln, "INTERPRETED", True)
-    assert adaln._kernel_serves(torch.empty(1, 1, adaln.MAX_WIDTH))
-    assert not adaln._kernel_serves(torch.empty(1, 1, adaln.MAX_WIDTH + 1))
-    assert not adaln._kernel_serves(torch.empty(2, 0, 64))
-
-
 @pytest.fixture(scope="module")
-def stacks(tmp_path_factory) -> dict[str, int]:
-    """Bytes of stack a thread needs, by compilation; Triton has no stack but for spills."""
-    found = tmp_path_factory.mktemp("compiled") / "stacks.json"
-    run_python(__file__, "compile", str(found), interpret=False)
-    return json.loads(found.read_text())
+def usage(tmp_path_factory) -> dict[str, dict[str, int]]:
+    return common.compiled(__file__, tmp_path_factory.mktemp("compiled"))
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel", "_sum_kernel"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(kernel: str, target: int, stacks):
-    mine = {k: v for k, v in stacks.items() if k.startswith(f"{kernel} sm_{target} ")}
-    assert len(mine) == 2 * len(COMPILED_WIDTHS)
-    assert not any(mine.values()), mine
+@pytest.mark.parametrize("kernel", ["forward", "backward", "sum"])
+def test_compiles_without_spills(kernel: str, usage, record_property):
+    mine = {k: v for k, v in usage.items() if k.startswith(f"{kernel} ")}
+    expected = len(common.BUILDS) + (0 if kernel == "sum" else len(NARROW))
+    common.check_spills(mine, expected, record_property)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
 @pytest.mark.parametrize(
     "case",
     [
@@ -193,7 +138,7 @@ def test_compiles_without_spills(kernel: str, target: int, stacks):
 )
 def test_kernel_on_cuda(case: tuple[str, tuple[int, int, int], str]):
     inputs = [t.cuda() for t in make(*case)]
-    assert adaln._kernel_serves(inputs[0])
+    assert _common.kernel_serves(inputs[0], adaln.MAX_WIDTH)
     actual = outputs(inputs)
     check(actual, inputs)
     for a, r in zip(actual, outputs(inputs, layernorm_modulate_reference), strict=True):
@@ -248,52 +193,35 @@ def test_bad_input(bad: dict, error: type[Exception], says: str):
 # ------------------------------------------------------------------------------- as a script
 
 
-def interpret(source: str, target: str) -> None:
-    inputs = torch.load(source, weights_only=True)
-    assert all(adaln._kernel_serves(x) for x, *_ in inputs.values())
-    torch.save({case: outputs(tensors) for case, tensors in inputs.items()}, target)
+# A tile of many tokens, beside the one of DiT-XL that holds one.
+NARROW = [("bf16", 80), ("fp32", 86)]
 
 
-def compile_all(target: str) -> None:
-    """Every kernel as it is launched for aligned tensors, and the stack each binary asks for."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def interpret() -> dict[str, list[Tensor]]:
+    inputs = {case: make(*spec) for case, spec in CASES.items()}
+    inputs["alone"] = [t[1:2] for t in inputs["float32-2x70x48-contiguous"]]
+    assert all(_common.kernel_serves(x, adaln.MAX_WIDTH) for x, *_ in inputs.values())
+    return {case: outputs(tensors) for case, tensors in inputs.items()}
 
-    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    stacks = {}
-    for features, dtype, arch in itertools.product(COMPILED_WIDTHS, ["bf16", "fp32"], TARGETS):
-        width, tokens, warps = adaln._tile(features)
-        tile = {"WIDTH": width, "TOKENS": tokens}
-        for kernel, constants, num_warps in [
-            (adaln._forward_kernel, tile, warps),
-            (adaln._backward_kernel, tile | {"CHUNK": adaln.CHUNK}, warps),
-            (adaln._sum_kernel, {"WIDTH": 256}, 4),
-        ]:
-            types = {"partial_ptr": "*fp32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-            signature = {
-                name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-                for name in kernel.arg_names
-            }
-            aligned = {
-                (i,): [["tt.divisibility", 16]]
-                for i, name in enumerate(kernel.arg_names)
-                if name == "D" or name.endswith(("_ptr", "_b", "_n"))
-            }
-            binary = triton.compile(
-                ASTSource(kernel, signature, constants, aligned),
-                target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": num_warps, "enable_fp_fusion": True},
-            ).asm["cubin"]
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(binary)
-                file.flush()
-                usage = subprocess.check_output([dump, "-res-usage", file.name], text=True)
-            stack = usage.split("STACK:")[1].split()[0]
-            stacks[f"{kernel.__name__} sm_{arch} {dtype} D={features}"] = int(stack)
-    Path(target).write_text(json.dumps(stacks))
+
+def compile_all() -> dict[str, dict[str, int]]:
+    usage = {}
+    for features, builds in ((1152, common.BUILDS), (64, NARROW)):
+        width, tokens, warps = _common.tile(features)
+        size = {"WIDTH": width, "TOKENS": tokens}
+        launches = [
+            (f"forward D={features}", adaln._forward_kernel, size, warps),
+            (
+                f"backward D={features}",
+                adaln._backward_kernel,
+                size | {"CHUNK": _common.CHUNK},
+                warps,
+            ),
+        ]
+        usage |= common.compile_all(launches, builds)
+    launch = ("sum", _common._sum_kernel, {"WIDTH": 256, "COUNT": 2}, 4)
+    return usage | common.compile_all([launch], common.BUILDS)
 
 
 if __name__ == "__main__":
-    task, *paths = sys.argv[1:]
-    {"interpret": interpret, "compile": compile_all}[task](*paths)
+    common.main(interpret, compile_all)
