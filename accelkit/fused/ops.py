@@ -23,7 +23,7 @@ Pending = tuple[Tensor, Tensor | None]
 
 def kernels_for(x: Tensor) -> Any:
     """Return the package of kernels if they serve ``x``, else None."""
-    if not x.is_cuda:
+    if not x.is_cuda or x.dtype == torch.float64:
         return None
     import accelkit_kernels
 
