@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelkit.assets import builtin
     from accelkit.backbones import Backbone, register_backbone
     from accelkit.backbones.original import load_original
+    from accelkit.graphs import compile
     from accelkit.noise import NoiseAxis
     from accelkit.switch import disable, enable
 
@@ -28,6 +29,7 @@ _LAZY = {
     "Backbone": "accelkit.backbones",
     "NoiseAxis": "accelkit.noise",
     "builtin": "accelkit.assets",
+    "compile": "accelkit.graphs",
     "disable": "accelkit.switch",
     "enable": "accelkit.switch",
     "from_pretrained": "accelkit.artifact",
@@ -47,6 +49,7 @@ __all__ = [
     "Schedule",
     "__version__",
     "builtin",
+    "compile",
     "disable",
     "enable",
     "from_pretrained",

@@ -147,9 +147,9 @@ class _CallHook(Hook):
         router.running, router.left = plan, {}
         try:
             if router.fused is not None and not self.is_outside:  # of a graph that is all it needs
-                fused = router.fused.pass_of(plan, args, kwargs)
-                if fused is not None:
-                    return router.fused.output(fused(fused.tensors), args, kwargs)
+                each = router.fused.pass_of(plan, args, kwargs)
+                if each is not None:
+                    return router.fused.run(each, args, kwargs)
             return forward(*args, **kwargs)
         finally:
             router.running, router.left = None, {}

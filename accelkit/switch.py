@@ -14,7 +14,7 @@ from torch import nn
 from accelkit import hooking, hooks, others, routing
 from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.fused import fused_forward, paths
+from accelkit.fused import FusedForward, fused_forward, paths
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import SEQUENTIAL, Schedule, preset_family, preset_names
 
@@ -33,9 +33,16 @@ class Enabled:
     def __init__(self, router: routing.Router, kernels: str) -> None:
         self._router = router
         self.kernels = kernels
+        if kernels == "auto":
+            router.fused = fused_forward(router.backbone)
         self.schedule: Schedule = router.schedule
         self.backbone: Backbone = router.backbone
         self.handle: Any = None  # of the hook on what torch.compile wrapped the model in
+
+    @property
+    def fused(self) -> FusedForward | None:
+        """The model's fused forward, None where it runs its own modules."""
+        return self._router.fused
 
     def paths(self) -> list[str]:
         """Return for each of the model's blocks by which path it runs, and why.
@@ -145,8 +152,8 @@ def enabled_on(target: Any) -> Enabled | None:
 
 
 def _install(state: Enabled) -> None:
-    if state.kernels == "auto":
-        state._router.fused = fused_forward(state.backbone)
+    if (fused := state._router.fused) is not None:
+        fused.open()
     hooks.attach(state._router)
     model = state.backbone.model
     setattr(model, _STATE, state)
@@ -158,10 +165,8 @@ def _install(state: Enabled) -> None:
 
 def _uninstall(model: nn.Module) -> None:
     hooking.detach(model)
-    router = model.__dict__[_STATE]._router
-    if router.fused is not None:
-        router.fused.close()
-        router.fused = None
+    if (fused := model.__dict__[_STATE].fused) is not None:
+        fused.close()
     for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
         del model.__dict__[name]
 

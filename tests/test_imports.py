@@ -24,7 +24,7 @@ TIERS = [
     {"routing", "hooking", "hooks", "compiling", "others", "merging"},
     {"fused"},
     {"switch"},
-    {"taps", "cost", "adapter"},
+    {"taps", "cost", "adapter", "graphs"},
     {"artifact", "loading"},
     {"data", "train", "sample"},
     {"metrics", "bench"},

@@ -58,6 +58,10 @@ def sample(
     guidance_channels: GuidanceChannels = 0,
     batch_size: Annotated[int, typer.Option(help="Changes the speed, not the images.")] = 64,
     kernels: Kernels = "auto",
+    compile: Annotated[
+        str | None,
+        typer.Option(help="graphs: a CUDA graph for each depth; or a backend of torch.compile."),
+    ] = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -91,6 +95,7 @@ def sample(
             settings["output"],
             settings["overwrite"],
             settings["kernels"],
+            settings["compile"],
             report,
         )
     if settings["as_json"]:

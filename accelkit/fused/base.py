@@ -27,10 +27,12 @@ class Pass(ABC):
     Attributes:
         tensors: what it reads beside the weights, by name.
         key: what decides, beside the sizes of its tensors, which operations it runs.
+        repeats: whether others of the same key are to be expected, of which one graph is worth it.
     """
 
     tensors: dict[str, Tensor]
     key: tuple[Any, ...]
+    repeats: bool
 
     @abstractmethod
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -47,6 +49,8 @@ class FusedForward(ABC):
             for one that is fused.
         refusal: why no call is fused, None if calls are.
         blocks: what runs each of them, None for one that runs as it is.
+        looks: how often the model was looked at, after each of which its weights lie elsewhere.
+        graphs: what runs passes, by a graph each (:mod:`accelkit.fused.graphs`); None runs them.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -55,11 +59,12 @@ class FusedForward(ABC):
         self.reasons: list[str | None] = []
         self.refusal: str | None = None
         self.blocks: list[Block | None] = []
+        self.looks = 0
+        self.graphs: Callable[[Pass], Tensor] | None = None
         self._names = list(inspect.signature(type(backbone.model).forward).parameters)[1:]
         self._joined: list[Joined] = []
         self._watch: Watch | None = None
-        # what saves a model may take weights in one storage for copies of each other
-        self._handle = self.model.register_state_dict_pre_hook(lambda *_: self.part())
+        self._handle: Any = None  # of its hook on the model, while it is open
 
     @abstractmethod
     def outside(self) -> list[nn.Module]:
@@ -101,8 +106,9 @@ class FusedForward(ABC):
             return None
         return self.begin(plan, call)
 
-    def output(self, sample: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return a prediction as the model's call asks for it."""
+    def run(self, each: Pass, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return a pass's prediction as the model's call asks for it."""
+        sample = each(each.tensors) if self.graphs is None else self.graphs(each)
         call = dict(zip(self._names, args, strict=False)) | kwargs
         if call.get("return_dict", True):
             return Transformer2DModelOutput(sample=sample)
@@ -111,6 +117,7 @@ class FusedForward(ABC):
     def look(self) -> None:
         """See which blocks are as their classes made them, and join their weights."""
         self.part()
+        self.looks += 1
         blocks = list(self.backbone.all_blocks)
         replaced = self.outside()
         self.reasons, self.blocks = [], []
@@ -123,7 +130,7 @@ class FusedForward(ABC):
             self.refusal = self.reasons[0]
         if self.refusal is None:
             self.refusal = self.finish_reading()
-        self._watch = Watch([*replaced, *blocks])
+        self._watch = Watch([self.model])
 
     def joined(self, parameters: Iterable[Tensor]) -> Tensor:
         """Return parameters as one tensor that they are parts of from now on."""
@@ -136,10 +143,16 @@ class FusedForward(ABC):
         while self._joined:
             self._joined.pop().part()
 
+    def open(self) -> None:
+        """Be there for the model's calls, again if it was closed."""
+        # what saves a model may take weights in one storage for copies of each other
+        self._handle = self.model.register_state_dict_pre_hook(lambda *_: self.part())
+
     def close(self) -> None:
         """Leave the model as it was."""
         self.part()
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _something_on_a_skipped_block(self, plan: Plan) -> bool:
         """Whether it is for a skipped block's own module to run what hangs on it."""

@@ -118,6 +118,8 @@ class FusedDiT(FusedForward):
         if self.model.training or sample.shape[-1] != sample.shape[-2]:
             return None  # labels are dropped at random; diffusers takes a map for a square one
         modulations = self.modulations(plan.depth, timestep, labels, sample.dtype)
+        if self.graphs is not None:  # whose sizes are not to depend on how many labels differ
+            modulations = modulations.of_each(len(sample))
         return _Pass(self, plan, sample, timestep, labels, modulations)
 
     def modulations(
@@ -170,6 +172,7 @@ class _Pass(Pass):
         if not all(fused.blocks[: plan.depth]):
             self.tensors |= {"timestep": timestep, "labels": labels}
         self.key = (plan.depth, plan.active)
+        self.repeats = plan.active is None and all(fused.blocks[: plan.depth])
 
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C or 2C, H, W)."""

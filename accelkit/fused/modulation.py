@@ -27,6 +27,11 @@ class Modulations:
     table: Tensor
     index: Tensor | None = None
 
+    def of_each(self, samples: int) -> Modulations:
+        """Return a table with a row for every sample."""
+        table = self.table if self.index is None else self.table[self.index]
+        return Modulations(table.expand(samples, -1, -1))
+
     def take(self, start: int, stop: int, samples: int) -> tuple[Tensor, ...]:
         """Return some of the vectors for the first samples: (samples, D) each, (1, D) if shared."""
         part = self.table[:, start:stop]

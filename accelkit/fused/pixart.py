@@ -110,6 +110,7 @@ class _Pass(Pass):
         self.tensors = {k: v for k, v in flat.items() if isinstance(v, Tensor)}
         self._added = list(call.get("added_cond_kwargs") or {})
         self.key = (plan.depth, plan.active)
+        self.repeats = plan.active is None and all(fused.blocks[: plan.depth])
 
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C or 2C, H, W)."""

@@ -78,15 +78,18 @@ class _Pass(Pass):
         self, fused: FusedUViT, plan: Plan, call: dict[str, Any], fold: Fold | None
     ) -> None:
         self._fused, self._plan, self._fold = fused, plan, fold
-        self.tensors = {k: v for k, v in call.items() if isinstance(v, Tensor)}
-        self._numbers = {k: v for k, v in call.items() if k == "timestep" and k not in self.tensors}
-        self.key = (plan.depth, plan.active, id(fold), *self._numbers.values())
+        sample = call["sample"]
+        time = torch.as_tensor(call["timestep"], device=sample.device)  # which may be a number
+        self.tensors = {"sample": sample, "timestep": time}
+        if call.get("class_labels") is not None:
+            self.tensors["class_labels"] = call["class_labels"]
+        self.key = (plan.depth, plan.active, id(fold))
+        self.repeats = plan.active is None and all(fused.blocks)
 
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C, S, S)."""
         fused, plan, model = self._fused, self._plan, self._fused.model
-        given: dict[str, Any] = tensors | self._numbers
-        x = model.embed(given["sample"], given["timestep"], given.get("class_labels"))
+        x = model.embed(tensors["sample"], tensors["timestep"], tensors.get("class_labels"))
         pending: ops.Pending | None = None
         skips: list[Tensor] = []
         encoder = len(model.in_blocks)

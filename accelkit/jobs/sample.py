@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from accelkit import graphs
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
@@ -34,6 +35,7 @@ def sample(
     output: Path,
     overwrite: bool,
     kernels: str,
+    mode: str | None,
     reporter: Reporter,
 ) -> list[Path]:
     """Write ``number`` PNG files, a grid and an index; return the files of the images.
@@ -49,6 +51,7 @@ def sample(
         output: directory.
         overwrite: remove what an earlier run left there, and nothing else.
         kernels: as :func:`accelkit.enable` takes it.
+        mode: as :func:`accelkit.compile` takes it, None for no graphs.
         reporter: told how far it is.
 
     Raises:
@@ -68,6 +71,8 @@ def sample(
         disable(pipe)
     if runs is not None:
         enable(pipe, runs, kernels=kernels)
+    if mode is not None:
+        graphs.compile(pipe, mode)
     how = how.check(pipe)
     items = _items(pipe, labels)
     output.mkdir(parents=True, exist_ok=True)
