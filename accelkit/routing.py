@@ -84,6 +84,7 @@ class Router:
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self._axis: tuple[Any, NoiseAxis] | None = None
         self._visited: tuple[Tensor, list[float]] | None = None
+        self._shared: float | None = None  # timestep of all samples of the call, where it is known
 
     @property
     def axis(self) -> NoiseAxis:
@@ -109,8 +110,13 @@ class Router:
             grid: height and width of the map of tokens, for a schedule that merges some.
         """
         spent = [self.schedule.computes[0]]  # needs no look at the timestep if there is no other
+        self._shared = None
         if len(self.schedule.computes) > 1:
-            spent = [self.schedule.at(self.axis.level(t)) for t in self._values(timestep)]
+            values = self._values(timestep)
+            self._shared = values[0] if len(values) == 1 else None
+            spent = [self.schedule.at(self.axis.level(t)) for t in values]
+        elif isinstance(timestep, Tensor) and timestep.is_cpu and not any(timestep.stride()):
+            self._shared = self._values(timestep)[0]
         grad = torch.is_grad_enabled()
         kinds = set(spent)
         if len(kinds) == 1:
@@ -130,6 +136,19 @@ class Router:
         active = tuple(sum(d > i for d in depths) for i in range(max(depths)))
         index = None if order == list(range(batch)) else torch.tensor(order)
         return [Pass(Plan(max(depths), active, self._merging(spent[0]), grad, grid), index)]
+
+    def step(self) -> tuple[Tensor, int] | None:
+        """Return the scheduler's timesteps and which of them the call under way is for.
+
+        None where its samples have several, the scheduler does not have it, or nobody looked: a
+        schedule of one depth does not wait for a GPU to tell.
+        """
+        steps = self._steps()
+        if steps is None or self._shared not in steps[1]:
+            return None
+        if getattr(self.scheduler(), "num_inference_steps", None) is None:  # it has all there are
+            return None
+        return steps[0], steps[1].index(self._shared)
 
     def _merging(self, compute: Compute) -> int | None:
         return None if compute.merge is None else self.schedule.merges.index(compute.merge)

@@ -33,8 +33,8 @@ class Enabled:
     def __init__(self, router: routing.Router, kernels: str) -> None:
         self._router = router
         self.kernels = kernels
-        if kernels == "auto":
-            router.fused = fused_forward(router.backbone)
+        if kernels == "auto" and (fused := fused_forward(router.backbone)) is not None:
+            router.fused, fused.step = fused, router.step
         self.schedule: Schedule = router.schedule
         self.backbone: Backbone = router.backbone
         self.handle: Any = None  # of the hook on what torch.compile wrapped the model in

@@ -49,6 +49,8 @@ class FusedForward(ABC):
             for one that is fused.
         refusal: why no call is fused, None if calls are.
         blocks: what runs each of them, None for one that runs as it is.
+        step: returns the timesteps of the run under way and which of them all samples of the call
+            have (:meth:`accelkit.routing.Router.step`).
         looks: how often the model was looked at, after each of which its weights lie elsewhere.
         graphs: what runs passes, by a graph each (:mod:`accelkit.fused.graphs`); None runs them.
     """
@@ -59,6 +61,7 @@ class FusedForward(ABC):
         self.reasons: list[str | None] = []
         self.refusal: str | None = None
         self.blocks: list[Block | None] = []
+        self.step: Callable[[], tuple[Tensor, int] | None] = lambda: None
         self.looks = 0
         self.graphs: Callable[[Pass], Tensor] | None = None
         self._names = list(inspect.signature(type(backbone.model).forward).parameters)[1:]

@@ -7,6 +7,7 @@ blocks are one matrix product over the distinct pairs of timestep and label.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from accelkit.backbones import DiT
 from accelkit.fused import ops, parts
 from accelkit.fused.base import Block, FusedForward, Pass
 from accelkit.fused.modulation import Distinct, Modulations
+from accelkit.fused.table import StepTable
 from accelkit.fused.watch import mismatch
 from accelkit.routing import Plan
 
@@ -58,6 +60,8 @@ class FusedDiT(FusedForward):
         self._embedders: list[Any] = []
         self._embedding: list[Tensor] = []  # all of their parameters
         self._equal: tuple[list[int], bool] | None = None
+        self._weights: list[Tensor] = []  # of all that makes vectors
+        self.steps = StepTable()
 
     def outside(self) -> list[nn.Module]:
         """Return the final norm, its modulation and the projection."""
@@ -102,7 +106,9 @@ class FusedDiT(FusedForward):
         self.bias = self.joined([layer.bias for layer in self._layers])
         self._embedders = [block.norm1.emb for block in blocks]
         self._embedding = [p for e in self._embedders for p in e.parameters()]
+        self._weights = [p for layer in self._layers for p in layer.parameters()] + self._embedding
         self._equal = None
+        self.steps = StepTable()
         scales = [_LAST + _VECTORS * n + i for n in range(len(self.fused)) for i in (1, 4)]
         self._scales = torch.tensor([1, *scales], device=self.bias.device)
         return None
@@ -132,6 +138,29 @@ class FusedDiT(FusedForward):
         """
         times, classes, index = self.distinct(timestep, labels)
         count = bisect_left(self.fused, depth)
+        table = self._tabulated(timestep, classes, dtype) if self.distinct.repeated else None
+        if table is None:
+            table = self._table(times, classes, count, dtype)
+        return Modulations(table[:, : _LAST + _VECTORS * count], index)
+
+    def _tabulated(self, timestep: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return all vectors of the step under way from a table of its run, if there is one."""
+        if (step := self.step()) is None:
+            return None
+        steps, place = step
+        shape = (len(steps), len(classes), _LAST + _VECTORS * len(self.fused), self.model.inner_dim)
+
+        def make() -> Tensor:
+            times = steps.to(timestep).repeat_interleave(len(classes))
+            pairs = self._table(times, classes.repeat(len(steps)), len(self.fused), dtype)
+            return pairs.view(shape)
+
+        size = math.prod(shape) * self.weight.element_size()
+        versions = [p._version for p in self._weights]
+        return self.steps.at((steps, classes, timestep.dtype), versions, place, size, make)
+
+    def _table(self, times: Tensor, classes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Return the vectors of pairs of timestep and label, (P, 2 + 6 count, D)."""
         rows = (_LAST + _VECTORS * count) * self.model.inner_dim
         embedders = self._embedders
         if self._embedders_equal():
@@ -144,8 +173,8 @@ class FusedDiT(FusedForward):
                 for e, layer in zip(embedders, self._layers, strict=False)
             ]
             table = torch.cat(rows_of, dim=1)
-        table = table.unflatten(1, (-1, self.model.inner_dim))  # (P, 2 + 6 L, D)
-        return Modulations(ops.with_factors(table, self._scales[: 1 + 2 * count]), index)
+        table = table.unflatten(1, (-1, self.model.inner_dim))
+        return ops.with_factors(table, self._scales[: 1 + 2 * count])
 
     def _embedders_equal(self) -> bool:
         """Whether all embedders hold the same weights, compared again where one was written to."""

@@ -50,6 +50,7 @@ class Distinct:
     """
 
     def __init__(self) -> None:
+        self.repeated = False  # whether the last call's labels were those of the call before
         self._seen: tuple[weakref.ref[Tensor], int] | None = None
         self._found: tuple[Tensor, Tensor | None]
 
@@ -63,6 +64,7 @@ class Distinct:
         Returns:
             The third is (B,), int64; None where all samples have the same pair.
         """
+        self.repeated = False
         if len(timestep) == 1 or not any(timestep.stride()):
             labels, index = self._labels(labels)
             return timestep[:1].expand(len(labels)), labels, index
@@ -76,6 +78,7 @@ class Distinct:
         if tracked and self._seen is not None:
             seen, version = self._seen
             if seen() is labels and version == labels._version:
+                self.repeated = True
                 return self._found
         values, index = torch.unique(labels, return_inverse=True)
         self._found = values, index if len(values) > 1 else None
