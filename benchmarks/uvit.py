@@ -1,6 +1,6 @@
 """A U-ViT of the digits at every schedule it was fine-tuned to, token merging beside (tables 4-8).
 
-It takes what two recipes leave::
+``em`` swaps in the continuous VP SDE. It takes what two recipes leave::
 
     accelkit train --recipe recipes/digits_uvit.toml -o runs/digits-uvit
     for d in D1 D2 D3 D4 D5 D6; do
@@ -16,6 +16,7 @@ from accelkit.bench.compare import Variant, Work, compare, reference_moments
 from accelkit.data.sources import iter_images, open_source
 from accelkit.jobs.common import Source, open_unscheduled
 from accelkit.metrics.features import extractor
+from accelkit.models.vp_sde import VPSDEEulerMaruyamaScheduler
 from accelkit.sample.generate import Sampling
 from accelkit.schedule import Schedule, preset_names
 from benchmarks.common import parser, record
@@ -26,7 +27,7 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=Path("runs"))
     options.add_argument("--images", type=int, default=500)
     options.add_argument("--samplers", nargs="+", default=["dpm-fast:50", "dpm-fast:25"])
-    options.add_argument("--merging", nargs="+", default=["tome:0.25:R2", "tome:0.5:R2"])
+    options.add_argument("--merging", nargs="*", default=["tome:0.25:R2", "tome:0.5:R2"])
     given = options.parse_args()
     base = open_unscheduled(Source(model=str(given.runs / "digits-uvit" / "pipeline")))
     backbone = backbone_of(denoiser_of(base))
@@ -45,6 +46,9 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for sampler in given.samplers:
         name, steps = sampler.split(":")
+        if name == "em":  # the continuous process, of which the digits' is a discretisation
+            for variant in variants:
+                variant.pipe.scheduler = VPSDEEulerMaruyamaScheduler()
         work = Work(given.images, 250, Sampling(name, int(steps)), tuple(range(10)))
         results[sampler] = compare(variants, work, features, reference)
     protocol = {"data": "digits", "guidance": 1, "images": given.images}
