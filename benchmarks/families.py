@@ -121,7 +121,7 @@ def rounds_of(family: str, size: tuple[int, int], count: int) -> dict[str, list[
     work = {"plain": partial(plain, **call)}
     for name, schedule in (("full", "full"), ("scheduled", f"{backbone.depth}@0.5,{shallow}@1")):
         network = copy.deepcopy(plain)
-        enable(network, schedule, scheduler=diffusers.DDIMScheduler())
+        enable(network, schedule, scheduler=diffusers.DDIMScheduler(), kernels="off")
         work[name] = partial(network, **call)
     with torch.no_grad():
         return interleaved(work, count)

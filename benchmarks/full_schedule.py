@@ -9,7 +9,7 @@ from benchmarks.common import interleaved, parser, ratio, record
 def main() -> None:
     options = parser(__doc__, rounds=15).parse_args()
     plain, full = from_pretrained("builtin"), from_pretrained("builtin")
-    enable(full, "full")
+    enable(full, "full", kernels="off")
     how = Sampling("ddim", 50)
     results = {}
     for batch in (1, 16):

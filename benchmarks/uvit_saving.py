@@ -34,6 +34,7 @@ def main() -> None:
     levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
     backbone = backbone_of(pipe.transformer)
     tuned = copy.deepcopy(pipe)
+    enable(pipe, "full")  # which runs by the same path
     enable(tuned, "D6")
     schedule = Schedule.parse("D6", backbone.depth, backbone.family)
     promised = ideal_saving(pipe.transformer, schedule, levels)

@@ -71,6 +71,42 @@ def test_files_grid_and_index(model, tmp_path):
     np.testing.assert_array_equal(grid[2:10, 12:20], pixels(tmp_path / "s" / names[1]))
 
 
+def test_by_its_own_modules_or_compiled_the_images_are_the_same(tuned, tmp_path):
+    fused = sample(tuned, tmp_path / "fused", "-n", "3")
+    for name, options in {"own": ("--kernels", "off"), "compiled": ("--compile", "eager")}.items():
+        images = sample(tuned, tmp_path / name, "-n", "3", *options)
+        assert images.keys() == fused.keys()
+        for file, image in images.items():
+            assert abs(image - fused[file]).max() <= 1
+        index = json.loads((tmp_path / name / "samples.json").read_text())
+        assert index["schedule"]["name"] == SCHEDULE
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kernels", "on"), "kernels='on'; expected one of auto, off"),
+        (("--compile", "graphs"), "CUDA graphs need a CUDA device"),
+        (("--compile", "fast"), "mode='fast'; expected 'graphs' or a backend"),
+        (("--compile", "eager", "--kernels", "off"), "kernels are off"),
+    ],
+)
+def test_paths_that_there_are_not(tuned, tmp_path, options, message):
+    with pytest.raises(AccelkitError, match=message):
+        cli("sample", "--model", tuned, "-o", tmp_path / "s", *options)
+    assert not (tmp_path / "s").exists()
+
+
+def test_compiling_needs_a_schedule(model, tmp_path):
+    with pytest.raises(AccelkitError, match="runs no schedule"):
+        cli("sample", "--model", model, "-o", tmp_path / "s", "--compile", "eager")
+
+
+def test_inspect_tells_the_path_of_every_block(model):
+    seen = json.loads(cli("inspect", "--model", model, "--json").stdout)
+    assert seen["path_of_blocks"] == "0-5 fused, PyTorch operators"
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(model, tmp_path, sampler):
     options = ("-n", "5", "--labels", "0-9", "--sampler", sampler, "--guidance", "2")
