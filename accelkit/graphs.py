@@ -38,8 +38,8 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
         raise AccelkitError(
             f"this {name} runs no schedule; call accelkit.enable first, with 'full' for all blocks"
         )
-    if limit < 1:
-        raise AccelkitError(f"limit={limit}; keep at least 1 graph")
+    if not isinstance(limit, int) or limit < 1:
+        raise AccelkitError(f"limit={limit!r}; give how many graphs to keep, at least 1")
     fused = state.fused
     if fused is None:
         raise AccelkitError(
@@ -55,9 +55,9 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
             )
         fused.graphs = Graphs(fused, captured(), limit)
         return
-    known = torch.compiler.list_backends(exclude_tags=())
-    if mode not in known:
+    if mode not in torch.compiler.list_backends(exclude_tags=()):  # those to debug with, too
         raise AccelkitError(
-            f"mode={mode!r}; expected {GRAPHS!r} or a backend of torch.compile: {', '.join(known)}"
+            f"mode={mode!r}; expected {GRAPHS!r} or a backend of torch.compile: "
+            f"{', '.join(torch.compiler.list_backends())}"
         )
     fused.graphs = Graphs(fused, compiled(mode), limit)

@@ -146,11 +146,9 @@ class _CallHook(Hook):
         router = self.router
         router.running, router.left = plan, {}
         try:
-            if router.fused is not None and not self.is_outside:  # of a graph that is all it needs
-                each = router.fused.pass_of(plan, args, kwargs)
-                if each is not None:
-                    return router.fused.run(each, args, kwargs)
-            return forward(*args, **kwargs)
+            if router.fused is None:
+                return forward(*args, **kwargs)
+            return router.fused(plan, forward, args, kwargs)
         finally:
             router.running, router.left = None, {}
 

@@ -106,7 +106,7 @@ def _conflicts(backbone: Backbone, schedule: Schedule) -> Iterator[tuple[str, st
     if skips and any("TaylorSeer" in _caches(list_of_hooks(b)) for b in backbone.all_blocks):
         yield "TaylorSeer on whole blocks", "counts their calls; put it on attentions alone"
     merging = [m for ms in backbone.attentions() for m in ms] if schedule.merges else []
-    for cache in [c for module in merging for c in _caches(_inside(list_of_hooks(module)))]:
+    for cache in [c for module in merging for c in _caches(inside(list_of_hooks(module)))]:
         yield cache, "would keep what attention returns for merged tokens; enable it afterwards"
 
 
@@ -114,8 +114,8 @@ def _caches(names: list[str]) -> list[str]:
     return [cache for name in names if (cache := _cache(name))]
 
 
-def _inside(names: list[str]) -> list[str]:
-    """Those of a module's hooks that are, or would come to lie, inside of accelkit's."""
+def inside(names: list[str]) -> list[str]:
+    """Return those of a module's hooks that are, or would come to lie, inside of accelkit's."""
     ours = [place for place, name in enumerate(names) if is_ours(name)]
     return names[: ours[0]] if ours else names
 

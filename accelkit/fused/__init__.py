@@ -8,9 +8,8 @@ block with something unusual on it runs as it is.
 
 from __future__ import annotations
 
-from contextlib import closing
-
 from accelkit.backbones import Backbone
+from accelkit.fused import ops
 from accelkit.fused.base import FusedForward, Pass
 from accelkit.fused.dit import FusedDiT
 from accelkit.fused.pixart import FusedPixArt
@@ -35,13 +34,11 @@ def paths(backbone: Backbone) -> list[str]:
     if fused is None:
         own = f"own modules: a {backbone.family} has no fused forward"
         return [own] * len(backbone.all_blocks)
-    with closing(fused):
-        fused.look()
-        by = "Triton kernels" if backbone.model.device.type == "cuda" else "PyTorch operators"
-        return [
-            f"fused, {by}" if reason is None else f"own modules: {reason}"
-            for reason in (fused.refusal or reason for reason in fused.reasons)
-        ]
+    kernels = ops.kernels_for(next(backbone.model.parameters())) is not None
+    by = "Triton kernels" if kernels else "PyTorch operators"
+    return [
+        f"fused, {by}" if reason is None else f"own modules: {reason}" for reason in fused.survey()
+    ]
 
 
 __all__ = ["FusedForward", "Pass", "fused_forward", "paths"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from accelkit import others
 from accelkit.backbones import Backbone
-from accelkit.fused.watch import Joined, Watch, unusual
+from accelkit.fused.watch import Joined, Watch, unfit, unusual
 from accelkit.routing import Plan
 
 Block = Callable[..., Any]
@@ -42,13 +44,11 @@ class Pass(ABC):
 class FusedForward(ABC):
     """A model's forward pass in few, large operations.
 
-    A family gives :meth:`outside`, :meth:`read` and :meth:`begin`.
+    A family gives :meth:`outside`, :meth:`odd`, :meth:`build` and :meth:`begin`.
 
     Attributes:
-        reasons: why a block runs as it is, by its number among the backbone's ``all_blocks``; None
-            for one that is fused.
+        blocks: what runs each of the backbone's ``all_blocks``, None for one that runs as it is.
         refusal: why no call is fused, None if calls are.
-        blocks: what runs each of them, None for one that runs as it is.
         step: returns the timesteps of the run under way and which of them all samples of the call
             have (:meth:`accelkit.routing.Router.step`).
         looks: how often the model was looked at, after each of which its weights lie elsewhere.
@@ -58,9 +58,8 @@ class FusedForward(ABC):
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.model: Any = backbone.model
-        self.reasons: list[str | None] = []
-        self.refusal: str | None = None
         self.blocks: list[Block | None] = []
+        self.refusal: str | None = None
         self.step: Callable[[], tuple[Tensor, int] | None] = lambda: None
         self.looks = 0
         self.graphs: Callable[[Pass], Tensor] | None = None
@@ -68,14 +67,23 @@ class FusedForward(ABC):
         self._joined: list[Joined] = []
         self._watch: Watch | None = None
         self._handle: Any = None  # of its hook on the model, while it is open
+        self._lock = threading.RLock()  # its weights are joined, and its graphs fed, by one call
 
     @abstractmethod
     def outside(self) -> list[nn.Module]:
         """Return the modules beside the blocks that are not called but replaced."""
 
     @abstractmethod
-    def read(self, block: nn.Module) -> Block | str:
-        """Return what runs a block, or why it has to run as it is."""
+    def odd(self, block: nn.Module) -> str | None:
+        """Return why a block has to run as it is, None if it can be fused."""
+
+    def joins(self, block: nn.Module) -> list[Tensor]:
+        """Return the weights of a block, not an odd one, that are joined with others."""
+        return []
+
+    @abstractmethod
+    def build(self, block: nn.Module) -> Block:
+        """Return what runs a block that is not odd, its weights joined."""
 
     @abstractmethod
     def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
@@ -86,53 +94,74 @@ class FusedForward(ABC):
             call: the arguments of the model's call by name.
         """
 
-    def finish_reading(self) -> str | None:
-        """Read what all blocks share, after them; return why no call can be fused, or None."""
+    def odd_outside(self) -> str | None:
+        """Return why what is outside the blocks cannot be replaced, None if it can."""
         return None
 
-    def pass_of(self, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Pass | None:
-        """Return the fused pass of a model's call, None where the model's own forward is to run.
+    def built(self) -> None:  # noqa: B027 - some have nothing more
+        """Read what the fused blocks share, after them."""
 
-        So it does for gradients, in a graph that torch.compile traces, under autocast, and where
-        tokens are merged.
+    def __call__(self, plan: Plan, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return what the model's call returns, by its own ``forward`` where that is to run.
+
+        So it is for gradients, in a graph or transform that is being traced, under autocast, where
+        tokens are merged, and if ``forward`` is more than that of the model's class.
         """
-        if plan.grad or plan.merge is not None or torch.compiler.is_compiling():
+        if plan.grad or plan.merge is not None or _traced() or not self._own(forward):
+            return forward(*args, **kwargs)
+        with self._lock:
+            each = self.pass_of(plan, args, kwargs)
+            if each is not None:
+                sample = each(each.tensors) if self.graphs is None else self.graphs(each)
+                if self._call(args, kwargs).get("return_dict", True):
+                    return Transformer2DModelOutput(sample=sample)
+                return (sample,)
+        return forward(*args, **kwargs)
+
+    def pass_of(self, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Pass | None:
+        """Return the fused pass of a model's call, None where the model's own forward is to run."""
+        call = self._call(args, kwargs)
+        known = len(call) == len(args) + len(kwargs) and call.keys() <= set(self._names)
+        sample = call.get(self._names[0])
+        if not known or not isinstance(sample, Tensor):
+            return None  # for the model to refuse
+        if torch.is_autocast_enabled(sample.device.type):
             return None
-        if not self._current():
+        watch = self._watch
+        if watch is None or not watch.same() or not all(j.holds() for j in self._joined):
             self.look()
-        if self.refusal is not None:
-            return None
-        call = dict(zip(self._names, args, strict=False)) | kwargs
-        if self._something_on_a_skipped_block(plan):
-            return None
-        if torch.is_autocast_enabled(self._sample(call).device.type):
+        if self.refusal is not None or self._something_on_a_skipped_block(plan):
             return None
         return self.begin(plan, call)
 
-    def run(self, each: Pass, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return a pass's prediction as the model's call asks for it."""
-        sample = each(each.tensors) if self.graphs is None else self.graphs(each)
-        call = dict(zip(self._names, args, strict=False)) | kwargs
-        if call.get("return_dict", True):
-            return Transformer2DModelOutput(sample=sample)
-        return (sample,)
+    def survey(self) -> list[str | None]:
+        """Return for each block why it runs as it is, None for one that is fused."""
+        replaced, blocks = self.outside(), list(self.backbone.all_blocks)
+        like = next(self.model.parameters())
+        whole = self._changed() or unusual(replaced) or unfit(replaced, like)
+        whole = whole or self.odd_outside()
+        reasons, seen = [], {id(p) for module in replaced for p in module.parameters()}
+        for block in blocks:
+            reason = whole or unusual([block]) or unfit([block], like) or self.odd(block)
+            joined = set() if reason else set(map(id, self.joins(block)))
+            if joined & seen:
+                reason = "it shares weights with another block"
+            seen |= joined
+            reasons.append(reason)
+        return reasons
 
     def look(self) -> None:
         """See which blocks are as their classes made them, and join their weights."""
         self.part()
         self.looks += 1
-        blocks = list(self.backbone.all_blocks)
-        replaced = self.outside()
-        self.reasons, self.blocks = [], []
-        self.refusal = unusual(replaced) or _placeless([*replaced, *blocks])
-        for block in blocks:
-            read = self.refusal or unusual([block]) or self.read(block)
-            self.reasons.append(read if isinstance(read, str) else None)
-            self.blocks.append(None if isinstance(read, str) else read)
-        if self.refusal is None and not any(self.blocks):
-            self.refusal = self.reasons[0]
+        reasons = self.survey()
+        self.refusal = reasons[0] if all(reasons) else None
+        self.blocks = [
+            None if reason else self.build(block)
+            for block, reason in zip(self.backbone.all_blocks, reasons, strict=True)
+        ]
         if self.refusal is None:
-            self.refusal = self.finish_reading()
+            self.built()
         self._watch = Watch([self.model])
 
     def joined(self, parameters: Iterable[Tensor]) -> Tensor:
@@ -142,9 +171,10 @@ class FusedForward(ABC):
 
     def part(self) -> None:
         """Give all parameters their own storage again; the next call joins them anew."""
-        self._watch = None
-        while self._joined:
-            self._joined.pop().part()
+        with self._lock:
+            self._watch = None
+            while self._joined:
+                self._joined.pop().part()
 
     def open(self) -> None:
         """Be there for the model's calls, again if it was closed."""
@@ -154,30 +184,42 @@ class FusedForward(ABC):
     def close(self) -> None:
         """Leave the model as it was."""
         self.part()
-        if self._handle is not None:
-            self._handle.remove()
+        self._handle.remove()
+
+    def _call(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def _own(self, forward: Any) -> bool:
+        """Whether nothing but the class's own forward would run, inside of accelkit's hook."""
+        return getattr(forward, "__func__", None) is type(self.model).forward
+
+    def _changed(self) -> str | None:
+        """Return what is on the model itself, or was put into its class, that has to run."""
+        owner: Any = next(kind for kind in type(self.model).__mro__ if "forward" in kind.__dict__)
+        written = (owner.forward.__module__, owner.forward.__qualname__)
+        own = written == (owner.__module__, f"{owner.__qualname__}.forward")
+        if not own or owner.__module__.partition(".")[0] not in ("diffusers", "accelkit"):
+            return f"its model's forward is {'.'.join(written)}"
+        innermost: Any = self.model.__dict__.get("forward")
+        if (registry := self.model.__dict__.get("_diffusers_hook")) is not None:
+            names, references = registry._hook_order, registry._fn_refs
+            if theirs := others.inside(names):
+                return f"a hook of diffusers ({theirs[0]}) on the model"
+            innermost = references[0].original_forward if names else innermost
+        if innermost is not None and not self._own(innermost):
+            return "another forward on the model"
+        return None
 
     def _something_on_a_skipped_block(self, plan: Plan) -> bool:
         """Whether it is for a skipped block's own module to run what hangs on it."""
-        counted = self.reasons[len(self.reasons) - self.backbone.depth :]
+        counted = self.blocks[len(self.blocks) - self.backbone.depth :]
         return any(
-            plan.staying(index) is not None and counted[index] for index in range(len(counted))
+            block is None and plan.staying(index) is not None for index, block in enumerate(counted)
         )
 
-    def _sample(self, call: dict[str, Any]) -> Tensor:
-        return call[self.backbone.batched[0]]  # type: ignore[index]
 
-    def _current(self) -> bool:
-        watch = self._watch
-        return watch is not None and watch.same() and all(j.holds() for j in self._joined)
-
-
-def _placeless(modules: list[nn.Module]) -> str | None:
-    """Why the weights of some modules cannot be joined, or None."""
-    for module in modules:
-        for parameter in module.parameters():
-            if parameter.is_meta:
-                return "its weights are elsewhere"
-            if parameter.is_inference():
-                return "its weights were made in inference mode"
-    return None
+def _traced() -> bool:
+    """Whether a call is being turned into something else, which cannot look at numbers."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._are_functorch_transforms_active()  # vmap, jvp and their like

@@ -23,7 +23,7 @@ from accelkit.fused import ops, parts
 from accelkit.fused.base import Block, FusedForward, Pass
 from accelkit.fused.modulation import Distinct, Modulations
 from accelkit.fused.table import StepTable
-from accelkit.fused.watch import mismatch
+from accelkit.fused.watch import mismatch, unusual
 from accelkit.routing import Plan
 
 _VECTORS = 6  # of a block: shift, scale and gate of its attention, then of its MLP
@@ -67,12 +67,13 @@ class FusedDiT(FusedForward):
         """Return the final norm, its modulation and the projection."""
         return [self.model.norm_out, self.model.proj_out_1, self.model.proj_out_2]
 
-    def read(self, block: Any) -> Block | str:
-        """Read an adaLN-Zero block."""
+    def odd(self, block: Any) -> str | None:
+        """Return what a block is that is no adaLN-Zero block, or has beside it."""
         if reason := mismatch({"it": (block, BasicTransformerBlock)}):
             return reason
+        if reason := mismatch({"its first norm": (block.norm1, AdaLayerNormZero)}):
+            return reason
         expected: dict[str, tuple[Any, type | None]] = {
-            "its first norm": (block.norm1, AdaLayerNormZero),
             "its modulation": (block.norm1.linear, nn.Linear),
             "its second norm": (block.norm3, nn.LayerNorm),
             "its cross-attention": (block.attn2, None),
@@ -85,23 +86,45 @@ class FusedDiT(FusedForward):
             return "its norms have weights of their own"
         if block.norm1.linear.bias is None:
             return "its modulation has no bias"
+        return None
+
+    def joins(self, block: Any) -> list[Tensor]:
+        """Return the weights of queries, keys and values, and of the modulation."""
+        own = parts.joined_weights(block.attn1)
+        return [*own, block.norm1.linear.weight, block.norm1.linear.bias]
+
+    def build(self, block: Any) -> Block:
+        """Return what runs an adaLN-Zero block."""
         return _Block(
             parts.self_attention(block.attn1, self.joined),
             parts.mlp(block.ff),
             (block.norm1.norm.eps, block.norm3.eps),
         )
 
-    def finish_reading(self) -> str | None:
-        """Join the layers that make the modulations of all blocks, and of the final norm."""
+    def odd_outside(self) -> str | None:
+        """Return what is odd in the final norm, its modulation or the projection."""
         model = self.model
-        ends = {"its last norm": (model.norm_out, nn.LayerNorm)}
-        if reason := mismatch(ends | {"its last layer": (model.proj_out_2, nn.Linear)}):
+        ends: dict[str, tuple[Any, type | None]] = {
+            "its last norm": (model.norm_out, nn.LayerNorm),
+            "its last norm's weight": (model.norm_out.weight, None),
+            "its last modulation": (model.proj_out_1, nn.Linear),
+            "its last layer": (model.proj_out_2, nn.Linear),
+        }
+        if reason := mismatch(ends):
             return reason
-        if reason := mismatch({"its last modulation": (model.proj_out_1, nn.Linear)}):
-            return reason
+        if model.proj_out_1.bias is None:
+            return "its last modulation has no bias"
+        first: Any = self.backbone.blocks[0]
+        return unusual([first.norm1.emb])  # which conditions the final norm
+
+    def built(self) -> None:
+        """Join the layers that make the modulations of all fused blocks, and of the final norm."""
         blocks: Any = self.backbone.blocks
         self.fused = [number for number, block in enumerate(self.blocks) if block is not None]
-        self._layers = [model.proj_out_1, *(blocks[number].norm1.linear for number in self.fused)]
+        self._layers = [
+            self.model.proj_out_1,
+            *(blocks[number].norm1.linear for number in self.fused),
+        ]
         self.weight = self.joined([layer.weight for layer in self._layers])  # ((2 + 6 L) D, D)
         self.bias = self.joined([layer.bias for layer in self._layers])
         self._embedders = [block.norm1.emb for block in blocks]
@@ -111,7 +134,6 @@ class FusedDiT(FusedForward):
         self.steps = StepTable()
         scales = [_LAST + _VECTORS * n + i for n in range(len(self.fused)) for i in (1, 4)]
         self._scales = torch.tensor([1, *scales], device=self.bias.device)
-        return None
 
     def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
         """Embed the distinct pairs of timestep and label, and return the pass."""
@@ -123,6 +145,8 @@ class FusedDiT(FusedForward):
             return None
         if self.model.training or sample.shape[-1] != sample.shape[-2]:
             return None  # labels are dropped at random; diffusers takes a map for a square one
+        if not {len(timestep), len(labels)} <= {1, len(sample)}:
+            return None  # for the model to refuse
         modulations = self.modulations(plan.depth, timestep, labels, sample.dtype)
         if self.graphs is not None:  # whose sizes are not to depend on how many labels differ
             modulations = modulations.of_each(len(sample))
@@ -137,6 +161,8 @@ class FusedDiT(FusedForward):
             Two for the final norm, then six for each fused block among the first ``depth``.
         """
         times, classes, index = self.distinct(timestep, labels)
+        if not self.distinct.repeated:
+            self._equal = None
         count = bisect_left(self.fused, depth)
         table = self._tabulated(timestep, classes, dtype) if self.distinct.repeated else None
         if table is None:
@@ -177,7 +203,11 @@ class FusedDiT(FusedForward):
         return ops.with_factors(table, self._scales[: 1 + 2 * count])
 
     def _embedders_equal(self) -> bool:
-        """Whether all embedders hold the same weights, compared again where one was written to."""
+        """Whether all embedders hold the same weights.
+
+        Compared again where one was written to, and for other labels than the last call's: a write
+        through ``.data``, as of an EMA's weights before a run, leaves no other trace.
+        """
         versions = [p._version for p in self._embedding]
         if self._equal is None or self._equal[0] != versions:
             self._equal = (versions, self.backbone.embedders_equal)

@@ -30,7 +30,7 @@ class Modulations:
     def of_each(self, samples: int) -> Modulations:
         """Return a table with a row for every sample."""
         table = self.table if self.index is None else self.table[self.index]
-        return Modulations(table.expand(samples, -1, -1))
+        return Modulations(table.expand(samples, -1, -1).contiguous())
 
     def take(self, start: int, stop: int, samples: int) -> tuple[Tensor, ...]:
         """Return some of the vectors for the first samples: (samples, D) each, (1, D) if shared."""
@@ -45,14 +45,18 @@ class Modulations:
 class Distinct:
     """Finds the distinct conditions of a batch.
 
-    The labels of a sampling run are the same tensor at every step, so that only the first step has
-    to look at them, and wait for a GPU to tell.
+    The labels of a sampling run are the same tensor at every step. On a GPU, which would have to be
+    waited for, only the first step looks at them: what is written to them later is noticed unless
+    it goes through ``.data`` or a captured graph.
+
+    Attributes:
+        repeated: whether the last call had one timestep, and the labels of the call before.
     """
 
     def __init__(self) -> None:
-        self.repeated = False  # whether the last call's labels were those of the call before
+        self.repeated = False
         self._seen: tuple[weakref.ref[Tensor], int] | None = None
-        self._found: tuple[Tensor, Tensor | None]
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, timestep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return timesteps (P,) and labels (P,) of the distinct pairs, and which each sample has.
@@ -66,21 +70,24 @@ class Distinct:
         """
         self.repeated = False
         if len(timestep) == 1 or not any(timestep.stride()):
-            labels, index = self._labels(labels)
-            return timestep[:1].expand(len(labels)), labels, index
+            values, index = self._labels(labels)
+            return timestep[:1].expand(len(values)), values, index if len(values) > 1 else None
         pairs = torch.stack([timestep.double(), labels.expand(len(timestep)).double()], dim=1)
         pairs, index = torch.unique(pairs, dim=0, return_inverse=True)  # exact: far below 2^53
         times, classes = pairs[:, 0].to(timestep.dtype), pairs[:, 1].to(labels.dtype)
         return times, classes, index if len(pairs) > 1 else None
 
-    def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        tracked = not labels.is_inference()  # of which nothing tells that they were written to
-        if tracked and self._seen is not None:
+    def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        tracked = labels.is_cuda and not labels.is_inference()
+        if tracked and self._seen is not None and self._found is not None:
             seen, version = self._seen
             if seen() is labels and version == labels._version:
                 self.repeated = True
                 return self._found
-        values, index = torch.unique(labels, return_inverse=True)
-        self._found = values, index if len(values) > 1 else None
+        found = torch.unique(labels, return_inverse=True)
         self._seen = (weakref.ref(labels), labels._version) if tracked else None
-        return self._found
+        if self._found is not None and labels.is_cpu and self._found[0].is_cpu:
+            self.repeated = all(map(torch.equal, found, self._found))
+        if not self.repeated:
+            self._found = found
+        return self._found  # type: ignore[return-value]

@@ -10,12 +10,16 @@ the sum, made once for a whole table of vectors (:func:`with_factors`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
+
+from accelkit.errors import AccelkitWarning
 
 Pending = tuple[Tensor, Tensor | None]
 """What a branch made, (B, N, D), and its gate if it has one: still to be added to the stream."""
@@ -27,7 +31,16 @@ def kernels_for(x: Tensor) -> Any:
         return None
     import accelkit_kernels
 
+    if accelkit_kernels.TRITON_PROBLEM is not None:
+        _warn(accelkit_kernels.TRITON_PROBLEM)
+        return None
     return accelkit_kernels
+
+
+@cache
+def _warn(problem: str) -> None:
+    message = f"fused forwards run PyTorch's operators in place of kernels: {problem}"
+    warnings.warn(message, AccelkitWarning, stacklevel=2)
 
 
 def chunk(sample: Tensor, tokens: int, hidden: int) -> int:
@@ -108,12 +121,12 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if y.dtype != torch.float32 or y.is_cuda:
         return F.gelu(y, approximate="tanh")
     # (1 + tanh(u)) / 2 = sigmoid(2 u): 0.56 of the time of F.gelu's tanh (4096 x 256, one core)
-    u = torch.addcmul(_LINEAR, y, y, value=_CUBIC).mul_(y).sigmoid_()
+    u = torch.addcmul(y.new_tensor(_LINEAR), y, y, value=_CUBIC).mul_(y).sigmoid_()
     return u.mul_(y)
 
 
-_LINEAR = torch.tensor(2 * (2 / torch.pi) ** 0.5)  # 2 u = y (linear + cubic y^2)
-_CUBIC = 0.044715 * float(_LINEAR)
+_LINEAR = 2 * (2 / torch.pi) ** 0.5  # 2 u = y (linear + cubic y^2)
+_CUBIC = 0.044715 * _LINEAR
 
 
 def exit_head(

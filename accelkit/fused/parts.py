@@ -72,9 +72,10 @@ class MLP:
 
 def odd_attention(attention: Any) -> str | None:
     """Return what an attention module of diffusers has that the fused ones lack, or None."""
+    if reason := mismatch({"its attention": (attention, Attention)}):
+        return reason
     linears = {"to_q": attention.to_q, "to_k": attention.to_k, "to_v": attention.to_v}
     expected: dict[str, tuple[Any, type | None]] = {
-        "its attention": (attention, Attention),
         "its attention processor": (attention.processor, AttnProcessor2_0),
         **{f"its attention's {name}": (part, nn.Linear) for name, part in linears.items()},
         "its attention's to_out": (attention.to_out[0], nn.Linear),
@@ -97,6 +98,15 @@ def odd_mlp(mlp: Any) -> str | None:
     if first.approximate != "tanh" or len(mlp.net) != 3:
         return "its feed-forward is not two linear layers around the tanh form of GELU"
     return mismatch({"its first layer": (first.proj, nn.Linear), "its second": (second, nn.Linear)})
+
+
+def joined_weights(attention: Any) -> list[Tensor]:
+    """Return the weights of an attention module that are joined with others."""
+    return [
+        p
+        for linear in (attention.to_q, attention.to_k, attention.to_v)
+        for p in linear.parameters()
+    ]
 
 
 def self_attention(attention: Any, join: Join) -> SelfAttention:

@@ -21,6 +21,13 @@ from accelkit.fused.watch import mismatch
 from accelkit.routing import Plan
 
 _VECTORS = 6
+_OF_SAMPLES = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "timestep",
+    "attention_mask",
+    "encoder_attention_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class FusedPixArt(FusedForward):
         """Return the final norm and the projection."""
         return [self.model.norm_out, self.model.proj_out]
 
-    def read(self, block: Any) -> Block | str:
-        """Read an adaLN-single block."""
+    def odd(self, block: Any) -> str | None:
+        """Return what a block is that is no adaLN-single block, or has beside it."""
         if reason := mismatch({"it": (block, BasicTransformerBlock)}):
             return reason
         if block.norm_type != "ada_norm_single" or block.attn2 is None:
@@ -73,6 +80,15 @@ class FusedPixArt(FusedForward):
             return reason
         if block.norm1.weight is not None or block.norm2.weight is not None:
             return "its norms have weights of their own"
+        return None
+
+    def joins(self, block: Any) -> list[Tensor]:
+        """Return the weights of queries, keys and values, and the block's own vectors."""
+        own = parts.joined_weights(block.attn1) + parts.joined_weights(block.attn2)
+        return [*own, block.scale_shift_table]
+
+    def build(self, block: Any) -> Block:
+        """Return what runs an adaLN-single block."""
         return _Block(
             parts.self_attention(block.attn1, self.joined),
             parts.cross_attention(block.attn2, self.joined),
@@ -80,17 +96,21 @@ class FusedPixArt(FusedForward):
             (block.norm1.eps, block.norm2.eps),
         )
 
-    def finish_reading(self) -> str | None:
+    def odd_outside(self) -> str | None:
+        """Return what is odd in the final norm or the projection."""
+        ends: dict[str, tuple[Any, type | None]] = {
+            "its last norm": (self.model.norm_out, nn.LayerNorm),
+            "its last norm's weight": (self.model.norm_out.weight, None),
+            "its last layer": (self.model.proj_out, nn.Linear),
+        }
+        return mismatch(ends)
+
+    def built(self) -> None:
         """Join the tables of all blocks."""
-        model = self.model
-        ends = {"its last norm": (model.norm_out, nn.LayerNorm)}
-        if reason := mismatch(ends | {"its last layer": (model.proj_out, nn.Linear)}):
-            return reason
         blocks: Any = self.backbone.blocks
         self.tables = self.joined([block.scale_shift_table for block in blocks])  # (6 L, D)
         scales = [_VECTORS * n + i for n in range(len(self.blocks)) for i in (1, 4)]
         self.scales = torch.tensor(scales, device=self.tables.device)
-        return None
 
     def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
         """Return the pass, unless the call is one that the model refuses or does more for."""
@@ -100,6 +120,11 @@ class FusedPixArt(FusedForward):
             return None
         if any(not isinstance(call.get(k), Tensor) for k in ("encoder_hidden_states", "timestep")):
             return None
+        given = [call.get(name) for name in _OF_SAMPLES]
+        if any(
+            isinstance(v, Tensor) and v.shape[:1] != call[_OF_SAMPLES[0]].shape[:1] for v in given
+        ):
+            return None  # for the model to refuse
         return _Pass(self, plan, call)
 
 

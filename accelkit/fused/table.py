@@ -27,6 +27,7 @@ class StepTable:
         self._run: tuple[Any, ...] = ()
         self._versions: Any = None
         self._table: Tensor | None = None
+        self._place = -1
 
     def at(
         self, run: tuple[Any, ...], versions: Any, place: int, size: int, make: Callable[[], Tensor]
@@ -41,6 +42,8 @@ class StepTable:
             make: returns the table, a row for every step.
         """
         same = len(run) == len(self._run) and all(map(_is, run, self._run))
+        same = same and place >= self._place  # or it has begun again
+        self._place = place
         if not same or versions != self._versions:
             self._run, self._versions, self._table, self.bytes = run, versions, None, 0
             return None

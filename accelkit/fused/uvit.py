@@ -49,8 +49,8 @@ class FusedUViT(FusedForward):
         """Return nothing: what is not a block is called."""
         return []
 
-    def read(self, block: Any) -> Block | str:
-        """Read a block of encoder, middle or decoder."""
+    def odd(self, block: Any) -> str | None:
+        """Return what a block of encoder, middle or decoder has that is not its class's."""
         if reason := mismatch({"it": (block, UViTBlock)}):
             return reason
         expected: dict[str, tuple[Any, type | None]] = {
@@ -61,7 +61,15 @@ class FusedUViT(FusedForward):
         }
         if block.skip_linear is not None:
             expected["its skip_linear"] = (block.skip_linear, nn.Linear)
-        return mismatch(expected) or _Block(block)
+        if reason := mismatch(expected):
+            return reason
+        if any(p is None for norm in (block.norm1, block.norm2) for p in (norm.weight, norm.bias)):
+            return "its norms have no weights of their own"
+        return None
+
+    def build(self, block: Any) -> Block:
+        """Return what runs a block."""
+        return _Block(block)
 
     def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
         """Embed the call as the model does, fold what its depth skips, and return the pass."""

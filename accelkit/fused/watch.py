@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from accelkit import others
 
+_WATCHED = ("forward", "processor", "training", "_compiled_call_impl")
+
 
 class Watch:
     """What modules are made of and what hangs on them, cheap enough to ask at every call.
 
     Noticed are children and parameters exchanged, a ``forward`` put on an instance (as the hooks of
-    diffusers and accelerate do), hooks of PyTorch's, and another attention processor. Parameters
-    written to are not: whoever uses them sees what was written.
+    diffusers and accelerate do), hooks of PyTorch's, another attention processor, and training
+    begun or ended. Parameters written to are not: whoever uses them sees what was written.
 
     Args:
         modules: those to watch, with all that is in them.
@@ -30,7 +32,7 @@ class Watch:
             inside = module.__dict__
             entries += [(module._modules, name) for name in module._modules]
             entries += [(module._parameters, name) for name in module._parameters]
-            entries += [(inside, name) for name in ("forward", "processor", "_compiled_call_impl")]
+            entries += [(inside, name) for name in _WATCHED]
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         self._dicts = [where for where, _ in entries]
         self._names = [name for _, name in entries]
@@ -59,6 +61,34 @@ def unusual(modules: Iterable[nn.Module]) -> str | None:
             return f"its {name} is compiled"
         if module.training and isinstance(module, nn.Dropout) and module.p > 0:
             return "dropout in training"
+    return None
+
+
+def unfit(modules: Iterable[nn.Module], like: Tensor) -> str | None:
+    """Return why the weights of modules cannot be joined with others of their model, or None.
+
+    Args:
+        modules: whose weights.
+        like: a parameter whose dtype and device the others share.
+    """
+    parameters = [p for module in _all(modules) for p in module._parameters.values()]
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if parameter.is_meta:
+            return "its weights are elsewhere"
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+            return f"its weights are of the class {type(parameter.data).__name__}"
+        if parameter.is_inference():
+            return "its weights were made in inference mode"
+        if (parameter.dtype, parameter.device) != (like.dtype, like.device):
+            return (
+                f"its weights are {parameter.dtype} on {parameter.device}, the first {like.dtype}"
+            )
+        if not parameter.is_contiguous():
+            return "its weights do not lie in one piece"
+        if not parameter.is_cuda and parameter.is_shared():
+            return "its weights are shared with other processes"
     return None
 
 

@@ -4,6 +4,7 @@ Depends on torch, and on Triton where there is one; without Triton or without a 
 runs and nothing else changes.
 """
 
+from accelkit_kernels._common import TRITON_PROBLEM
 from accelkit_kernels.activations import (
     bias_geglu,
     bias_geglu_reference,
@@ -32,6 +33,7 @@ from accelkit_kernels.skip import skip_linear, skip_linear_reference
 from accelkit_kernels.time_norm import td_norm, td_norm_reference
 
 __all__ = [
+    "TRITON_PROBLEM",
     "GuidedStep",
     "StepCoefficients",
     "bias_geglu",

@@ -7,9 +7,9 @@ the PyTorch reference runs.
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,21 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-HAS_TRITON = find_spec("triton") is not None
+
+def _triton_problem() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton lacks {error.name}"
+    except Exception as error:  # a library of another system, say
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        return f"Triton cannot be imported ({type(error).__name__}: {first})"
+    return None
+
+
+TRITON_PROBLEM = _triton_problem()
+"""Why there is no Triton, None if there is."""
+HAS_TRITON = TRITON_PROBLEM is None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # -------------------------------------------------------------------------------------- checks
@@ -99,7 +113,7 @@ def kernel_serves(x: Tensor, max_width: int | None = None, operation: str = "") 
     if not x.is_cuda:
         return HAS_TRITON and INTERPRETED
     if not HAS_TRITON:
-        _warn_once(operation, "Triton is not installed")
+        _warn_once(operation, str(TRITON_PROBLEM))
         return False
     if x.dtype == torch.bfloat16 and _capability(x.device) < (8, 0):
         _warn_once(operation, "bfloat16 needs a GPU of compute capability 8.0 or later")

@@ -212,7 +212,7 @@ def test_what_cannot_be_compiled_says_so(dit):
             accelkit.compile(dit)
         with pytest.raises(AccelkitError, match="mode='fast'; expected 'graphs' or a backend"):
             accelkit.compile(dit, "fast")
-        with pytest.raises(AccelkitError, match="keep at least 1 graph"):
+        with pytest.raises(AccelkitError, match="how many graphs to keep"):
             accelkit.compile(dit, "eager", limit=0)
     enable(dit, "full", kernels="off")
     with pytest.raises(AccelkitError, match=r"own modules \(kernels are off\); use torch.compile"):

@@ -78,13 +78,31 @@ def test_no_tokens():
     assert not dscale.any()
 
 
-def test_runs_without_triton():
-    code = """
+BROKEN = """
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise ImportError("libtriton.so: undefined symbol")
 import sys
-sys.modules["triton"] = None
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [
+        ("import sys; sys.modules['triton'] = None", "Triton is not installed"),
+        (BROKEN, "Triton cannot be imported (ImportError: libtriton.so: undefined symbol)"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_runs_without_triton(missing, problem):
+    code = f"""
+{missing}
 import torch
 from accelkit_kernels import adaln, layernorm_modulate, layernorm_modulate_reference
 assert not adaln._common.HAS_TRITON
+assert adaln._common.TRITON_PROBLEM == {problem!r}
 inputs = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
 assert torch.equal(layernorm_modulate(*inputs), layernorm_modulate_reference(*inputs))
 """

@@ -68,6 +68,7 @@ class OnOldGPU:
 )
 def test_a_gpu_without_its_kernel(monkeypatch, triton, capability, says):
     monkeypatch.setattr(_common, "HAS_TRITON", triton)
+    monkeypatch.setattr(_common, "TRITON_PROBLEM", None if triton else "Triton is not installed")
     monkeypatch.setattr(_common, "_capability", lambda device: capability)
     with pytest.warns(RuntimeWarning, match=says):
         assert not _common.kernel_serves(OnOldGPU(), None, "some_operation")
