@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 WORDS = ["<pad>", "<unk>", "</s>", "<s>", *"abcdefghijklmnopqrstuvwxyz "]
 WIDTH = 16
 FLOW = {"shift": 3.0}
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def tokenizer(length=120, words=WORDS):
@@ -229,6 +230,66 @@ def sana():
     )
 
 
+def sd(scheduler=None, **options):
+    """Stable Diffusion; one block on the way down, the middle one, two on the way up."""
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    unet = diffusers.UNet2DConditionModel(**{**settings, **options})
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(projected=False),
+        tokenizer=tokenizer(77),
+        unet=filled(unet),
+        scheduler=scheduler
+        or diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SCALED),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def wan():
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=16,
+    )
+    umt5 = transformers.UMT5Config(
+        vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    video = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.5, 0.5, 1.0],
+    )
+    return diffusers.WanPipeline(
+        tokenizer(),
+        filled(transformers.UMT5EncoderModel(umt5), 0.5),
+        video.eval(),
+        diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        filled(transformer),
+    )
+
+
 def make(family, **options):
     """Return a family's pipeline, always the same."""
     with torch.random.fork_rng():
@@ -238,4 +299,4 @@ def make(family, **options):
     return pipe
 
 
-FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana")
+FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana", "sd", "wan")

@@ -49,6 +49,8 @@ class Conditioning:
         vae = getattr(pipe, "vae", None)
         if vae is None:
             return self.shape[-1]
+        if "scale_factor_spatial" in vae.config:  # of a video's
+            return self.shape[-1] * vae.config["scale_factor_spatial"]
         levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
         return self.shape[-1] * 2 ** (len(levels) - 1)
 
@@ -70,6 +72,9 @@ class Conditioning:
                 f"it: what {needed[0]} is to hold is not known; register it with "
                 "accelkit.backbones.conditioning.register_conditioning"
             )
+
+    def suits(self, pipe: Any) -> None:
+        """Raise AccelkitError for a pipeline that calls its network in another way than here."""
 
     def encode(self, pipe: Any, items: Sequence[Item]) -> Rows:
         """Return the rows of ``items``, on the CPU.
@@ -187,6 +192,7 @@ class _UNet(Captions):
                 f"{self.model.config.addition_embed_type!r} beside text, which accelkit does not "
                 "train or sample by itself"
             )
+        _refuse_images(self.model)
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
         made = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
@@ -281,6 +287,51 @@ class _HunyuanDiT(Captions):
         }
 
 
+class _Wan(Captions):
+    """Images, as videos of one frame; of Wan 2.1's text-to-video models."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of latents of 512 pixels a side, the model's only hint being the channels."""
+        return self.model.config.in_channels, 64, 64
+
+    def check(self) -> None:
+        _refuse_images(self.model)
+
+    def suits(self, pipe: Any) -> None:
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise AccelkitError(
+                f"this {type(pipe).__name__} has two networks, one for high noise and one for low, "
+                "which accelkit does not train or sample by itself"
+            )
+        if pipe.config.get("expand_timesteps"):
+            raise AccelkitError(
+                f"this {type(pipe).__name__} gives its network a timestep for every token, so that "
+                "a sample has no one noise level to schedule"
+            )
+
+    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
+        made = pipe.encode_prompt(prompts, None, False, max_sequence_length=512)
+        return list(zip(self.returns, made, strict=False))
+
+    def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
+        return super().arguments(latents.unsqueeze(2), timestep, rows)
+
+    def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
+        return output.squeeze(2)
+
+
+def _refuse_images(model: Any) -> None:
+    """Raise AccelkitError for a network that takes an image or a mask beside its sample."""
+    takes, returns = model.config.in_channels, model.config.out_channels
+    if takes > returns:
+        raise AccelkitError(
+            f"this {type(model).__name__} takes {takes} channels and returns {returns}, so that an "
+            "image or a mask comes beside the sample, which accelkit does not train or sample by "
+            "itself"
+        )
+
+
 _known: dict[str, type[Conditioning]] = {}
 
 
@@ -307,3 +358,4 @@ register_conditioning("FluxTransformer2DModel", _Flux)
 register_conditioning("SanaTransformer2DModel", _Sana)
 register_conditioning("HunyuanDiT2DModel", _HunyuanDiT)
 register_conditioning("UNet2DConditionModel", _UNet)
+register_conditioning("WanTransformer3DModel", _Wan)

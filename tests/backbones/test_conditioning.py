@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
 
-from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import (
     Captions,
     Conditioning,
@@ -31,6 +31,8 @@ OPTIONS = {
         "target_size": (64, 64),
     },
     "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
+    "sd": {"height": 16, "width": 16},
+    "wan": {"height": 64, "width": 64, "num_frames": 1},
 }
 
 
@@ -47,12 +49,15 @@ class Stack(Backbone):
 def recorded(pipe, family, latents):
     """What the pipeline gave its network at its only step, and what it got."""
     seen = []
-    handle = pipe.transformer.register_forward_hook(
+    model = denoiser_of(pipe)
+    handle = model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])),
         with_kwargs=True,
     )
     if family == "flux":
         latents = pipe._pack_latents(latents, 1, 4, 8, 8)
+    if family == "wan":
+        latents = latents.unsqueeze(2)
     guidance = {} if family == "flux" else {"guidance_scale": 2.0}
     pipe(
         PROMPT,
@@ -63,17 +68,30 @@ def recorded(pipe, family, latents):
         **OPTIONS[family],
     )
     handle.remove()
+    if family == "wan":  # with and without the prompt, one after the other
+        seen = [_joined(seen)]
     args, kwargs, output = seen[0]
-    names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs, output
 
 
+def _joined(seen):
+    """Calls with the prompt and without it, as one of both, the latter first as others have it."""
+    (_, given, output), (_, without, other) = seen
+    both = {
+        name: torch.cat([without[name], value]) if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+    }
+    return (), both, torch.cat([other, output])
+
+
 def conditioning(pipe):
-    kind = _known[type(pipe.transformer).__name__]
+    model = denoiser_of(pipe)
+    kind = _known[type(model).__name__]
     try:
-        return kind(backbone_of(pipe.transformer))
+        return kind(backbone_of(model))
     except AccelkitError:
-        return kind(Stack(pipe.transformer))
+        return kind(Stack(model))
 
 
 def same(ours, theirs, name):
@@ -105,14 +123,23 @@ def test_a_call_is_the_pipelines_own(family):
     ours_alone = {k for k, v in theirs.items() if v is not None} - set(ours)
     assert ours_alone <= {"return_dict", "joint_attention_kwargs", "attention_kwargs"}
     with torch.no_grad():
-        predicted = calls.prediction(pipe.transformer(**ours, return_dict=False)[0], doubled)
+        predicted = calls.prediction(denoiser_of(pipe)(**ours, return_dict=False)[0], doubled)
     if family == "flux":
         output = pipe._unpack_latents(output, 16, 16, pipe.vae_scale_factor)
+    output = output.reshape(predicted.shape)  # without the axis of frames
     torch.testing.assert_close(predicted, output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("family", "learned"), [("pixart", True), ("sd3", False), ("flux", False), ("hunyuan", True)]
+    ("family", "learned"),
+    [
+        ("pixart", True),
+        ("sd3", False),
+        ("flux", False),
+        ("hunyuan", True),
+        ("sd", False),
+        ("wan", False),
+    ],
 )
 def test_a_learned_variance_is_seen(family, learned):
     assert conditioning(text_pipes.make(family)).learns_variance is learned
