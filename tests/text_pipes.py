@@ -61,7 +61,7 @@ def clip(projected=True):
     return filled(getattr(transformers, named)(config), 0.5)
 
 
-def vae(channels=4, levels=2):
+def vae(channels=4, levels=2, shift=0.1):
     return diffusers.AutoencoderKL(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -69,7 +69,7 @@ def vae(channels=4, levels=2):
         norm_num_groups=4,
         latent_channels=channels,
         scaling_factor=0.5,
-        shift_factor=0.1,
+        shift_factor=shift,
     ).eval()
 
 
@@ -244,7 +244,7 @@ def sd(scheduler=None, **options):
     }
     unet = diffusers.UNet2DConditionModel(**{**settings, **options})
     return diffusers.StableDiffusionPipeline(
-        vae=vae(),
+        vae=vae(shift=None),
         text_encoder=clip(projected=False),
         tokenizer=tokenizer(77),
         unet=filled(unet),
@@ -287,6 +287,29 @@ def wan():
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
         ),
         filled(transformer),
+    )
+
+
+def auraflow():
+    """Of a network that accelkit knows by a trial call alone."""
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer(),
+        t5(),
+        vae(),
+        filled(transformer),
+        diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
     )
 
 

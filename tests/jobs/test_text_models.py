@@ -139,6 +139,25 @@ def test_captions_are_missing(models, data, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_schedule_that_drops_every_adapter_is_refused(data, tmp_path):
+    model = pixel_unet(tmp_path / "model")
+    options = ("--schedule", "4@0.5,0@1", "--lora-rank", "2")
+    with pytest.raises(AccelkitError, match="at depth 0 this UNet2DModel runs no linear layer"):
+        cli(*command(model, data, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_whose_call_is_not_known_is_refused(data, tmp_path):
+    """Its blocks are found by a trial call; what a caption is to become is not."""
+    text_pipes.make("auraflow").save_pretrained(tmp_path / "model")
+    for options in ([], ["--lora-rank", "2"]):
+        words = "cannot call a AuraFlowTransformer2DModel by itself, to train or sample it: what "
+        with pytest.raises(AccelkitError, match=words) as caught:
+            cli(*command(tmp_path / "model", data, tmp_path / "run", *options))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "options", "match"),
     [
@@ -166,27 +185,8 @@ def test_sampling_by_class_is_refused(models, tmp_path):
         cli("sample", "--model", models("pixart"), "-o", tmp_path / "samples")
 
 
-def test_a_model_without_classes_or_autoencoder(data, tmp_path, monkeypatch):
-    """Pixels in, pixels out; a U-Net of diffusers stands for all of them."""
-    from accelkit.backbones import Backbone, register_backbone
-    from accelkit.backbones import base as families
-
-    class Middle(Backbone):
-        family = "middle"
-        batched = ("sample",)
-
-        @property
-        def blocks(self):
-            return self.model.mid_block.resnets
-
-        def skipped(self, index, call, depth):
-            return call["input_tensor"]
-
-        states, hidden, sequential = ("input_tensor",), "input_tensor", False
-        block_batched = ("temb",)
-
-    monkeypatch.setattr(families, "_families", dict(families._families))
-    register_backbone("UNet2DModel", Middle)
+def pixel_unet(path):
+    """A UNet of pixels: attention on either side of the middle block, four counted blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = UNet2DModel(
@@ -195,16 +195,29 @@ def test_a_model_without_classes_or_autoencoder(data, tmp_path, monkeypatch):
             layers_per_block=1,
             norm_num_groups=4,
             attention_head_dim=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
-    model = tmp_path / "model"
-    DDIMPipeline(network, DDIMScheduler()).save_pretrained(model)
-    run = tmp_path / "run"
-    arguments = command(model, data, run)
-    arguments[arguments.index("4@0.5,2@1")] = "2@0.5,1@1"
-    cli(*arguments)
-    assert str(enabled_on(accelkit.from_pretrained(run)).schedule) == "2@0.5,1@1"
+    DDIMPipeline(network, DDIMScheduler()).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["whole", "lora"])
+def test_a_model_without_classes_or_autoencoder(data, tmp_path, options):
+    """Pixels in, pixels out."""
+    model, run = pixel_unet(tmp_path / "model"), tmp_path / "run"
+    cli(*command(model, data, run, *options))
+    pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
+    assert str(enabled_on(pipe).schedule) == "4@0.5,2@1"
+    own, other = pipe.unet.state_dict(), before.unet.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    if options:
+        attentions = ("down_blocks.1.attentions", "mid_block.attentions", "up_blocks.0.attentions")
+        assert changed
+        assert all(n.startswith(attentions) and ".to_" in n for n in changed)
+    else:
+        assert "conv_in.weight" in changed
+        assert not any("time_embedding" in name for name in changed)
     out = tmp_path / "samples"
     cli("sample", "--model", run, "-o", out, "-n", "2", "--steps", "2")
     assert {p.name for p in out.glob("0*")} == {"000000.png", "000001.png"}
