@@ -5,7 +5,7 @@ import inspect
 import pytest
 import text_pipes
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
@@ -17,6 +17,7 @@ from accelkit.backbones.conditioning import (
     register_conditioning,
 )
 from accelkit.errors import AccelkitError
+from accelkit.sample.generate import Sampling
 
 PROMPT = "a red bird"
 OPTIONS = {
@@ -213,21 +214,54 @@ def test_registering_one(monkeypatch):
     assert isinstance(conditioning_of(Stack(Strange())), Listener)
 
 
-def test_conditions_beside_text_are_refused():
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 16,
+            },
+            "conditions of the kind 'text_time' beside text",
+        ),
+        ({"in_channels": 9}, "takes 9 channels and returns 4, so that an image or a mask"),
+    ],
+    ids=["SDXL", "inpainting"],
+)
+def test_conditions_beside_text_are_refused(options, words):
     network = UNet2DConditionModel(
         block_out_channels=(8,),
         norm_num_groups=4,
         layers_per_block=1,
-        down_block_types=("DownBlock2D",),
+        down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("UpBlock2D",),
         cross_attention_dim=8,
         attention_head_dim=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16,
+        **options,
     )
-    with pytest.raises(AccelkitError, match="'text_time'"):
-        conditioning_of(Stack(network))
+    with pytest.raises(AccelkitError, match=words) as caught:
+        conditioning_of(backbone_of(network))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_beside_a_video_is_refused():
+    config = text_pipes.make("wan").transformer.config
+    network = WanTransformer3DModel.from_config({**config, "in_channels": 12})
+    with pytest.raises(AccelkitError, match="takes 12 channels and returns 4"):
+        conditioning_of(backbone_of(network))
+
+
+def test_pipelines_that_call_wan_in_another_way_are_refused():
+    pipe = text_pipes.make("wan")
+    assert Sampling().check(pipe).sampler == "flow"
+    assert conditioning_of(backbone_of(pipe.transformer)).pixels(pipe) == 512
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(AccelkitError, match="WanPipeline gives its network a timestep for every"):
+        Sampling().check(pipe)
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(AccelkitError, match="WanPipeline has two networks, one for high noise"):
+        Sampling().check(pipe)
 
 
 def test_classes_without_a_null_class(pipe, monkeypatch):
