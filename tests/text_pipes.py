@@ -230,8 +230,8 @@ def sana():
     )
 
 
-def sd(scheduler=None, **options):
-    """Stable Diffusion; one block on the way down, the middle one, two on the way up."""
+def unet(**options):
+    """One block on the way down, the middle one, two on the way up."""
     settings = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
@@ -242,17 +242,39 @@ def sd(scheduler=None, **options):
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    unet = diffusers.UNet2DConditionModel(**{**settings, **options})
+    return filled(diffusers.UNet2DConditionModel(**{**settings, **options}))
+
+
+def sd():
     return diffusers.StableDiffusionPipeline(
         vae=vae(shift=None),
         text_encoder=clip(projected=False),
         tokenizer=tokenizer(77),
-        unet=filled(unet),
-        scheduler=scheduler
-        or diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SCALED),
+        unet=unet(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SCALED),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def sdxl():
+    pooled, numbers = WIDTH // 2, 8
+    network = unet(
+        cross_attention_dim=WIDTH + WIDTH // 2,  # of both encoders
+        addition_embed_type="text_time",
+        addition_time_embed_dim=numbers,
+        projection_class_embeddings_input_dim=pooled + 6 * numbers,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(levels=4, shift=None),
+        text_encoder=clip(projected=False),
+        text_encoder_2=clip(),
+        tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77),
+        unet=network,
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1, **SCALED),
+        add_watermarker=False,
     )
 
 
@@ -322,4 +344,4 @@ def make(family, **options):
     return pipe
 
 
-FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana", "sd", "wan")
+FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana", "sd", "sdxl", "wan")

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import text_pipes
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
@@ -33,6 +33,7 @@ OPTIONS = {
     },
     "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
     "sd": {"height": 16, "width": 16},
+    "sdxl": {"height": 64, "width": 64},
     "wan": {"height": 64, "width": 64, "num_frames": 1},
 }
 
@@ -112,6 +113,8 @@ def same(ours, theirs, name):
 @pytest.mark.parametrize("family", text_pipes.FAMILIES)
 def test_a_call_is_the_pipelines_own(family):
     pipe = text_pipes.make(family)
+    if family == "sdxl":  # whose own scheduler scales the latents
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     calls = conditioning(pipe)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     theirs, output = recorded(pipe, family, latents)
@@ -218,16 +221,12 @@ def test_registering_one(monkeypatch):
     ("options", "words"),
     [
         (
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 16,
-            },
-            "conditions of the kind 'text_time' beside text",
+            {"addition_embed_type": "text", "encoder_hid_dim": 8},
+            "conditions of the kind 'text' beside text",
         ),
         ({"in_channels": 9}, "takes 9 channels and returns 4, so that an image or a mask"),
     ],
-    ids=["SDXL", "inpainting"],
+    ids=["IF", "inpainting"],
 )
 def test_conditions_beside_text_are_refused(options, words):
     network = UNet2DConditionModel(
@@ -243,6 +242,24 @@ def test_conditions_beside_text_are_refused(options, words):
     with pytest.raises(AccelkitError, match=words) as caught:
         conditioning_of(backbone_of(network))
     assert "\n" not in str(caught.value)
+
+
+def test_a_refiner_is_refused():
+    pipe = text_pipes.make("sdxl")
+    assert Sampling().check(pipe).sampler == "ddim"
+    pipe.register_to_config(requires_aesthetics_score=True)
+    with pytest.raises(AccelkitError, match="gives its network an aesthetic score"):
+        Sampling().check(pipe)
+
+
+def test_an_empty_prompt_of_a_pipeline_that_embeds_it():
+    pipe = text_pipes.make("sdxl")
+    assert not any(v.any() for v in conditioning(pipe).encode(pipe, [None]).values())
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    states, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
+    rows = conditioning(pipe).encode(pipe, [None])
+    assert torch.equal(rows["encoder_hidden_states"], states)
+    assert torch.equal(rows["text_embeds"], pooled)
 
 
 def test_an_image_beside_a_video_is_refused():
