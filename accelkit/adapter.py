@@ -66,5 +66,5 @@ def targets_of(backbone: Backbone) -> list[str]:
         f"{block}.{name}"
         for block in inside
         for name, module in backbone.model.get_submodule(block).named_modules()
-        if isinstance(module, nn.Linear) and not any("norm" in part for part in name.split("."))
+        if isinstance(module, nn.Linear) and not any(m in name for m in ("norm", "time_emb"))
     ]

@@ -241,10 +241,12 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
 
 
 def _call(pipe: Any) -> str:
-    """How a pipeline is called, as far as a card can know."""
+    """How a pipeline makes images, as far as a card can know."""
     takes = inspect.signature(type(pipe).__call__).parameters
+    if "num_frames" in takes:  # trained on images, videos of one frame
+        return 'pipe("a red bird", num_frames=1).frames'
     ways = {"prompt": '"a red bird"', "class_labels": "class_labels=[0, 1, 2]"}
-    return f"pipe({next((way for name, way in ways.items() if name in takes), '')})"
+    return f"pipe({next((way for name, way in ways.items() if name in takes), '')}).images"
 
 
 def _card(
@@ -267,7 +269,7 @@ def _card(
         "| noise level | blocks run |\n|---|---|\n" + "\n".join(rows),
         f"Mean depth {schedule.mean_depth():.2f}, ideal saving {saving:.1%}.",
         f'```python\nimport accelkit\n\npipe = accelkit.from_pretrained("{place}")\n'
-        f"images = {call}.images\n```",
+        f"images = {call}\n```",
     ]
     for title in ("metrics", "training"):
         if config[title]:

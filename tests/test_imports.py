@@ -25,7 +25,7 @@ TIERS = [
     {"fused"},
     {"switch"},
     {"taps", "cost", "adapter", "graphs"},
-    {"artifact", "loading"},
+    {"artifact", "loading", "autoencoders"},
     {"data", "train", "sample"},
     {"metrics", "bench"},
     {"jobs", "progress"},

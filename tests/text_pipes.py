@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 WORDS = ["<pad>", "<unk>", "</s>", "<s>", *"abcdefghijklmnopqrstuvwxyz "]
 WIDTH = 16
 FLOW = {"shift": 3.0}
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def tokenizer(length=120, words=WORDS):
@@ -60,7 +61,7 @@ def clip(projected=True):
     return filled(getattr(transformers, named)(config), 0.5)
 
 
-def vae(channels=4, levels=2):
+def vae(channels=4, levels=2, shift=0.1):
     return diffusers.AutoencoderKL(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -68,7 +69,7 @@ def vae(channels=4, levels=2):
         norm_num_groups=4,
         latent_channels=channels,
         scaling_factor=0.5,
-        shift_factor=0.1,
+        shift_factor=shift,
     ).eval()
 
 
@@ -229,6 +230,111 @@ def sana():
     )
 
 
+def unet(**options):
+    """One block on the way down, the middle one, two on the way up."""
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return filled(diffusers.UNet2DConditionModel(**{**settings, **options}))
+
+
+def sd():
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(shift=None),
+        text_encoder=clip(projected=False),
+        tokenizer=tokenizer(77),
+        unet=unet(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SCALED),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl():
+    pooled, numbers = WIDTH // 2, 8
+    network = unet(
+        cross_attention_dim=WIDTH + WIDTH // 2,  # of both encoders
+        addition_embed_type="text_time",
+        addition_time_embed_dim=numbers,
+        projection_class_embeddings_input_dim=pooled + 6 * numbers,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(levels=4, shift=None),
+        text_encoder=clip(projected=False),
+        text_encoder_2=clip(),
+        tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77),
+        unet=network,
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1, **SCALED),
+        add_watermarker=False,
+    )
+
+
+def wan():
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=16,
+    )
+    umt5 = transformers.UMT5Config(
+        vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    video = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.5, 0.5, 1.0],
+    )
+    return diffusers.WanPipeline(
+        tokenizer(),
+        filled(transformers.UMT5EncoderModel(umt5), 0.5),
+        video.eval(),
+        diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        filled(transformer),
+    )
+
+
+def auraflow():
+    """Of a network that accelkit knows by a trial call alone."""
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer(),
+        t5(),
+        vae(),
+        filled(transformer),
+        diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+    )
+
+
 def make(family, **options):
     """Return a family's pipeline, always the same."""
     with torch.random.fork_rng():
@@ -238,4 +344,4 @@ def make(family, **options):
     return pipe
 
 
-FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana")
+FAMILIES = ("pixart", "sd3", "flux", "hunyuan", "sana", "sd", "sdxl", "wan")

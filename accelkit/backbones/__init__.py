@@ -4,6 +4,7 @@ A family is added by subclassing :class:`Backbone` and registering it; nothing e
 a model is.
 """
 
+from accelkit.backbones import prompted as _prompted  # noqa: F401 - it registers what it knows
 from accelkit.backbones.base import Backbone, backbone_of, called_by, denoiser_of, register_backbone
 from accelkit.backbones.dit import DiT
 from accelkit.backbones.flux import Flux

@@ -49,6 +49,8 @@ class Conditioning:
         vae = getattr(pipe, "vae", None)
         if vae is None:
             return self.shape[-1]
+        if "scale_factor_spatial" in vae.config:  # of a video's
+            return self.shape[-1] * vae.config["scale_factor_spatial"]
         levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
         return self.shape[-1] * 2 ** (len(levels) - 1)
 
@@ -70,6 +72,9 @@ class Conditioning:
                 f"it: what {needed[0]} is to hold is not known; register it with "
                 "accelkit.backbones.conditioning.register_conditioning"
             )
+
+    def suits(self, pipe: Any) -> None:
+        """Raise AccelkitError for a pipeline that calls its network in another way than here."""
 
     def encode(self, pipe: Any, items: Sequence[Item]) -> Rows:
         """Return the rows of ``items``, on the CPU.
@@ -150,137 +155,6 @@ class Captions(Conditioning):
         return [(name, v) for name, v in zip(self.returns, made, strict=False) if name]
 
 
-class _PixArt(Captions):
-    returns = ("encoder_hidden_states", "encoder_attention_mask")
-
-    def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
-        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.model.use_additional_conditions:
-            height, width = (8 * side for side in latents.shape[-2:])
-            made = latents.new_tensor([[height, width]]), latents.new_tensor([[height / width]])
-            size = {k: v.repeat(len(latents), 1) for k, v in zip(size, made, strict=True)}
-        return {**super().arguments(latents, timestep, rows), "added_cond_kwargs": size}
-
-
-class _Sana(Captions):
-    """Captions follow the pipeline's own long instruction to the language model, "" does not."""
-
-    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        takes = inspect.signature(type(pipe).__call__).parameters
-        states, mask, null, null_mask = pipe.encode_prompt(
-            prompts, complex_human_instruction=takes["complex_human_instruction"].default
-        )
-        empty = torch.tensor([not prompt for prompt in prompts], device=states.device)
-        return [
-            ("encoder_hidden_states", torch.where(empty[:, None, None], null, states)),
-            ("encoder_attention_mask", torch.where(empty[:, None], null_mask, mask)),
-        ]
-
-
-class _UNet(Captions):
-    """Stable Diffusion 1 and 2; the pooled text and image sizes of SDXL are not known here."""
-
-    def check(self) -> None:
-        if self.model.config.addition_embed_type is not None:
-            raise AccelkitError(
-                f"this {type(self.model).__name__} takes conditions of the kind "
-                f"{self.model.config.addition_embed_type!r} beside text, which accelkit does not "
-                "train or sample by itself"
-            )
-
-    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        made = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
-        return list(zip(self.returns, made, strict=False))
-
-
-class _SD3(Captions):
-    returns = ("encoder_hidden_states", "", "pooled_projections")
-
-    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        made = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
-        return [(name, v) for name, v in zip(self.returns, made, strict=False) if name]
-
-
-class _Flux(Captions):
-    """Latents are packed into patches of 2x2; a distilled guidance scale is the pipeline's own."""
-
-    returns = ("encoder_hidden_states", "pooled_projections")
-    guidance = 3.5
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of latents of 1024 pixels a side, the model's only hint being the channels."""
-        return self.model.config.in_channels // 4, 128, 128
-
-    @property
-    def learns_variance(self) -> bool:
-        """It does not."""
-        return False
-
-    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        return list(zip(self.returns, pipe.encode_prompt(prompts, None), strict=False))
-
-    def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
-        batch, channels, height, width = latents.shape
-        patches = latents.unflatten(3, (width // 2, 2)).unflatten(2, (height // 2, 2))
-        packed = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
-        ids = latents.new_zeros(height // 2, width // 2, 3)
-        ids[..., 1] += torch.arange(height // 2).to(ids)[:, None]
-        ids[..., 2] += torch.arange(width // 2).to(ids)
-        call = super().arguments(packed, timestep, rows)
-        call |= {"img_ids": ids.flatten(0, 1)}
-        call |= {"txt_ids": ids.new_zeros(rows["encoder_hidden_states"].shape[1], 3)}
-        if self.model.config.guidance_embeds:
-            call |= {"guidance": latents.new_full((batch,), self.guidance)}
-        return call
-
-    def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
-        _, channels, height, width = latents.shape
-        patches = output.view(len(output), height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
-
-
-class _HunyuanDiT(Captions):
-    """Two text encoders; image size, style and rotary positions as its pipeline gives them."""
-
-    def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        named = []
-        for index, (suffix, length) in enumerate((("", 77), ("_t5", 256))):
-            states, _, mask, _ = pipe.encode_prompt(
-                prompts,
-                dtype=self.model.dtype,
-                do_classifier_free_guidance=False,
-                max_sequence_length=length,
-                text_encoder_index=index,
-            )
-            named += [(f"encoder_hidden_states{suffix}", states)]
-            named += [(f"text_embedding_mask{suffix}", mask)]
-        return named
-
-    def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed
-        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (
-            get_resize_crop_region_for_grid,
-        )
-
-        patch = self.model.config.patch_size
-        grid = tuple(side // patch for side in latents.shape[-2:])
-        size = [8 * side for side in latents.shape[-2:]]
-        return {
-            # whose dtype the network takes for its own
-            **super().arguments(latents, timestep.to(latents.dtype), rows),
-            "image_meta_size": latents.new_tensor([[*size, *size, 0, 0]]).repeat(len(latents), 1),
-            "style": torch.zeros(len(latents), dtype=torch.long, device=latents.device),
-            "image_rotary_emb": get_2d_rotary_pos_embed(
-                self.model.inner_dim // self.model.num_heads,
-                get_resize_crop_region_for_grid(grid, 64 // patch),
-                grid,
-                device=latents.device,
-                output_type="pt",
-            ),
-        }
-
-
 _known: dict[str, type[Conditioning]] = {}
 
 
@@ -299,11 +173,3 @@ def conditioning_of(backbone: Backbone) -> Conditioning:
     conditioning = next((kind for kind in kinds if kind), Conditioning)(backbone)
     conditioning.check()
     return conditioning
-
-
-register_conditioning("PixArtTransformer2DModel", _PixArt)
-register_conditioning("SD3Transformer2DModel", _SD3)
-register_conditioning("FluxTransformer2DModel", _Flux)
-register_conditioning("SanaTransformer2DModel", _Sana)
-register_conditioning("HunyuanDiT2DModel", _HunyuanDiT)
-register_conditioning("UNet2DConditionModel", _UNet)

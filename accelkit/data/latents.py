@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelkit.autoencoders import AT_USE, posterior, scaling
 from accelkit.data import shards
 from accelkit.data.shards import INDEX, Rows, Shards, default_cache
 from accelkit.data.sources import ImageSource, iter_images
@@ -18,8 +19,6 @@ from accelkit.data.sources import ImageSource, iter_images
 __all__ = ["INDEX", "Latents", "default_cache", "encode_latents"]
 
 FORMAT = 1
-AT_USE = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
-"""Settings of an autoencoder that apply to its latents when they are used, not when made."""
 
 
 class Latents:
@@ -41,9 +40,7 @@ class Latents:
         self._shards = Shards(path)
         self.classes: tuple[str, ...] = tuple(self._shards.index["classes"])
         self.skipped: int = self._shards.index["skipped"]
-        config = {} if vae is None else vae.config
-        self._scale = config.get("scaling_factor", 1.0)
-        self._shift = config.get("shift_factor") or 0.0
+        self._shift, self._scale = scaling(vae)
         self._pixels = vae is None
 
     @cached_property
@@ -160,16 +157,12 @@ def _encode(
         for indices, images in iter_images(source, size, batch):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
             pixels = pixels.flip(-1) if mirrored else pixels
-            rows = {"pixels": pixels} if vae is None else _posterior(vae, pixels.to(device))
+            rows = (
+                {"pixels": pixels}
+                if vae is None
+                else posterior(vae, pixels.to(device).float() / 127.5 - 1)
+            )
             rows["index"] = torch.from_numpy(indices)
             if source.labels is not None:
                 rows["label"] = torch.from_numpy(source.labels[indices])
             yield rows
-
-
-def _posterior(vae: Any, pixels: Tensor) -> Rows:
-    encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype))
-    if not hasattr(encoded, "latent_dist"):  # AutoencoderDC
-        return {"mean": encoded.latent.float().cpu()}
-    posterior = encoded.latent_dist
-    return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}

@@ -58,6 +58,8 @@ def finetune(
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
+    if config.lora_rank:
+        lora.check_reach(backbone, parsed)
     tuned = artifact.config_of(source.model, source.revision)
     origin = replace(source, **artifact.base_of(tuned)) if tuned else source
     if config.lora_rank and tuned:

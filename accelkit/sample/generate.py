@@ -16,6 +16,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from accelkit.autoencoders import decoded
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
@@ -53,11 +54,13 @@ class Sampling:
         """Return it with the sampler named.
 
         Raises:
-            AccelkitError: the sampler does not follow the pipeline's process, or there are fewer
-                channels than are to be guided.
+            AccelkitError: the sampler does not follow the pipeline's process, the pipeline calls
+                its network as accelkit does not, or there are fewer channels than are to be guided.
         """
         make_sampler(self.sampler, pipe.scheduler, self.steps)
-        channels = conditioning_of(backbone_of(denoiser_of(pipe))).shape[0]
+        calls = conditioning_of(backbone_of(denoiser_of(pipe)))
+        calls.suits(pipe)
+        channels = calls.shape[0]
         if (self.guidance_channels or 0) > channels:
             raise AccelkitError(
                 f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
@@ -147,17 +150,9 @@ def generate(
     Arguments and errors as :func:`generate_latents`; rounding to bytes as diffusers does.
     """
     latents = generate_latents(pipe, items, seeds, how or Sampling())
-    pixels = _decoded(getattr(pipe, "vae", None), latents)
+    pixels = decoded(getattr(pipe, "vae", None), latents)
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
-
-
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Undo what training did to an autoencoder's latents; a pixel model's are the pixels."""
-    if vae is None:
-        return latents
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(1 / vae.config.scaling_factor * latents + shift).sample
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:

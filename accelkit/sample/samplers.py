@@ -109,6 +109,8 @@ def _options(name: str, scheduler: Any, learned_variance: bool) -> dict[str, Any
     options: dict[str, Any] = {"variance_type": None, "use_dynamic_shifting": False}
     if name == "ddpm":
         options["variance_type"] = "learned_range" if learned_variance else "fixed_small"
+    if "flow_shift" in scheduler.config:  # as solvers call it that can do flow matching too
+        options["shift"] = scheduler.config["flow_shift"]
     if name.startswith("dpm"):
         options |= {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
     # a default that clips is nothing that latents bear

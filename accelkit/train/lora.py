@@ -16,6 +16,7 @@ from torch import nn
 from accelkit.adapter import Adapter, targets_of
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
+from accelkit.schedule import Schedule
 
 NAME = "accelkit"
 
@@ -30,6 +31,19 @@ def check(rank: int) -> None:
                 f"training adapters of rank {rank} needs PEFT: pip install 'accelkit[lora]', or "
                 "train all weights with --lora-rank 0"
             ) from error
+
+
+def check_reach(backbone: Backbone, schedule: Schedule) -> None:
+    """Raise AccelkitError if the shallowest calls of a schedule run no layer with an adapter."""
+    model, depth = backbone.model, min(schedule.depths)
+    dropped = {id(block) for block in backbone.blocks[depth:]}
+    outside = tuple(f"{name}." for name, m in model.named_modules() if id(m) in dropped)
+    if all(name.startswith(outside) for name in targets_of(backbone)):
+        raise AccelkitError(
+            f"at depth {depth} this {type(model).__name__} runs no linear layer that an adapter "
+            "could be trained for; give a schedule that is deeper there, or train all weights with "
+            "--lora-rank 0"
+        )
 
 
 @dataclass

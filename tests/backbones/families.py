@@ -15,6 +15,7 @@ import torch
 from plain import enable
 
 from accelkit.backbones import backbone_of
+from accelkit.errors import AccelkitError
 from accelkit.switch import disable, enabled_on
 
 SCHEDULE = "4@0.3,3@0.6,1@1"
@@ -186,6 +187,18 @@ class Family:
             frozen = {n for n, p in every.items() if not p.requires_grad}
         assert frozen == {n for n in every if self.timestep_weights in n} != set()
         assert all(p.requires_grad for p in every.values())
+
+    def test_tokens_are_merged_where_their_order_does_not_matter(self, model):
+        backbone = backbone_of(model)
+        if any(backbone.attentions()):
+            with self.on(model, "tome:0.3:F2") as state:
+                assert state.schedule.merges
+            return
+        words = f"tokens cannot be merged in a {backbone.family}: .*leave tome:0.3 out"
+        with pytest.raises(AccelkitError, match=words) as caught:
+            self.on(model, "tome:0.3")
+        assert "\n" not in str(caught.value)
+        assert enabled_on(model) is None
 
     def test_moments_are_where_they_are_meant_to_be(self):
         assert [self.depth_of(t) for t in self.moments] == [4, 3, 1]

@@ -5,10 +5,10 @@ import inspect
 import pytest
 import text_pipes
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
 from diffusers.models.modeling_utils import ModelMixin
 
-from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import (
     Captions,
     Conditioning,
@@ -17,6 +17,7 @@ from accelkit.backbones.conditioning import (
     register_conditioning,
 )
 from accelkit.errors import AccelkitError
+from accelkit.sample.generate import Sampling
 
 PROMPT = "a red bird"
 OPTIONS = {
@@ -31,6 +32,9 @@ OPTIONS = {
         "target_size": (64, 64),
     },
     "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
+    "sd": {"height": 16, "width": 16},
+    "sdxl": {"height": 64, "width": 64},
+    "wan": {"height": 64, "width": 64, "num_frames": 1},
 }
 
 
@@ -47,12 +51,15 @@ class Stack(Backbone):
 def recorded(pipe, family, latents):
     """What the pipeline gave its network at its only step, and what it got."""
     seen = []
-    handle = pipe.transformer.register_forward_hook(
+    model = denoiser_of(pipe)
+    handle = model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])),
         with_kwargs=True,
     )
     if family == "flux":
         latents = pipe._pack_latents(latents, 1, 4, 8, 8)
+    if family == "wan":
+        latents = latents.unsqueeze(2)
     guidance = {} if family == "flux" else {"guidance_scale": 2.0}
     pipe(
         PROMPT,
@@ -63,17 +70,30 @@ def recorded(pipe, family, latents):
         **OPTIONS[family],
     )
     handle.remove()
+    if family == "wan":  # with and without the prompt, one after the other
+        seen = [_joined(seen)]
     args, kwargs, output = seen[0]
-    names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs, output
 
 
+def _joined(seen):
+    """Calls with the prompt and without it, as one of both, the latter first as others have it."""
+    (_, given, output), (_, without, other) = seen
+    both = {
+        name: torch.cat([without[name], value]) if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+    }
+    return (), both, torch.cat([other, output])
+
+
 def conditioning(pipe):
-    kind = _known[type(pipe.transformer).__name__]
+    model = denoiser_of(pipe)
+    kind = _known[type(model).__name__]
     try:
-        return kind(backbone_of(pipe.transformer))
+        return kind(backbone_of(model))
     except AccelkitError:
-        return kind(Stack(pipe.transformer))
+        return kind(Stack(model))
 
 
 def same(ours, theirs, name):
@@ -93,6 +113,8 @@ def same(ours, theirs, name):
 @pytest.mark.parametrize("family", text_pipes.FAMILIES)
 def test_a_call_is_the_pipelines_own(family):
     pipe = text_pipes.make(family)
+    if family == "sdxl":  # whose own scheduler scales the latents
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     calls = conditioning(pipe)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     theirs, output = recorded(pipe, family, latents)
@@ -105,14 +127,23 @@ def test_a_call_is_the_pipelines_own(family):
     ours_alone = {k for k, v in theirs.items() if v is not None} - set(ours)
     assert ours_alone <= {"return_dict", "joint_attention_kwargs", "attention_kwargs"}
     with torch.no_grad():
-        predicted = calls.prediction(pipe.transformer(**ours, return_dict=False)[0], doubled)
+        predicted = calls.prediction(denoiser_of(pipe)(**ours, return_dict=False)[0], doubled)
     if family == "flux":
         output = pipe._unpack_latents(output, 16, 16, pipe.vae_scale_factor)
+    output = output.reshape(predicted.shape)  # without the axis of frames
     torch.testing.assert_close(predicted, output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("family", "learned"), [("pixart", True), ("sd3", False), ("flux", False), ("hunyuan", True)]
+    ("family", "learned"),
+    [
+        ("pixart", True),
+        ("sd3", False),
+        ("flux", False),
+        ("hunyuan", True),
+        ("sd", False),
+        ("wan", False),
+    ],
 )
 def test_a_learned_variance_is_seen(family, learned):
     assert conditioning(text_pipes.make(family)).learns_variance is learned
@@ -186,21 +217,68 @@ def test_registering_one(monkeypatch):
     assert isinstance(conditioning_of(Stack(Strange())), Listener)
 
 
-def test_conditions_beside_text_are_refused():
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"addition_embed_type": "text", "encoder_hid_dim": 8},
+            "conditions of the kind 'text' beside text",
+        ),
+        ({"in_channels": 9}, "takes 9 channels and returns 4, so that an image or a mask"),
+    ],
+    ids=["IF", "inpainting"],
+)
+def test_conditions_beside_text_are_refused(options, words):
     network = UNet2DConditionModel(
         block_out_channels=(8,),
         norm_num_groups=4,
         layers_per_block=1,
-        down_block_types=("DownBlock2D",),
+        down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("UpBlock2D",),
         cross_attention_dim=8,
         attention_head_dim=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16,
+        **options,
     )
-    with pytest.raises(AccelkitError, match="'text_time'"):
-        conditioning_of(Stack(network))
+    with pytest.raises(AccelkitError, match=words) as caught:
+        conditioning_of(backbone_of(network))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refiner_is_refused():
+    pipe = text_pipes.make("sdxl")
+    assert Sampling().check(pipe).sampler == "ddim"
+    pipe.register_to_config(requires_aesthetics_score=True)
+    with pytest.raises(AccelkitError, match="gives its network an aesthetic score"):
+        Sampling().check(pipe)
+
+
+def test_an_empty_prompt_of_a_pipeline_that_embeds_it():
+    pipe = text_pipes.make("sdxl")
+    assert not any(v.any() for v in conditioning(pipe).encode(pipe, [None]).values())
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    states, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
+    rows = conditioning(pipe).encode(pipe, [None])
+    assert torch.equal(rows["encoder_hidden_states"], states)
+    assert torch.equal(rows["text_embeds"], pooled)
+
+
+def test_an_image_beside_a_video_is_refused():
+    config = text_pipes.make("wan").transformer.config
+    network = WanTransformer3DModel.from_config({**config, "in_channels": 12})
+    with pytest.raises(AccelkitError, match="takes 12 channels and returns 4"):
+        conditioning_of(backbone_of(network))
+
+
+def test_pipelines_that_call_wan_in_another_way_are_refused():
+    pipe = text_pipes.make("wan")
+    assert Sampling().check(pipe).sampler == "flow"
+    assert conditioning_of(backbone_of(pipe.transformer)).pixels(pipe) == 512
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(AccelkitError, match="WanPipeline gives its network a timestep for every"):
+        Sampling().check(pipe)
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(AccelkitError, match="WanPipeline has two networks, one for high noise"):
+        Sampling().check(pipe)
 
 
 def test_classes_without_a_null_class(pipe, monkeypatch):

@@ -241,9 +241,10 @@ def test_gradients_with_and_without_checkpointing(name):
         same_gradients(gradients(model, call), total)
 
 
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "AuraFlowTransformer2DModel"])
 @torch.no_grad()
-def test_compiled_there_is_one_graph_for_each_depth():
-    case = NETWORKS["CogVideoXTransformer3DModel"]
+def test_compiled_there_is_one_graph_for_each_depth(name):
+    case = NETWORKS[name]
     model = randomized(lambda: case.kind(**case.config))
     torch._dynamo.reset()
     graphs = []
@@ -281,6 +282,12 @@ def test_it_agrees_with_the_family_of_a_known_network(dit, monkeypatch):
     with enable(dit, schedule):
         close(dit(x, t, labels).sample, expected)
         close(dit(x, t, class_labels=labels).sample, expected)
+
+
+def test_tokens_are_not_merged():
+    case = NETWORKS["AuraFlowTransformer2DModel"]
+    with pytest.raises(AccelkitError, match="tokens cannot be merged in a AuraFlowTransformer2DM"):
+        on(case.kind(**case.config), "tome:0.3")
 
 
 def test_what_is_registered_comes_first(monkeypatch):

@@ -208,20 +208,31 @@ def test_gradients_with_and_without_checkpointing(model, kind):
         same_gradients(gradients(model, call), total)
 
 
+@pytest.mark.parametrize(
+    ("kind", "down", "up"),
+    [
+        ("plain", "AttnDownBlock2D", "UpBlock2D"),
+        ("conditional", "CrossAttnDownBlock2D", "UpBlock2D"),
+    ],
+)
 @torch.no_grad()
-def test_compiled_there_is_one_graph_for_each_depth():
+def test_compiled_there_is_one_graph_for_each_depth(kind, down, up):
+    """Of one resolution, as tracing convolutions takes long: an attention and the middle block."""
     torch._dynamo.reset()
-    graphs, sizes = [], {"block_out_channels": (8,), "down_block_types": ("AttnDownBlock2D",)}
+    graphs, sizes = [], {"block_out_channels": (8,), "down_block_types": (down,)}
+    if kind == "conditional":
+        sizes["transformer_layers_per_block"] = 1
+    model = randomized(lambda: KINDS[kind][0](**sizes, up_block_types=(up,)))
 
     def counting(module, _):
         graphs.append(module)
         return module.forward
 
-    model = randomized(lambda: plain(**sizes, up_block_types=("UpBlock2D",)))
-    calls = [inputs("plain", t) for t in ((100, 100), (900, 900))]
+    calls = [inputs(kind, t) for t in ((100, 100), (900, 900))]
     expected = [model(**calls[0]).sample]
-    with enable(model, "uniform:1"):
-        expected.append(model(**calls[1]).sample)
+    model.mid_block, middle = None, model.mid_block  # the second of two
+    expected.append(model(**calls[1]).sample)
+    model.mid_block = middle
     compiled = torch.compile(model, backend=counting, fullgraph=True)
     with enable(compiled, "2@0.3,1@1"):
         for call, output in zip(calls, expected, strict=True):
@@ -309,9 +320,9 @@ def test_what_cannot_be_done_is_said():
     )
     with pytest.raises(AccelkitError, match="this UNet2DModel has no attention and no middle"):
         enable(bare, "full")
-    model = plain()
-    with pytest.raises(AccelkitError, match="tokens cannot be merged in a unet"):
-        enable(model, "tome:0.3")
+    for model in (conditional(), plain()):
+        with pytest.raises(AccelkitError, match="tokens cannot be merged in a unet"):
+            enable(model, "tome:0.3")
     with (
         enable(model, SCHEDULE) as state,
         pytest.raises(AccelkitError, match="a unet cannot be supervised on the way"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.backbones import conditioning
+from accelkit.backbones import denoiser_of, prompted
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.switch import enabled_on
@@ -79,12 +79,18 @@ def command(model, data, run, *more):
         ("flux", ["--sampler", "flow", "--lora-rank", "2"]),
         ("sana", ["--sampler", "flow", "--lora-rank", "2"]),
         ("hunyuan", ["--lora-rank", "2"]),
+        ("sd", []),
+        ("sd", ["--lora-rank", "2"]),
+        ("sdxl", []),
+        ("wan", []),
+        ("wan", ["--sampler", "flow", "--lora-rank", "2"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "lora" * ("--lora-rank" in value),
 )
 def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, family, options):
-    # FLUX does not tell its size, which is taken for 1024 pixels
-    monkeypatch.setattr(conditioning._Flux, "shape", (4, 8, 8))
+    # they do not tell their size, which is taken for 1024 and 512 pixels
+    monkeypatch.setattr(prompted._Flux, "shape", (4, 8, 8))
+    monkeypatch.setattr(prompted._Wan, "shape", (4, 4, 4))
     model, run = models(family), tmp_path / "run"
     schedule = "3@0.5,1@1" if family == "hunyuan" else "4@0.5,2@1"  # of its decoder's blocks
     done = cli(*command(model, data, run, "--schedule", schedule, *options, "--json"))
@@ -94,7 +100,7 @@ def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, famil
 
     pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
     assert str(enabled_on(pipe).schedule) == schedule
-    own, other = pipe.transformer.state_dict(), before.transformer.state_dict()
+    own, other = denoiser_of(pipe).state_dict(), denoiser_of(before).state_dict()
     changed = {name for name in own if not torch.equal(own[name], other[name])}
     config = json.loads((run / "accelkit.json").read_text())
     held = load_file(run / "accelkit.safetensors")
@@ -109,8 +115,10 @@ def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, famil
         assert "lora" not in config
         assert held.keys() == own.keys()
         assert any("attn" in name for name in changed)
-        assert not any("timestep_embedder" in name for name in changed)
-    assert 'pipe("a red bird")' in (run / "README.md").read_text()
+        time = ("timestep_embedder", "time_embedder", "time_embedding")
+        assert not any(part in name for name in changed for part in time)
+    call = 'pipe("a red bird", num_frames=1).frames' if family == "wan" else 'pipe("a red bird").im'
+    assert call in (run / "README.md").read_text()
     assert "text-to-image" in (run / "README.md").read_text()
 
 
@@ -131,6 +139,25 @@ def test_captions_are_missing(models, data, tmp_path):
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_schedule_that_drops_every_adapter_is_refused(data, tmp_path):
+    model = pixel_unet(tmp_path / "model")
+    options = ("--schedule", "4@0.5,0@1", "--lora-rank", "2")
+    with pytest.raises(AccelkitError, match="at depth 0 this UNet2DModel runs no linear layer"):
+        cli(*command(model, data, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_whose_call_is_not_known_is_refused(data, tmp_path):
+    """Its blocks are found by a trial call; what a caption is to become is not."""
+    text_pipes.make("auraflow").save_pretrained(tmp_path / "model")
+    for options in ([], ["--lora-rank", "2"]):
+        words = "cannot call a AuraFlowTransformer2DModel by itself, to train or sample it: what "
+        with pytest.raises(AccelkitError, match=words) as caught:
+            cli(*command(tmp_path / "model", data, tmp_path / "run", *options))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,27 +187,8 @@ def test_sampling_by_class_is_refused(models, tmp_path):
         cli("sample", "--model", models("pixart"), "-o", tmp_path / "samples")
 
 
-def test_a_model_without_classes_or_autoencoder(data, tmp_path, monkeypatch):
-    """Pixels in, pixels out; a U-Net of diffusers stands for all of them."""
-    from accelkit.backbones import Backbone, register_backbone
-    from accelkit.backbones import base as families
-
-    class Middle(Backbone):
-        family = "middle"
-        batched = ("sample",)
-
-        @property
-        def blocks(self):
-            return self.model.mid_block.resnets
-
-        def skipped(self, index, call, depth):
-            return call["input_tensor"]
-
-        states, hidden, sequential = ("input_tensor",), "input_tensor", False
-        block_batched = ("temb",)
-
-    monkeypatch.setattr(families, "_families", dict(families._families))
-    register_backbone("UNet2DModel", Middle)
+def pixel_unet(path):
+    """A UNet of pixels: attention on either side of the middle block, four counted blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = UNet2DModel(
@@ -189,16 +197,29 @@ def test_a_model_without_classes_or_autoencoder(data, tmp_path, monkeypatch):
             layers_per_block=1,
             norm_num_groups=4,
             attention_head_dim=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
-    model = tmp_path / "model"
-    DDIMPipeline(network, DDIMScheduler()).save_pretrained(model)
-    run = tmp_path / "run"
-    arguments = command(model, data, run)
-    arguments[arguments.index("4@0.5,2@1")] = "2@0.5,1@1"
-    cli(*arguments)
-    assert str(enabled_on(accelkit.from_pretrained(run)).schedule) == "2@0.5,1@1"
+    DDIMPipeline(network, DDIMScheduler()).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["whole", "lora"])
+def test_a_model_without_classes_or_autoencoder(data, tmp_path, options):
+    """Pixels in, pixels out."""
+    model, run = pixel_unet(tmp_path / "model"), tmp_path / "run"
+    cli(*command(model, data, run, *options))
+    pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
+    assert str(enabled_on(pipe).schedule) == "4@0.5,2@1"
+    own, other = pipe.unet.state_dict(), before.unet.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    if options:
+        attentions = ("down_blocks.1.attentions", "mid_block.attentions", "up_blocks.0.attentions")
+        assert changed
+        assert all(n.startswith(attentions) and ".to_" in n for n in changed)
+    else:
+        assert "conv_in.weight" in changed
+        assert not any("time_embedding" in name for name in changed)
     out = tmp_path / "samples"
     cli("sample", "--model", run, "-o", out, "-n", "2", "--steps", "2")
     assert {p.name for p in out.glob("0*")} == {"000000.png", "000001.png"}

@@ -227,3 +227,14 @@ def test_what_draws_noise_takes_a_generator(name):
 
     assert torch.equal(run(0), run(1)) == (name not in STOCHASTIC)
     assert torch.equal(run(0), run(0))
+
+
+def test_a_solvers_shift_of_flow_matching_is_kept():
+    """Under another name."""
+    solver = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0
+    )
+    sampler = make_sampler("auto", solver, 4)
+    own = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    own.set_timesteps(4)
+    assert torch.equal(sampler.timesteps, own.timesteps)
