@@ -124,7 +124,7 @@ def test_the_schedule_asked_for_runs_instead_of_the_tuned_one(model, tuned, tmp_
     own = sample(tuned, tmp_path / "own")
     index = json.loads((tmp_path / "own" / "samples.json").read_text())
     assert index["schedule"]["intervals"][0] == {"until": 0.3, "depth": 6}
-    full = sample(tuned, tmp_path / "full", "--schedule", "full")
+    full = sample(tuned, tmp_path / "full", "--schedule", "full", "--kernels", "off")
     plain = sample(model, tmp_path / "plain")  # the same weights here
     same = sample(model, tmp_path / "same", "--schedule", SCHEDULE)
     assert all(np.array_equal(full[n], plain[n]) for n in plain)
