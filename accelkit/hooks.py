@@ -4,7 +4,8 @@ Hooks of four kinds, all diffusers' own, per instance and removable: one on the 
 and sorts a mixed batch deepest first; one on every block that may be skipped passes its states on
 or runs the rows still active; one on the exit joins the rows that left with the rest; one on every
 attention that may merge tokens does so. Blocks that every noise level runs as they are carry no
-hook, so a full schedule costs nothing.
+hook, so a full schedule costs nothing on a model's own modules. The hook on the model is also where
+a fused forward takes the place of its own (:mod:`accelkit.fused`).
 """
 
 from __future__ import annotations

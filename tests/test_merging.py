@@ -38,7 +38,7 @@ def naive_joins(tokens, height, width, ratio):
         ]
         nearest = max(range(len(first)), key=lambda i: (cosines[i], -i))
         found.append((-cosines[nearest], n, first[nearest]))
-    merged = sorted(found)[: int(ratio * height * width)]
+    merged = sorted(found)[: int(ratio * (height * width))]
     return {n: destination for _, n, destination in merged}
 
 

@@ -106,7 +106,7 @@ class FusedDiT(FusedForward):
         model = self.model
         ends: dict[str, tuple[Any, type | None]] = {
             "its last norm": (model.norm_out, nn.LayerNorm),
-            "its last norm's weight": (model.norm_out.weight, None),
+            "its last norm's weight": (getattr(model.norm_out, "weight", None), None),
             "its last modulation": (model.proj_out_1, nn.Linear),
             "its last layer": (model.proj_out_2, nn.Linear),
         }

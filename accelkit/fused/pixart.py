@@ -100,7 +100,7 @@ class FusedPixArt(FusedForward):
         """Return what is odd in the final norm or the projection."""
         ends: dict[str, tuple[Any, type | None]] = {
             "its last norm": (self.model.norm_out, nn.LayerNorm),
-            "its last norm's weight": (self.model.norm_out.weight, None),
+            "its last norm's weight": (getattr(self.model.norm_out, "weight", None), None),
             "its last layer": (self.model.proj_out, nn.Linear),
         }
         return mismatch(ends)
