@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,8 @@ class Router:
         self.scheduler = scheduler
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self._axis: tuple[Any, NoiseAxis] | None = None
-        self._visited: tuple[Tensor, list[float]] | None = None
-        self._shared: float | None = None  # timestep of all samples of the call, where it is known
+        self._visited: tuple[Tensor, int, list[float]] | None = None
+        self._call = threading.local()  # .timestep of all of its samples, where that is known
 
     @property
     def axis(self) -> NoiseAxis:
@@ -110,13 +111,13 @@ class Router:
             grid: height and width of the map of tokens, for a schedule that merges some.
         """
         spent = [self.schedule.computes[0]]  # needs no look at the timestep if there is no other
-        self._shared = None
+        self._call.timestep = None
         if len(self.schedule.computes) > 1:
             values = self._values(timestep)
-            self._shared = values[0] if len(values) == 1 else None
+            self._call.timestep = values[0] if len(values) == 1 else None
             spent = [self.schedule.at(self.axis.level(t)) for t in values]
         elif isinstance(timestep, Tensor) and timestep.is_cpu and not any(timestep.stride()):
-            self._shared = self._values(timestep)[0]
+            self._call.timestep = self._values(timestep)[0]
         grad = torch.is_grad_enabled()
         kinds = set(spent)
         if len(kinds) == 1:
@@ -144,11 +145,11 @@ class Router:
         schedule of one depth does not wait for a GPU to tell.
         """
         steps = self._steps()
-        if steps is None or self._shared not in steps[1]:
+        if steps is None or self._call.timestep not in steps[1]:
             return None
         if getattr(self.scheduler(), "num_inference_steps", None) is None:  # it has all there are
             return None
-        return steps[0], steps[1].index(self._shared)
+        return steps[0], steps[1].index(self._call.timestep)
 
     def _merging(self, compute: Compute) -> int | None:
         return None if compute.merge is None else self.schedule.merges.index(compute.merge)
@@ -219,9 +220,10 @@ class Router:
         steps = getattr(self.scheduler(), "timesteps", None)
         if not isinstance(steps, Tensor) or steps.ndim != 1 or not len(steps):
             return None
-        if self._visited is None or self._visited[0] is not steps:
-            self._visited = (steps, steps.tolist())
-        return self._visited
+        version = -1 if steps.is_inference() else steps._version
+        if self._visited is None or self._visited[0] is not steps or self._visited[1] != version:
+            self._visited = (steps, version, steps.tolist())
+        return steps, self._visited[2]
 
 
 _COARSE = (torch.bfloat16, torch.float16)

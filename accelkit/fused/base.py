@@ -105,7 +105,8 @@ class FusedForward(ABC):
         """Return what the model's call returns, by its own ``forward`` where that is to run.
 
         So it is for gradients, in a graph or transform that is being traced, under autocast, where
-        tokens are merged, and if ``forward`` is more than that of the model's class.
+        tokens are merged, where hooks are on all modules there are, and if ``forward`` is more than
+        that of the model's class.
         """
         if plan.grad or plan.merge is not None or _traced() or not self._own(forward):
             return forward(*args, **kwargs)
@@ -125,7 +126,7 @@ class FusedForward(ABC):
         sample = call.get(self._names[0])
         if not known or not isinstance(sample, Tensor):
             return None  # for the model to refuse
-        if torch.is_autocast_enabled(sample.device.type):
+        if sample.is_meta or torch.is_autocast_enabled(sample.device.type):
             return None
         watch = self._watch
         if watch is None or not watch.same() or not all(j.holds() for j in self._joined):
@@ -219,7 +220,9 @@ class FusedForward(ABC):
 
 
 def _traced() -> bool:
-    """Whether a call is being turned into something else, which cannot look at numbers."""
+    """Whether a call is being turned into something else, or modules are to run as modules."""
+    if nn.modules.module._has_any_global_hook():
+        return True
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return torch._C._are_functorch_transforms_active()  # vmap, jvp and their like

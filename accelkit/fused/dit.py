@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
@@ -23,7 +24,7 @@ from accelkit.fused import ops, parts
 from accelkit.fused.base import Block, FusedForward, Pass
 from accelkit.fused.modulation import Distinct, Modulations
 from accelkit.fused.table import StepTable
-from accelkit.fused.watch import mismatch, unusual
+from accelkit.fused.watch import mismatch, unfit, unusual
 from accelkit.routing import Plan
 
 _VECTORS = 6  # of a block: shift, scale and gate of its attention, then of its MLP
@@ -62,6 +63,7 @@ class FusedDiT(FusedForward):
         self._equal: tuple[list[int], bool] | None = None
         self._weights: list[Tensor] = []  # of all that makes vectors
         self.steps = StepTable()
+        self.indivisible = False  # whether something on the patches' embedder may look at a batch
 
     def outside(self) -> list[nn.Module]:
         """Return the final norm, its modulation and the projection."""
@@ -86,7 +88,7 @@ class FusedDiT(FusedForward):
             return "its norms have weights of their own"
         if block.norm1.linear.bias is None:
             return "its modulation has no bias"
-        return None
+        return _odd(block.norm1.emb)
 
     def joins(self, block: Any) -> list[Tensor]:
         """Return the weights of queries, keys and values, and of the modulation."""
@@ -115,7 +117,8 @@ class FusedDiT(FusedForward):
         if model.proj_out_1.bias is None:
             return "its last modulation has no bias"
         first: Any = self.backbone.blocks[0]
-        return unusual([first.norm1.emb])  # which conditions the final norm
+        embedder = first.norm1.emb  # which conditions the final norm
+        return unusual([embedder]) or unfit([embedder], model.proj_out_1.weight) or _odd(embedder)
 
     def built(self) -> None:
         """Join the layers that make the modulations of all fused blocks, and of the final norm."""
@@ -128,7 +131,9 @@ class FusedDiT(FusedForward):
         self.weight = self.joined([layer.weight for layer in self._layers])  # ((2 + 6 L) D, D)
         self.bias = self.joined([layer.bias for layer in self._layers])
         self._embedders = [block.norm1.emb for block in blocks]
-        self._embedding = [p for e in self._embedders for p in e.parameters()]
+        asked = [self._embedders[number] for number in {0, *self.fused}]
+        self._embedding = [p for embedder in asked for p in embedder.parameters()]
+        self.indivisible = unusual([self.model.pos_embed]) is not None
         self._weights = [p for layer in self._layers for p in layer.parameters()] + self._embedding
         self._equal = None
         self.steps = StepTable()
@@ -143,6 +148,8 @@ class FusedDiT(FusedForward):
             return None
         if timestep.ndim != 1 or labels.ndim != 1 or call.get("cross_attention_kwargs") is not None:
             return None
+        if labels.is_floating_point():
+            return None  # for the model to refuse
         if self.model.training or sample.shape[-1] != sample.shape[-2]:
             return None  # labels are dropped at random; diffusers takes a map for a square one
         if not {len(timestep), len(labels)} <= {1, len(sample)}:
@@ -171,9 +178,12 @@ class FusedDiT(FusedForward):
 
     def _tabulated(self, timestep: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return all vectors of the step under way from a table of its run, if there is one."""
-        if (step := self.step()) is None:
+        step = self.step()
+        if step is None or timestep.dtype in (torch.bfloat16, torch.float16):  # of several steps
             return None
         steps, place = step
+        if len(steps) < 2 or steps.is_inference():
+            return None
         shape = (len(steps), len(classes), _LAST + _VECTORS * len(self.fused), self.model.inner_dim)
 
         def make() -> Tensor:
@@ -182,7 +192,7 @@ class FusedDiT(FusedForward):
             return pairs.view(shape)
 
         size = math.prod(shape) * self.weight.element_size()
-        versions = [p._version for p in self._weights]
+        versions = [steps._version, *(p._version for p in self._weights)]
         return self.steps.at((steps, classes, timestep.dtype), versions, place, size, make)
 
     def _table(self, times: Tensor, classes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -214,6 +224,14 @@ class FusedDiT(FusedForward):
         return self._equal[1]
 
 
+def _odd(embedder: Any) -> str | None:
+    """Return why an embedder's labels are not what it embeds, or None."""
+    if reason := mismatch({"its embedder": (embedder, CombinedTimestepLabelEmbeddings)}):
+        return reason
+    label = embedder.class_embedder
+    return "label dropout in training" if label.training and label.dropout_prob > 0 else None
+
+
 class _Pass(Pass):
     def __init__(
         self,
@@ -238,7 +256,7 @@ class _Pass(Pass):
         sample, model = tensors["sample"], self._fused.model
         tokens = (sample.shape[-1] // model.patch_size) ** 2
         count = ops.chunk(sample, tokens, 4 * model.inner_dim)
-        if self._plan.active is not None or len(sample) <= count:
+        if self._fused.indivisible or not self.repeats or len(sample) <= count:
             return self._run(tensors)
         shared = {"table"} if "index" in tensors or len(tensors["table"]) == 1 else set()
         split = {k: v.split(count) for k, v in tensors.items() if k not in shared and len(v) > 1}

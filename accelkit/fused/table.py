@@ -16,7 +16,8 @@ class StepTable:
     """Keeps the conditioning of all steps for as long as the same run goes on.
 
     A run is known by its timesteps and labels being the same tensors as before. One who calls a
-    model with labels made anew each time, or with other weights, never pays for a table.
+    model with labels made anew each time, or with other weights, never pays for a table. Weights
+    written to through ``.data`` in the middle of a run count from the next run on.
 
     Attributes:
         bytes: that the table takes, 0 without one.

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.hooks import HookRegistry
 from diffusers.training_utils import EMAModel
 from small_models import DiT, PixArt, UViT
@@ -264,6 +264,113 @@ def test_two_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_two_threads_at_different_steps():
+    family = DiT()
+    model = equal(family.make())
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    labels, sample = torch.tensor([1, 1000]), family.call(0)["hidden_states"]
+    calls = [
+        {"hidden_states": sample, "timestep": t.expand(2), "class_labels": labels}
+        for t in scheduler.timesteps
+    ]
+    expected = [run(model, call, "full", "off") for call in calls]
+    enable(model, "full", scheduler=scheduler)
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(4):
+                for call, right in zip(calls, expected, strict=True):
+                    if relative(model(**call).sample, right) > 1e-5:
+                        wrong.append(call["timestep"][0])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_refused_call_leaves_nothing_behind():
+    family = DiT()
+    model, call = family.make(), family.call(500)
+    enable(model, family.schedule)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(**call | {"class_labels": torch.tensor([0.0, 1.0])})
+    agree(model, call)
+
+
+def test_a_block_made_in_inference_mode():
+    family = DiT()
+    model, call = family.make(), family.call(500)
+    block = model.transformer_blocks[3]
+    with torch.inference_mode():
+        state = {name: value.clone() for name, value in block.state_dict().items()}
+        block.load_state_dict(state, assign=True)
+    enable(model, "full")
+    agree(model, call, "full")
+
+
+@pytest.mark.parametrize("given", [904.0, 804.0, 301.0])
+def test_a_coarse_timestep_beside_a_step(given):
+    family = DiT()
+    model, call = family.make(), family.call(500)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    call["timestep"] = torch.tensor([given], dtype=torch.bfloat16).expand(2)
+    expected = run(model, call, "full", "off")
+    with enable(model, "full", scheduler=scheduler), torch.no_grad():
+        for _ in range(4):
+            assert relative(model(**call).sample, expected) < 1e-6
+
+
+def test_steps_written_to_in_place():
+    family = DiT()
+    model, call = family.make(), family.call(500)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    with enable(model, "full", scheduler=scheduler), torch.no_grad():
+        for t in scheduler.timesteps[:3]:
+            model(**call | {"timestep": t.expand(2)})
+        scheduler.timesteps -= 50
+        outputs = [
+            model(**call | {"timestep": t.expand(2)}).sample for t in scheduler.timesteps[:4]
+        ]
+    for t, output in zip(scheduler.timesteps, outputs, strict=False):
+        assert relative(output, run(model, call | {"timestep": t.expand(2)}, "full", "off")) < 1e-6
+
+
+def test_hooks_on_all_modules_there_are():
+    family = DiT()
+    model, call = family.make(), family.call(500)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        run(model, call, "full", "off")
+        own = len(seen)
+        run(model, call, "full")
+    finally:
+        handle.remove()
+    assert len(seen) == 2 * own
+
+
+def test_one_block_in_training_draws_its_labels():
+    family = DiT()
+    model = family.make()
+    state = enable(model, "full")
+    model.transformer_blocks[2].train()
+    assert state.paths()[2] == "own modules: label dropout in training"
+
+
+def test_the_meta_device_is_left_to_the_modules():
+    family = DiT()
+    model = family.make().to("meta")
+    call = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in family.call(500).items()}
+    assert run(model, call, "full").shape == (2, 8, 8, 8)
 
 
 def test_transforms_are_left_to_the_modules():
