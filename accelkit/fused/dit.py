@@ -272,6 +272,7 @@ class _Pass(Pass):
         grid = (tensors["sample"].shape[-1] // model.patch_size,) * 2
         pending: ops.Pending | None = None
         left: list[Tensor] = []  # samples that are through, those that left last at the end
+        start = _LAST
         for number, block in enumerate(fused.blocks[: plan.depth]):
             stay = plan.staying(number)
             if stay is not None and stay < x.shape[0]:
@@ -279,10 +280,9 @@ class _Pass(Pass):
                 left.append(x[stay:])
                 x = x[:stay]
             if block is not None:
-                start = _LAST + _VECTORS * fused.fused.index(number)
-                x, pending = block(
-                    x, pending, modulations.take(start, start + _VECTORS, x.shape[0])
-                )
+                vectors = modulations.take(start, start + _VECTORS, x.shape[0])
+                x, pending = block(x, pending, vectors)
+                start += _VECTORS
             else:
                 x, pending = ops.add(x, pending), None
                 own = fused.backbone.blocks[number]

@@ -120,7 +120,7 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.linear(x, weight, bias)
     if y.dtype != torch.float32 or y.is_cuda:
         return F.gelu(y, approximate="tanh")
-    # (1 + tanh(u)) / 2 = sigmoid(2 u): 0.56 of the time of F.gelu's tanh (4096 x 256, one core)
+    # (1 + tanh(u)) / 2 = sigmoid(2 u): 0.57 of the time of F.gelu's tanh (4096 x 256, one core)
     u = torch.addcmul(y.new_tensor(_LINEAR), y, y, value=_CUBIC).mul_(y).sigmoid_()
     return u.mul_(y)
 

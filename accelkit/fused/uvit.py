@@ -1,8 +1,8 @@
 """U-ViT, :class:`accelkit.models.UViTTransformer2DModel`.
 
-Long skips are joined without putting tokens and skip side by side first, and the skips of dropped
-blocks all at once (:mod:`accelkit.backbones.uvit_fold`). A norm's weight and bias take the place of
-a modulation: LayerNorm(x) (1 + (w - 1)) + b.
+The skips of dropped blocks are joined at once (:mod:`accelkit.backbones.uvit_fold`). The kernels
+join them without putting tokens and skips side by side first, and take a norm's weight and bias for
+a modulation, LayerNorm(x) (1 + (w - 1)) + b; PyTorch's operators do as the model's own modules.
 """
 
 from __future__ import annotations
