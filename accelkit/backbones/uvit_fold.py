@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 # Time of the fold over that of the chain, runs of 1 to 6, on one core in float32 (D = 512, N = 257,
@@ -87,7 +88,7 @@ class FoldedSkips:
         """Return the fold of what follows the first ``depth`` blocks, made now or still valid.
 
         It is made anew if a weight was written to or replaced since, as told by its ``_version``
-        and address. Writing through ``weight.data`` goes unnoticed; :meth:`clear` then helps.
+        and storage. Writing through ``weight.data`` goes unnoticed; :meth:`clear` then helps.
 
         Returns:
             None where the chain of projections is to be run: a run shorter than ``LEAST_RUN``;
@@ -120,7 +121,10 @@ def _state(run: Sequence[nn.Linear]) -> object | None:
         for tensor in (linear.weight, linear.bias):
             if tensor.is_inference():
                 return None
-            found.append((tensor.data_ptr(), tensor._version, tensor.dtype))
+            # An address alone may be that of new weights where the old were freed; a storage that
+            # is weakly referred to keeps its identity, and not its memory.
+            storage = StorageWeakRef(tensor.untyped_storage())
+            found.append((storage, tensor.data_ptr(), tensor._version, tensor.dtype))
     return found
 
 

@@ -171,6 +171,19 @@ def test_new_weights_drop_it(change):
     assert holds(blocks, folds)
 
 
+def test_new_weights_where_the_old_ones_were_drop_it():
+    blocks, folds = folded_skips()
+    weight = blocks[2].skip_linear.weight
+    memory = weight.detach().numpy().copy()
+    weight.data = torch.from_numpy(memory)
+    first, place = folds.at(1), weight.data_ptr()
+    memory += 1
+    weight.data = torch.from_numpy(memory)
+    assert weight.data_ptr() == place
+    assert folds.at(1) is not first
+    assert holds(blocks, folds)
+
+
 def test_weights_of_other_depths_do_not():
     blocks, folds = folded_skips()
     first = folds.at(2)
