@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from accelkit.backbones import DiT
-from accelkit.fused import ops, parts
+from accelkit.fused import ops, parts, threads
 from accelkit.fused.base import Block, FusedForward, Pass
 from accelkit.fused.modulation import Distinct, Modulations
 from accelkit.fused.table import StepTable
@@ -255,15 +255,15 @@ class _Pass(Pass):
         """Return the prediction (B, C or 2C, H, W)."""
         sample, model = tensors["sample"], self._fused.model
         tokens = (sample.shape[-1] // model.patch_size) ** 2
-        count = ops.chunk(sample, tokens, 4 * model.inner_dim)
+        count, workers = threads.share(sample, tokens, 4 * model.inner_dim)
         if self._fused.indivisible or not self.repeats or len(sample) <= count:
             return self._run(tensors)
         shared = {"table"} if "index" in tensors or len(tensors["table"]) == 1 else set()
         split = {k: v.split(count) for k, v in tensors.items() if k not in shared and len(v) > 1}
         whole = {k: v for k, v in tensors.items() if k not in split}
-        parts = zip(*split.values(), strict=True)
-        runs = [self._run(whole | dict(zip(split, part, strict=True))) for part in parts]
-        return torch.cat(runs)
+        pieces = zip(*split.values(), strict=True)
+        runs = (whole | dict(zip(split, piece, strict=True)) for piece in pieces)
+        return torch.cat(threads.each(self._run, runs, workers))
 
     def _run(self, tensors: dict[str, Tensor]) -> Tensor:
         fused, plan, model = self._fused, self._plan, self._fused.model

@@ -43,25 +43,6 @@ def _warn(problem: str) -> None:
     warnings.warn(message, AccelkitWarning, stacklevel=2)
 
 
-def chunk(sample: Tensor, tokens: int, hidden: int) -> int:
-    """Return how many samples a pass on the CPU had better take at a time.
-
-    So many that the largest tensor, an MLP's hidden one, stays in the caches: 256 samples of 16
-    tokens by 256 features take 0.90 of the time in two halves, and no less in more. Where few
-    samples would fill them, a chunk of any size took as long as all (16 of 256 by 1536).
-
-    Args:
-        sample: (B, ...).
-        tokens: of each sample.
-        hidden: features of the largest tensor.
-    """
-    count = max(1, _CACHED // (tokens * hidden))
-    return sample.shape[0] if sample.is_cuda or count < _FEW else count
-
-
-_CACHED, _FEW = 1 << 19, 32
-
-
 def with_factors(table: Tensor, scales: Tensor) -> Tensor:
     """Return vectors (P, R, D) with factors for scales; ``table`` itself may be overwritten.
 

@@ -11,7 +11,7 @@ from small_models import DiT, Flux, PixArt, UViT, seeded
 
 import accelkit
 from accelkit.errors import AccelkitError
-from accelkit.fused import base, ops
+from accelkit.fused import base, ops, threads
 from accelkit.switch import disable, enable, enabled_on
 
 FAMILIES = pytest.mark.parametrize(
@@ -415,8 +415,8 @@ def test_a_large_batch_is_run_in_parts(monkeypatch, labels, whole):
         block = model.transformer_blocks[1]
         block.register_forward_hook(lambda module, args, output: output - output.mean(0))
     expected = run(model, call, family.schedule, "off")
-    monkeypatch.setattr(ops, "_CACHED", 2 * 16 * 64)  # two samples at a time
-    monkeypatch.setattr(ops, "_FEW", 1)
+    monkeypatch.setattr(threads, "_MOST", 2 * 16 * 64)  # two samples at a time
+    monkeypatch.setattr(threads, "_FEW", 1)
     sizes, last = [], ops.exit_head
     monkeypatch.setattr(
         ops, "exit_head", lambda x, *rest: (sizes.append(len(x)), last(x, *rest))[1]
