@@ -11,7 +11,7 @@ from safetensors import safe_open
 import accelkit
 from accelkit.backbones import backbone_of
 from accelkit.backbones.original import numerics
-from accelkit.metrics.features import extractor
+from accelkit.metrics.features import open_extractor
 from accelkit.sample.generate import Sampling, generate
 
 
@@ -24,7 +24,9 @@ def pipe():
 
 
 def recognised(images, labels):
-    return (extractor("digits").probabilities(images).argmax(axis=1) == np.array(labels)).mean()
+    return (
+        open_extractor("digits").extract(images)["probabilities"].argmax(axis=1) == np.array(labels)
+    ).mean()
 
 
 def test_it_is_dit_xl_2_made_narrow(pipe):

@@ -108,6 +108,16 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def in_order(folder: Path) -> Iterator[Rows]:
+    """Yield all rows in order, file after file; memory holds what is mapped of one.
+
+    Raises:
+        OSError, ValueError, KeyError, SafetensorError: the folder is not whole.
+    """
+    for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]:
+        yield load_file(folder / name)
+
+
 def cached(folder: Path, read: Callable[[Path], T], what: str) -> T | None:
     """Return what ``read`` makes of ``folder``; None if it isn't there, or broken, which warns."""
     if not folder.exists():

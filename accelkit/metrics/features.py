@@ -1,8 +1,11 @@
 """Named feature extractors: fixed networks that turn images into what distances compare."""
 
+from __future__ import annotations
+
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,37 @@ class FeatureExtractor(ABC):
     sha256: str
     """SHA-256 of the weights file, in hex."""
     dim: int
-    """Width of the features."""
+    """Width of the pooled features."""
+    spatial_dim: int | None = None
+    """Width of the spatial features, None without."""
+    size: int | None = None
+    """Pixels a side that images must have; None if the network resizes them itself."""
+    resize: str
+    """How images are brought to the network's input."""
+    missing: Mapping[str, str] = {}
+    """Why "spatial" or "probabilities" are not given."""
 
     @abstractmethod
+    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Map uint8 images (n, height, width, 3) to rows of float32.
+
+        Returns:
+            "pooled", (n, dim); where there are such, "spatial", (n, spatial_dim), of an
+            intermediate layer's places, and "probabilities" of classes, (n, K).
+
+        Raises:
+            TypeError: if ``images`` is not a uint8 array.
+            AccelkitError: if it has a shape that the network does not take.
+        """
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Map uint8 images of shape (n, height, width, 3) to float32 features of shape (n, dim)."""
+        return self.extract(images)["pooled"]
+
+    def record(self) -> dict[str, Any]:
+        """Return what belongs beside every figure: name, version, sha256, dim and resize."""
+        names = ("name", "version", "sha256", "dim", "resize")
+        return {name: getattr(self, name) for name in names}
 
 
 class DigitFeatures(FeatureExtractor):
@@ -60,55 +89,104 @@ class DigitFeatures(FeatureExtractor):
     version = digit_classifier.VERSION
     sha256 = _DIGIT_SHA256
     dim = digit_classifier.FEATURES
+    spatial_dim = digit_classifier.SPATIAL_FEATURES
+    size = digit_classifier.SIZE
+    resize = "none"
 
     def __init__(self, weights: Path = _DIGIT_WEIGHTS) -> None:
         self._model = digit_classifier.DigitClassifier().eval()
         self._model.load_state_dict(load(_verified(weights, self.sha256)))
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Map uint8 (n, 32, 32, 3) to float32 (n, 64).
+    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities.
 
         Raises:
             TypeError: if ``images`` is not a uint8 array.
             AccelkitError: if it has another shape.
         """
-        return self._run(self._model.features, images, self.dim)
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Map uint8 (n, 32, 32, 3) to the ten classes' probabilities, float32 (n, 10).
-
-        Raises:
-            TypeError: if ``images`` is not a uint8 array.
-            AccelkitError: if it has another shape.
-        """
-        return self._run(lambda x: self._model(x).softmax(dim=1), images, digit_classifier.CLASSES)
-
-    def _run(
-        self, function: Callable[[Tensor], Tensor], images: np.ndarray, width: int
-    ) -> np.ndarray:
-        _check_images(images, digit_classifier.SIZE)
-        out = np.empty((len(images), width), dtype=np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(images), _BATCH):
-                rows = slice(start, start + _BATCH)
-                out[rows] = function(digit_classifier.to_grey(images[rows])).numpy()
-        return out
+        check_images(images, self.size)
+        return in_batches(
+            images,
+            _BATCH,
+            lambda batch: self._model.all_features(digit_classifier.to_grey(batch)),
+        )
 
 
-_EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {"digits": DigitFeatures}
+def open_extractor(
+    spec: str | Path,
+    sha256: str | None = None,
+    *,
+    image_size: int = 299,
+    device: torch.device | str = "cpu",
+) -> FeatureExtractor:
+    """Return a feature extractor, its weights loaded.
+
+    Args:
+        spec: ``digits``, the network that comes with accelkit; ``torch-fidelity``, that package's
+            Inception (extra ``fid``); or the path of a TorchScript file, as
+            ``inception-2015-12-05.pt``, which StyleGAN3 and EDM use.
+        sha256: the weights' hash as recorded with earlier results, in hex; None to take any.
+        image_size: pixels a side of the images to come, with which a TorchScript file is tried.
+        device: where the network runs; the digits' always runs on the CPU.
+
+    Raises:
+        AccelkitError: there is none of that name, its weights are missing, damaged or not those
+            recorded, or a package is missing.
+    """
+    found: FeatureExtractor
+    if spec == "digits":
+        found = _digits()
+    elif spec == "torch-fidelity":
+        from accelkit.metrics.fidelity import FidelityFeatures
+
+        found = FidelityFeatures(device)
+    else:
+        from accelkit.metrics.torchscript import TorchScriptFeatures
+
+        found = TorchScriptFeatures(Path(spec), image_size, device)
+    if sha256 is not None and sha256.lower() != found.sha256:
+        raise AccelkitError(
+            f"the weights of {found.name} have SHA-256 {found.sha256[:12]}…, those recorded "
+            f"{sha256[:12]}…; give the file that the recorded results were made with"
+        )
+    return found
+
+
+def extractor(name: str = "digits") -> FeatureExtractor:
+    """Return the feature extractor that :func:`open_extractor` knows as ``name``."""
+    return open_extractor(name)
 
 
 @cache
-def extractor(name: str = "digits") -> FeatureExtractor:
-    """Return the feature extractor registered as ``name``, its weights loaded and verified once.
+def _digits() -> DigitFeatures:
+    return DigitFeatures()
 
-    Raises:
-        AccelkitError: if there is none of that name, or its weights are missing or damaged.
-    """
-    if name not in _EXTRACTORS:
-        known = ", ".join(sorted(_EXTRACTORS))
-        raise AccelkitError(f"no feature extractor is called {name!r}; choose one of: {known}")
-    return _EXTRACTORS[name]()
+
+def in_batches(
+    images: np.ndarray, size: int, run: Callable[[np.ndarray], dict[str, Tensor]]
+) -> dict[str, np.ndarray]:
+    """Run a network on ``size`` images at a time and return all rows by name, float32."""
+    with torch.inference_mode():
+        found = [run(images[i : i + size]) for i in range(0, max(len(images), 1), size)]
+        return {
+            name: torch.cat([f[name].float().cpu() for f in found]).numpy() for name in found[0]
+        }
+
+
+def to_channels_first(images: np.ndarray, device: torch.device | str) -> Tensor:
+    """Map uint8 (n, height, width, 3) to uint8 (n, 3, height, width) on ``device``."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Have convolutions on a GPU keep float32's 24 bits; TF32's 11 would show in a distance."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+
+
+def file_hash(path: Path) -> str:
+    """Return a file's SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verified(path: Path, sha256: str) -> bytes:
@@ -124,10 +202,14 @@ def _verified(path: Path, sha256: str) -> bytes:
     return data
 
 
-def _check_images(images: Any, size: int) -> None:
-    """Refuse what is not uint8 (n, size, size, 3).
+def check_images(images: Any, size: int | None = None) -> None:
+    """Refuse what is not uint8 (n, size, size, 3), or (n, height, width, 3) without a size.
 
     Other sizes are not resized: the filter would change the distance more than the model measured.
+
+    Raises:
+        TypeError: if ``images`` is not a uint8 array.
+        AccelkitError: if it has another shape.
     """
     if not isinstance(images, np.ndarray):
         raise TypeError(
@@ -135,7 +217,11 @@ def _check_images(images: Any, size: int) -> None:
         )
     if images.dtype != np.uint8:
         raise TypeError(f"images are {images.dtype}, expected uint8; scale to 0..255 and round")
-    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+    if size is None and (images.ndim != 4 or images.shape[-1] != 3):
+        raise AccelkitError(
+            f"images have shape {images.shape}, expected (n, height, width, 3): RGB"
+        )
+    if size is not None and (images.ndim != 4 or images.shape[1:] != (size, size, 3)):
         raise AccelkitError(
             f"images have shape {images.shape}, expected (n, {size}, {size}, 3): RGB of "
             f"{size}x{size} pixels; generate at that size, resizing would change the distance"

@@ -1,5 +1,8 @@
 """The Fréchet distance between two sets of features, from moments gathered batch by batch."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -54,7 +57,7 @@ class Moments:
             centred = x - mean
             self._join(len(x), mean, centred.T @ centred)
 
-    def merge(self, other: "Moments") -> None:
+    def merge(self, other: Moments) -> None:
         """Add everything ``other`` has seen, as if its batches had been given to this one.
 
         Raises:
@@ -107,6 +110,54 @@ class Moments:
         self._n = total
 
 
+@dataclass(frozen=True)
+class Gaussian:
+    """A mean, float64 (d,), and the symmetric root of a covariance, float64 (d, d).
+
+    The root is most of a distance's work, so what is compared with many keeps it.
+    """
+
+    mean: Array
+    root: Array
+
+    @classmethod
+    def of(
+        cls, mean: np.ndarray, cov: np.ndarray, names: tuple[str, str] = ("mean", "cov")
+    ) -> Gaussian:
+        """Return N(mean, cov).
+
+        Args:
+            mean: shape (d,).
+            cov: shape (d, d), symmetric positive semi-definite; it may be singular.
+            names: of the two, for the errors.
+
+        Raises:
+            AccelkitError: if shapes do not fit, a value is not finite, or the covariance is
+                asymmetric or indefinite by more than rounding.
+        """
+        m = _checked_mean(mean, names[0])
+        return cls(m, _root(cov, len(m), names[1]))
+
+    def distance(self, other: Gaussian) -> float:
+        """Return the squared Fréchet distance, as :func:`frechet_distance`.
+
+        Raises:
+            AccelkitError: if the two are of different widths.
+        """
+        if len(self.mean) != len(other.mean):
+            raise AccelkitError(
+                f"the means have {len(self.mean)} and {len(other.mean)} entries; "
+                "compare features of one extractor"
+            )
+        # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. Taking
+        # these rather than roots of the eigenvalues of the product keeps singular covariances
+        # exact: the root would lift rounding errors of 1e-16 to 1e-8. It is also symmetric in the
+        # two arguments.
+        cross = np.linalg.svd(self.root @ other.root, compute_uv=False).sum()
+        spread = np.square(self.root).sum() + np.square(other.root).sum()  # tr(S) = |S^1/2|^2
+        return max(0.0, float(np.square(self.mean - other.mean).sum() + spread - 2 * cross))
+
+
 def frechet_distance(
     mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray
 ) -> float:
@@ -128,19 +179,8 @@ def frechet_distance(
     Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions"
     (1982); Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), eq. 6.
     """
-    m1, m2 = _checked_mean(mean1, "mean1"), _checked_mean(mean2, "mean2")
-    if len(m1) != len(m2):
-        raise AccelkitError(
-            f"mean1 has {len(m1)} entries and mean2 {len(m2)}; compare features of one extractor"
-        )
-    root1 = _root(cov1, len(m1), "cov1")
-    root2 = _root(cov2, len(m2), "cov2")
-    # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. Taking these
-    # rather than roots of the eigenvalues of the product keeps singular covariances exact: the root
-    # would lift rounding errors of 1e-16 to 1e-8. It is also symmetric in the two arguments.
-    cross = np.linalg.svd(root1 @ root2, compute_uv=False).sum()
-    spread = np.square(root1).sum() + np.square(root2).sum()  # tr(S) = |S^1/2|^2
-    return max(0.0, float(np.square(m1 - m2).sum() + spread - 2 * cross))
+    first = Gaussian.of(mean1, cov1, ("mean1", "cov1"))
+    return first.distance(Gaussian.of(mean2, cov2, ("mean2", "cov2")))
 
 
 def _checked_mean(mean: np.ndarray, name: str) -> Array:

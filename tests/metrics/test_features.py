@@ -12,7 +12,7 @@ from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
 from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
-from accelkit.metrics.features import DigitFeatures, extractor
+from accelkit.metrics.features import DigitFeatures, open_extractor
 from accelkit.metrics.frechet import Moments, frechet_distance
 
 SHIPPED = resources.files("accelkit") / "assets" / "digit_features.safetensors"
@@ -27,7 +27,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def features(images):
-    return extractor()(images)
+    return open_extractor("digits")(images)
 
 
 def distance(x, y):
@@ -43,7 +43,7 @@ def read_metadata(path):
 
 
 def test_the_shipped_file_is_what_the_extractor_reports():
-    found = extractor("digits")
+    found = open_extractor("digits")
     assert (found.name, found.version, found.dim) == ("digit-cnn-v1", "1", 64)
     assert found.sha256 == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     metadata = read_metadata(SHIPPED)
@@ -62,7 +62,7 @@ def test_held_out_accuracy_is_the_recorded_one(images):
         metadata["split"]["train"],
         metadata["split"]["held_out"],
     )
-    guess = extractor().probabilities(images[held_out]).argmax(axis=1)
+    guess = open_extractor("digits").extract(images[held_out])["probabilities"].argmax(axis=1)
     accuracy = (guess == labels[held_out]).mean()
     assert accuracy >= 0.97
     assert accuracy == pytest.approx(metadata["accuracy"], abs=1.5 / len(held_out))
@@ -90,13 +90,15 @@ def test_features_equal_a_float64_pass_one_image_at_a_time(images, features):
         probabilities = model(torch.from_numpy(grey)[:, None]).softmax(dim=1)
     np.testing.assert_allclose(features[:24], exact.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
-        extractor().probabilities(images[:24]), probabilities.numpy(), atol=1e-5
+        open_extractor("digits").extract(images[:24])["probabilities"],
+        probabilities.numpy(),
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("size", [1, 37, 255, 256, 257])
 def test_features_do_not_depend_on_the_batch(images, features, size):
-    part = extractor()(images[200 : 200 + size])
+    part = open_extractor("digits")(images[200 : 200 + size])
     assert part.dtype == np.float32
     assert part.shape == (size, 64)
     np.testing.assert_allclose(part, features[200 : 200 + size], rtol=1e-4, atol=1e-5)
@@ -104,9 +106,9 @@ def test_features_do_not_depend_on_the_batch(images, features, size):
 
 def test_extraction_is_deterministic_and_leaves_images_alone(images, features):
     before = images.copy()
-    np.testing.assert_array_equal(extractor()(images), features)
+    np.testing.assert_array_equal(open_extractor("digits")(images), features)
     np.testing.assert_array_equal(images, before)
-    assert extractor()(images[:0]).shape == (0, 64)
+    assert open_extractor("digits")(images[:0]).shape == (0, 64)
 
 
 def test_colour_counts_as_its_mean(images):
@@ -114,7 +116,9 @@ def test_colour_counts_as_its_mean(images):
     for channel in range(3):
         tinted = np.zeros_like(grey)
         tinted[..., channel] = grey[..., channel] * 3
-        np.testing.assert_allclose(extractor()(tinted), extractor()(grey), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            open_extractor("digits")(tinted), open_extractor("digits")(grey), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_scale_of_the_distance(images, features):
@@ -125,14 +129,16 @@ def test_scale_of_the_distance(images, features):
     floor = distance(features[order[:898]], features[order[898:]])
     assert 0 < floor < 1.5
     noise = np.random.default_rng(1).integers(0, 256, images.shape, dtype=np.uint8)
-    assert distance(features, extractor()(noise)) > 100 * floor
+    assert distance(features, open_extractor("digits")(noise)) > 100 * floor
 
 
 def test_distance_grows_with_the_damage(images, features):
     rng = np.random.default_rng(0)
     unit = rng.normal(size=images.shape)
     found = [
-        distance(features, extractor()(np.clip(images + s * unit, 0, 255).astype(np.uint8)))
+        distance(
+            features, open_extractor("digits")(np.clip(images + s * unit, 0, 255).astype(np.uint8))
+        )
         for s in (5, 25, 100)
     ]
     assert found == sorted(found)
@@ -143,19 +149,46 @@ def test_distance_grows_with_the_damage(images, features):
 
 
 def test_wrong_images_are_refused(images):
-    for read in (extractor(), extractor().probabilities):
-        with pytest.raises(TypeError, match="images are float32, expected uint8"):
-            read(images[:2].astype(np.float32))
-        with pytest.raises(TypeError, match="images are a Tensor"):
-            read(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
-        for wrong in ((32, 32, 3), (2, 3, 32, 32), (2, 32, 32, 1), (2, 64, 64, 3)):
-            with pytest.raises(AccelkitError, match=r"expected \(n, 32, 32, 3\).* 32x32"):
-                read(np.zeros(wrong, dtype=np.uint8))
+    with pytest.raises(TypeError, match="images are float32, expected uint8"):
+        open_extractor("digits")(images[:2].astype(np.float32))
+    with pytest.raises(TypeError, match="images are a Tensor"):
+        open_extractor("digits")(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    for wrong in ((32, 32, 3), (2, 3, 32, 32), (2, 32, 32, 1), (2, 64, 64, 3)):
+        with pytest.raises(AccelkitError, match=r"expected \(n, 32, 32, 3\).* 32x32"):
+            open_extractor("digits")(np.zeros(wrong, dtype=np.uint8))
+
+
+def test_spatial_features_are_the_third_convolution_before_its_activation(images):
+    model = DigitClassifier()
+    model.load_state_dict(load_file(SHIPPED))
+    seen = []
+    model.convs[4].register_forward_hook(lambda module, given, output: seen.append(output))
+    with torch.no_grad():
+        model(to_grey(images[:6]))
+    found = open_extractor("digits").extract(images[:6])["spatial"].reshape(6, 8, 8, 4)
+    np.testing.assert_allclose(found.transpose(0, 3, 1, 2), seen[0][:, :4].numpy(), rtol=1e-5)
+    assert (found.reshape(6, -1).shape[1],) == (open_extractor("digits").spatial_dim,)
+    spread = open_extractor("digits").extract(images)["spatial"].std(axis=0).reshape(64, 4)
+    assert np.median(spread, axis=0).min() > 1  # no channel is dead
 
 
 def test_unknown_extractor_names_the_known():
-    with pytest.raises(AccelkitError, match=r"'inception9000'; choose one of: digits"):
-        extractor("inception9000")
+    with pytest.raises(AccelkitError, match=r"'inception9000'.*choose one of: digits"):
+        open_extractor("inception9000")
+
+
+def test_another_hash_than_the_recorded_is_refused():
+    found = open_extractor("digits")
+    assert open_extractor("digits", found.sha256.upper()) is found
+    with pytest.raises(AccelkitError, match=r"have SHA-256 7bef49de328d…, those recorded 0{12}…"):
+        open_extractor("digits", "0" * 64)
+    assert found.record() == {
+        "name": "digit-cnn-v1",
+        "version": "1",
+        "sha256": found.sha256,
+        "dim": 64,
+        "resize": "none",
+    }
 
 
 def test_damaged_and_missing_weights_are_refused(tmp_path):

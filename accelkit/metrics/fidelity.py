@@ -1,0 +1,107 @@
+"""Features from torch-fidelity's Inception network, the extra ``fid``."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accelkit.errors import AccelkitError
+from accelkit.metrics.features import (
+    FeatureExtractor,
+    check_images,
+    file_hash,
+    in_batches,
+    to_channels_first,
+    without_tf32,
+)
+
+BATCH = 64
+_LAYERS = ["2048", "logits_unbiased"]
+_CHANNELS = 7
+
+
+class FidelityFeatures(FeatureExtractor):
+    """The Inception network of 2015 as torch-fidelity has it, with its resizing as in TensorFlow.
+
+    "pooled" are the 2048 features of the last pooling and "probabilities" those of 1008 classes,
+    without the last layer's bias. "spatial" are the 7 x 17 x 17 values that ADM's suite takes its
+    sFID of: the first seven channels of ``mixed_6/conv``, here the 1x1 branch of Mixed_6d. That
+    name is of the branch's last operation, so they come after normalisation and activation; places
+    run before channels, as in the statistics that ADM published.
+
+    It runs in float32, without TF32. The weights are downloaded once into torch.hub's folder.
+
+    Raises:
+        AccelkitError: torch-fidelity or torchvision cannot be imported, or the weights cannot be
+            had.
+    """
+
+    name = "torch-fidelity inception-v3-compat"
+    dim = 2048
+    spatial_dim = _CHANNELS * 17 * 17
+    resize = "bilinear 299, as in TensorFlow 1"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        try:
+            import torch_fidelity
+            from torch_fidelity import feature_extractor_inceptionv3 as inception
+        except Exception as error:  # a torchvision made for another torch fails in many ways
+            raise AccelkitError(
+                f"torch-fidelity cannot be imported ({type(error).__name__}: {error}); "
+                "pip install 'accelkit[fid]', with a torchvision that was built for this torch, or "
+                "give a TorchScript file, which needs neither"
+            ) from error
+        weights = _weights(inception.URL_INCEPTION_V3)
+        self.version, self.sha256 = torch_fidelity.__version__, file_hash(weights)
+        self._device = device
+        self._model = inception.FeatureExtractorInceptionV3(
+            "inception-v3-compat", _LAYERS, feature_extractor_weights_path=str(weights)
+        ).to(device)
+        self._spatial: Tensor | None = None
+        self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Map uint8 (n, height, width, 3) to "pooled", "spatial" and "probabilities"."""
+        check_images(images)
+        with without_tf32():
+            return in_batches(images, BATCH, self._run)
+
+    def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
+        self._spatial = output[:, :_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def _run(self, images: np.ndarray) -> dict[str, Tensor]:
+        pooled, logits = self._model(to_channels_first(images, self._device))
+        spatial, self._spatial = self._spatial, None
+        assert spatial is not None
+        return {"pooled": pooled, "spatial": spatial, "probabilities": logits.softmax(dim=1)}
+
+
+def _weights(url: str) -> Path:
+    """Return the file of weights, downloaded if need be, of which the name holds the hash's start.
+
+    torch-fidelity unpickles it whatever it holds, so it is read here first, as weights only.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    start = path.stem.rsplit("-", 1)[1]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=start, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise AccelkitError(
+                f"cannot download torch-fidelity's weights ({error}); put {url} at {path}"
+            ) from error
+    try:
+        if not file_hash(path).startswith(start):
+            raise ValueError(f"the SHA-256 does not start with {start}")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise AccelkitError(
+            f"the weights {path} are damaged ({error}); remove them, they are downloaded again"
+        ) from error
+    return path

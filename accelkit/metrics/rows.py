@@ -1,0 +1,106 @@
+"""Feature rows, read from where they lie as often as needed, in blocks that never depend on how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+
+from accelkit.errors import AccelkitError
+
+Rows: TypeAlias = dict[str, np.ndarray]
+Batches: TypeAlias = Callable[[], Iterator[Rows]]
+"""Gives rows by name, (n, d) each, in order of the images, in batches of any size."""
+
+BLOCK = 1000
+
+
+class TooFewError(AccelkitError):
+    """There are too few images for a figure: it is left out, with the reason beside the others."""
+
+
+def shapes(batches: Batches) -> dict[str, tuple[int, int]]:
+    """Return number and width of the rows by name.
+
+    Raises:
+        AccelkitError: rows are not two-dimensional, their width changes, or some images lack one.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    total = 0
+    for batch in batches():
+        for name, rows in batch.items():
+            n, width = found.get(name, (0, rows.shape[-1]))
+            if rows.ndim != 2 or rows.shape[1] != width:
+                raise AccelkitError(
+                    f"{name} features have shape {rows.shape} after {n} rows, expected "
+                    f"(n, {width}); use one extractor throughout"
+                )
+            found[name] = n + len(rows), width
+        total += len(next(iter(batch.values())))
+    for name, (n, _) in found.items():
+        if n != total:
+            raise AccelkitError(f"{n} rows of {name} features for {total} images; extract them all")
+    return found
+
+
+def blocks(batches: Batches, name: str, chosen: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Yield the rows called ``name`` in blocks of 1,000, the last one shorter.
+
+    Sums over them then have the same bits however the batches are cut, and no batch outlives its
+    use.
+
+    Args:
+        batches: where the rows come from.
+        name: of the rows.
+        chosen: ascending indices, int64, of the rows to keep; None for all.
+    """
+    held: list[np.ndarray] = []
+    size = start = 0
+    for batch in batches():
+        rows = batch[name]
+        if chosen is None:
+            fresh = rows
+        else:
+            low, high = np.searchsorted(chosen, (start, start + len(rows)))
+            fresh = rows[chosen[low:high] - start]
+        start += len(rows)
+        while len(fresh):
+            part = fresh[: BLOCK - size]
+            held.append(part.copy())
+            size, fresh = size + len(part), fresh[len(part) :]
+            if size == BLOCK:
+                yield np.concatenate(held)
+                held, size = [], 0
+    if held:
+        yield np.concatenate(held)
+
+
+def parts(batches: Batches, name: str, n: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield rows in order, each with the part it belongs to: ``count`` equal runs of ``n`` rows.
+
+    A part is a run, not every tenth row: labels go round the classes, and every tenth image of ten
+    classes is of one class.
+    """
+    edges = [i * n // count for i in range(count + 1)]
+    start = 0
+    for rows in blocks(batches, name):
+        for part in range(count):
+            low, high = max(edges[part], start), min(edges[part + 1], start + len(rows))
+            if low < high:
+                yield part, rows[low - start : high - start]
+        start += len(rows)
+
+
+def drawn(n: int, size: int, seed: int, draw: int) -> np.ndarray:
+    """Return ascending indices of ``size`` of ``n`` rows, int64; all of them if ``size`` is ``n``.
+
+    It draws from numpy's legacy generator, whose stream is promised never to change.
+
+    Args:
+        n: rows there are.
+        size: rows to draw, at most ``n``.
+        seed: in [0, 2^32).
+        draw: which of many draws, in [0, 2^32).
+    """
+    return np.sort(np.random.RandomState([seed, draw]).permutation(n)[:size])

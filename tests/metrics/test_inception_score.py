@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from feature_rows import batches_of
+
+from accelkit.errors import AccelkitError
+from accelkit.metrics.inception_score import inception_score
+from accelkit.metrics.rows import TooFewError
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def score(p, **options):
+    return inception_score(batches_of(probabilities=p, **options), len(p))
+
+
+def test_uncertain_classes_score_1_and_certain_balanced_ones_their_number():
+    assert score(np.full((50, 8), 1 / 8)) == pytest.approx((1, 0))
+    assert score(np.tile(np.eye(8), (20, 1))) == pytest.approx((8, 0))
+
+
+def test_two_classes_agree_with_the_closed_form():
+    """Half of the images say p, half 1 - p: exp of the binary entropy's distance to log 2."""
+    p = np.tile([[0.9, 0.1], [0.1, 0.9]], (30, 1))
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert score(p) == pytest.approx((np.exp(np.log(2) - entropy), 0))
+
+
+def test_score_is_that_of_torchmetrics():
+    """With its shuffling undone, its ten chunks are ours where ten divides the number."""
+    inception = pytest.importorskip("torchmetrics.image.inception")
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 2, (2340, 12)))
+    metric = inception.InceptionScore(feature=torch.nn.Identity(), splits=10)
+    metric.features = [logits]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", torch.arange)
+        mean, deviation = metric.compute()
+    found = score(softmax(logits.numpy()))
+    assert found[0] == pytest.approx(mean.item(), rel=1e-12)
+    assert found[1] == pytest.approx(deviation.item() * np.sqrt(9 / 10), rel=1e-9)
+
+
+def test_batches_do_not_change_a_bit():
+    p = softmax(np.random.default_rng(1).normal(size=(2345, 7))).astype(np.float32)
+    assert score(p, sizes=(1,)) == score(p, sizes=(2345,)) == score(p, sizes=(999, 2))
+
+
+def test_too_few_images_and_what_is_no_distribution_are_refused():
+    with pytest.raises(TooFewError, match="at least 10 images, got 9"):
+        score(np.full((9, 2), 0.5))
+    for bad in (np.full((10, 2), 0.6), np.tile([1.5, -0.5], (10, 1)), np.full((10, 2), np.nan)):
+        with pytest.raises(AccelkitError, match="do not sum to 1"):
+            score(bad)

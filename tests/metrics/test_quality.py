@@ -1,0 +1,292 @@
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from feature_rows import batches_of, gaussian_of, reference_of
+from scipy import stats
+
+from accelkit.data.digits import digits
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.metrics.features import open_extractor
+from accelkit.metrics.frechet import Gaussian
+from accelkit.metrics.quality import distinguishable, jackknife_error, measure, warn_of_ties
+from accelkit.metrics.references import Reference, open_reference
+
+FIGURES = {
+    "images", "fid", "fid_stderr", "fid_jackknife", "sfid", "inception_score",
+    "inception_score_std", "kid", "kid_std", "precision", "recall", "density", "coverage",
+    "manifold_images", "missing",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Rows of 1,234 generated and 700 real images."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (1234, 5))
+    generated = {
+        "pooled": rng.normal(0.2, 1.1, (1234, 6)).astype(np.float32),
+        "spatial": rng.normal(0.1, 0.9, (1234, 9)).astype(np.float32),
+        "probabilities": (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)),
+    }
+    return generated, rng.normal(size=(700, 6)), rng.normal(size=(700, 9))
+
+
+def by_square_root(x, y):
+    s1, s2 = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+
+
+def test_every_figure_is_there_and_plain(sets):
+    generated, pooled, spatial = sets
+    found = measure(batches_of(**generated), reference_of(pooled, spatial))
+    assert set(found) == FIGURES
+    assert found["missing"] == {}
+    assert found["images"] == 1234
+    assert found["manifold_images"] == 700
+    assert json.loads(json.dumps(found)) == found
+    assert found["fid"] == pytest.approx(by_square_root(generated["pooled"], pooled), abs=1e-6)
+    assert found["sfid"] == pytest.approx(by_square_root(generated["spatial"], spatial), abs=1e-6)
+
+
+def test_fid_is_that_of_torchmetrics(sets):
+    compute = pytest.importorskip("torchmetrics.image.fid")._compute_fid
+    generated, pooled, _ = sets
+    moments = [
+        torch.from_numpy(m)
+        for x in (pooled, generated["pooled"].astype(np.float64))
+        for m in (x.mean(axis=0), np.cov(x.T))
+    ]
+    found = measure(batches_of(pooled=generated["pooled"]), reference_of(pooled))["fid"]
+    assert found == pytest.approx(compute(*moments).item(), abs=1e-6)
+
+
+def test_fid_precision_and_recall_are_those_of_torch_fidelity(sets):
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    generated, real = sets[0]["pooled"].astype(np.float64)[:700], sets[1]
+    found = measure(batches_of(pooled=generated), reference_of(real))
+    x, y = torch.from_numpy(generated), torch.from_numpy(real)
+    moments = [fid.fid_features_to_statistics(features) for features in (x, y)]
+    expected = fid.fid_statistics_to_metric(*moments, verbose=False)
+    assert found["fid"] == pytest.approx(expected[fid.KEY_METRIC_FID], abs=1e-6)
+    precision, recall = prc.calculate_precision_recall_full(x, y)
+    assert (found["precision"], found["recall"]) == pytest.approx((precision, recall))
+
+
+def test_batches_do_not_change_a_bit(sets):
+    generated, pooled, spatial = sets
+    reference = reference_of(pooled, spatial)
+    first, *others = [
+        measure(batches_of(sizes, **generated), reference) for sizes in ((1,), (1234,), (5, 700))
+    ]
+    assert all(other == first for other in others)
+
+
+def test_the_seed_draws_subsets_and_manifold_images(sets):
+    generated, pooled, _ = sets
+    batches, reference = batches_of(pooled=generated["pooled"]), reference_of(pooled)
+    found = [measure(batches, reference, seed=seed, manifold_images=100) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["fid"] == found[2]["fid"]
+    for name in ("kid", "density"):
+        assert found[0][name] != found[2][name]
+    assert found[0]["manifold_images"] == 100
+
+
+def test_jackknife_leaves_out_runs_of_images(sets):
+    generated, pooled, _ = sets
+    x = generated["pooled"]
+    found = measure(batches_of(pooled=x), reference_of(pooled), groups=4)
+    edges = [0, 308, 617, 925, 1234]
+    without = [
+        by_square_root(np.delete(x, slice(a, b), axis=0), pooled) for a, b in pairwise(edges)
+    ]
+    assert found["fid_jackknife"] == pytest.approx(without, abs=1e-6)
+    deviations = np.array(without) - np.mean(without)
+    expected = np.sqrt(3 / 4 * (deviations**2).sum())
+    assert found["fid_stderr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_jackknife_error_of_a_mean_is_its_standard_error():
+    x = np.random.default_rng(0).normal(size=20)
+    without = [np.delete(x, i).mean() for i in range(20)]
+    assert jackknife_error(without) == pytest.approx(x.std(ddof=1) / np.sqrt(20))
+
+
+def test_standard_error_is_the_spread_over_repeated_draws():
+    rng = np.random.default_rng(1)
+    reference = _statistics(4)
+    found = [measure(batches_of(pooled=rng.normal(0.3, 1, (400, 4))), reference) for _ in range(80)]
+    spread = np.std([f["fid"] for f in found], ddof=1)
+    assert np.mean([f["fid_stderr"] for f in found]) == pytest.approx(spread, rel=0.25)
+
+
+def test_classes_going_round_do_not_inflate_the_error():
+    """Ten classes far apart, balanced: the FID hardly varies, and the jackknife must see that."""
+    rng = np.random.default_rng(2)
+    centres = 5 * rng.normal(size=(10, 3))
+    draws = [np.tile(centres, (40, 1)) + rng.normal(size=(400, 3)) for _ in range(30)]
+    reference = reference_of(np.tile(centres, (400, 1)) + rng.normal(size=(4000, 3)))
+    statistics = Reference("s", "0", "statistics", None, reference.pooled, None, None)
+    found = [measure(batches_of(pooled=x), statistics) for x in draws]
+    spread = np.std([f["fid"] for f in found], ddof=1)
+    assert np.mean([f["fid_stderr"] for f in found]) == pytest.approx(spread, rel=0.5)
+
+
+def test_damaged_digits_are_worse_in_every_figure(tmp_path):
+    extractor = open_extractor("digits")
+    reference = open_reference("digits", extractor, 32, cache_dir=tmp_path)
+    images, labels = digits()
+    noise = 60 * np.random.default_rng(0).normal(size=images.shape)
+    damaged = np.clip(images + noise, 0, 255).astype(np.uint8)
+    good, bad, few = (
+        measure(batches_of(**extractor.extract(x)), reference, manifold_images=400)
+        for x in (images[:600], damaged[:600], images[labels < 3])
+    )
+    assert good["missing"] == {}
+    for name, factor in (("fid", 20), ("sfid", 2), ("kid", 20)):
+        assert bad[name] > factor * abs(good[name])
+    for name in ("inception_score", "precision", "density", "coverage"):
+        assert bad[name] < good[name]
+    assert good["inception_score"] > 9
+    assert few["inception_score"] == pytest.approx(3, abs=0.2)
+    assert few["recall"] < good["recall"] - 0.3
+    assert few["precision"] > 0.8
+    assert distinguishable(good, bad)
+
+
+def test_rows_that_share_their_noise_can_be_told_apart():
+    """A shift smaller than either's own error shows when seeds are shared, not otherwise."""
+    rng = np.random.default_rng(3)
+    noise, other = rng.normal(size=(2, 1000, 4))
+    reference = _statistics(4)
+    a, b, c, d = (
+        measure(batches_of(pooled=x), reference)
+        for x in (noise + 0.2, noise + 0.22, other + 0.22, noise + 0.2 + 0.02 * other)
+    )
+    assert abs(a["fid"] - b["fid"]) < 2 * a["fid_stderr"]
+    assert distinguishable(a, b)
+    assert distinguishable(b, a)
+    assert not distinguishable(a, a)
+    assert not distinguishable(a, {**b, "fid_jackknife": None})
+    assert not distinguishable(a, {**b, "images": 999})
+    # by hand
+    for x, y in ((a, b), (a, c), (a, d)):
+        error = jackknife_error(np.subtract(x["fid_jackknife"], y["fid_jackknife"]))
+        t = abs(x["fid"] - y["fid"]) / error
+        assert distinguishable(x, y) == (2 * stats.t.sf(t, 9) < 0.05)
+
+
+def test_ties_are_named_with_their_numbers():
+    rng = np.random.default_rng(4)
+    reference = _statistics(4)
+    near, same, far = (
+        measure(batches_of(pooled=rng.normal(mean, 1, (300, 4))), reference)
+        for mean in (0.3, 0.3, 3)
+    )
+    rows = {"far": far, "D4": near, "D5": same, "none": {"fid": None}}
+    lower = sorted(("D4", "D5"), key=lambda name: rows[name]["fid"])
+    listed = rf"{lower[0]} and {lower[1]} \(0\.\d+ and 0\.\d+\); make more"
+    with pytest.warns(AccelkitWarning, match=r"300 images are too few .*" + listed):
+        assert warn_of_ties(rows) == [tuple(lower)]
+    assert warn_of_ties({"far": far, "D4": near}) == []
+
+
+def test_fewer_images_than_features_warn_with_the_numbers(sets):
+    generated, pooled, spatial = sets
+    few = {name: rows[:8] for name, rows in generated.items()}
+    with pytest.warns(AccelkitWarning, match=r"8 images are too few for the 9 dimensions of sfid"):
+        measure(batches_of(**few), reference_of(pooled, spatial))
+    few = {name: rows[:5] for name, rows in generated.items()}
+    with pytest.warns(AccelkitWarning, match=r"5 images .* 6 dim.* of fid.* and the 9 dim.* sfid"):
+        found = measure(batches_of(**few), reference_of(pooled, spatial))
+    assert found["fid"] == pytest.approx(by_square_root(few["pooled"], pooled), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::accelkit.errors.AccelkitWarning")
+def test_what_cannot_be_had_is_null_and_says_why(sets):
+    generated, pooled, spatial = sets
+    statistics = Reference("s", "0", "statistics", None, gaussian_of(pooled), None, None)
+    found = measure(batches_of(**generated), statistics)
+    assert set(found) == FIGURES
+    assert set(found["missing"]) == {"sfid", "kid", "precision", "recall", "density", "coverage"}
+    assert found["missing"]["kid"] == "the reference holds statistics alone, and no images"
+    assert found["kid"] is found["kid_std"] is found["precision"] is found["sfid"] is None
+    assert found["fid"] > 0
+
+    reasons = {"spatial": "flat", "probabilities": "no classes"}
+    one = {"pooled": generated["pooled"][:1]}
+    found = measure(batches_of(**one), reference_of(pooled, spatial), missing=reasons)
+    assert set(found) == FIGURES
+    assert {name for name in found if found[name] is None} == FIGURES - {"images", "missing"}
+    assert found["missing"]["inception_score"] == "no classes"
+    assert "4 images a side, got 1 and 700" in found["missing"]["kid"]
+    assert "1 generated and 1 real images" in found["missing"]["recall"]
+
+    few = {name: rows[:19] for name, rows in generated.items() if name != "spatial"}
+    found = measure(batches_of(**few), reference_of(pooled, spatial), missing=reasons)
+    assert set(found["missing"]) == {"fid_stderr", "sfid"}
+    assert found["missing"]["sfid"] == "flat"
+    assert found["fid_jackknife"] is None
+    assert found["manifold_images"] == 19
+
+
+def test_features_of_another_extractor_are_refused(sets):
+    _, pooled, _ = sets
+    with pytest.raises(AccelkitError, match=r"5 wide, the reference's 6; use one extractor"):
+        measure(batches_of(pooled=np.ones((9, 5))), reference_of(pooled))
+    with pytest.raises(AccelkitError, match="no generated images to measure"):
+        measure(lambda: iter(()), reference_of(pooled))
+    with pytest.raises(AccelkitError, match="at least 2 groups, got 1"):
+        measure(batches_of(pooled=pooled), reference_of(pooled), groups=1)
+
+
+MEMORY = """
+import sys
+import numpy as np
+from accelkit.metrics import kid
+from accelkit.metrics.frechet import Gaussian
+from accelkit.metrics.quality import measure
+from accelkit.metrics.features import open_extractor
+from accelkit.metrics.references import Reference, open_reference
+
+def rows(n, shift):
+    def batches():
+        for start in range(0, n, 500):
+            x = np.random.default_rng(start).normal(shift, 1, (500, 256)).astype(np.float32)
+            yield {"pooled": x, "spatial": x, "probabilities": np.full((500, 10), 0.1)}
+    return batches
+
+kid.SUBSETS = 20  # of 10 that are held
+n = int(sys.argv[1])
+gaussian = Gaussian.of(np.zeros(256), np.eye(256))
+reference = Reference("r", "0", "images", n, gaussian, gaussian, rows(n, 0.0))
+measure(rows(n, 0.1), reference, manifold_images=1000)
+status = open("/proc/self/status").read()
+print(status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_number_of_images():
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for n in (2_000, 50_000)
+    ]
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def _statistics(d):
+    """The standard Gaussian, exactly."""
+    return Reference("g", "0", "statistics", None, Gaussian.of(np.zeros(d), np.eye(d)), None, None)
