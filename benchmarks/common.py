@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelkit.bench.report import machine
+from accelkit.bench.results import machine
 from accelkit.files import write_json
 
 

@@ -1,34 +1,59 @@
-"""What a comparison leaves behind: results.json and a plot."""
+"""What a comparison leaves behind: the report as a web page and as Markdown, and its plots."""
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelkit.files import write_json
+from accelkit.bench.document import Document
+from accelkit.bench.html import html
+from accelkit.bench.markdown import markdown
+from accelkit.bench.plots import FOLDER, Plot, png, svg
+from accelkit.bench.results import RESULTS, machine
+from accelkit.bench.sections import document
+from accelkit.files import explain_full_disk, write_json
 
+HTML, MARKDOWN = "report.html", "report.md"
 SCHEMA = 1
-RESULTS, PLOT = "results.json", "results.png"
-_PACKAGES = ("accelkit", "torch", "diffusers", "transformers", "accelerate", "numpy", "triton")
+PLOT = "results.png"
 
 
-def machine() -> dict[str, Any]:
-    """Return what figures depend on: processor, threads, GPU and versions."""
-    import torch
+def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
+    """Write ``report.html``, ``report.md`` and ``plots/*.png`` and ``.svg``; return their paths.
 
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-    }
+    Args:
+        directory: where ``results.json`` lies, or would, and the pictures of samples do: the page
+            has them in it. Those that are not there are named in the report.
+        results: as :func:`accelkit.bench.results.read_results` returns them.
+
+    Raises:
+        AccelkitError: a picture of samples cannot be read, or there is no room to write.
+    """
+    made = document(directory, results)
+    files = {directory / HTML: html(made).encode(), directory / MARKDOWN: markdown(made).encode()}
+    for plot in _plots(made):
+        files[directory / FOLDER / f"{plot.name}.png"] = png(plot)
+        files[directory / FOLDER / f"{plot.name}.svg"] = svg(plot)
+    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        _write(path, content)
+    return list(files)
+
+
+def _plots(made: Document) -> list[Plot]:
+    blocks = [block for section in made.sections for block in section.blocks]
+    return [block for block in blocks if isinstance(block, Plot)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".partial")
+    with explain_full_disk(path):
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_results(directory: Path, protocol: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
@@ -67,19 +92,3 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     part = path.with_name(path.name + ".partial")
     figure.savefig(part, format="png")
     part.replace(path)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

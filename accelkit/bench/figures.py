@@ -1,0 +1,226 @@
+"""The report's plots: quality against time, saving against steps, time against depth."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from accelkit.bench.findings import FULL, Comparison, Row, label
+from accelkit.bench.plots import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    RULE,
+    Panel,
+    Plot,
+    Point,
+    Style,
+    readable_axis,
+)
+
+
+def styles_of(rows: list[Row]) -> dict[str, Style]:
+    """Return how each method is drawn, by its label; on tuned weights its marker is filled."""
+    markers: dict[str, str] = {}
+    styles = {}
+    for row in rows:
+        name = label(row)
+        marker = markers.setdefault(row["method"], MARKERS[len(markers) % len(MARKERS)])
+        filled = row["weights"] == "tuned" or name == FULL
+        styles[name] = Style(name, row["kind"], marker, filled)
+    return styles
+
+
+def pareto(comparison: Comparison, styles: dict[str, Style]) -> Plot | None:
+    """FID against seconds per image, a panel per sampler; where there is no FID, bars of time.
+
+    None if no row has a time.
+    """
+    panels, shown = [], []
+    for sampler in comparison.samplers:
+        if rows := comparison.scored(sampler):
+            draw = partial(_draw_pareto, comparison, styles, rows)
+            panels.append(Panel(sampler.upper(), _pareto_alt(comparison, sampler, rows), draw))
+            shown += rows
+        elif timed := [row for row in comparison.of(sampler) if row["seconds"] is not None]:
+            draw = partial(_draw_bars, comparison, timed)
+            alt = _bars_alt(comparison, sampler, timed)
+            panels.append(Panel(sampler.upper(), alt, draw, 24 * len(timed) + 60))
+    if not panels:
+        return None
+    names = dict.fromkeys(label(row) for row in shown)
+    caption = (
+        "Lower is better and further left is faster. Vertical bars are one standard error, "
+        "horizontal ones the quartiles of the time. The stepped line is the Pareto front: no row "
+        "is both faster and of lower FID than one that lies on it. Thin lines join one method over "
+        "its numbers of steps, which are written beside full depth."
+        if shown
+        else "Median time of an image; shorter is faster. There is no FID to draw it against."
+    )
+    return Plot("pareto", caption, panels, [styles[name] for name in names])
+
+
+def saving(comparison: Comparison, styles: dict[str, Style]) -> Plot | None:
+    """Saving against the number of steps, None unless some sampler has several settings."""
+    panels, shown = [], []
+    for sampler in comparison.samplers:
+        counts = sorted(steps for name, steps in comparison.settings if name == sampler)
+        rows = [
+            row
+            for steps in counts
+            for row in comparison.at(sampler, steps)
+            if row["saving"] is not None and label(row) != FULL
+        ]
+        if len({row["steps"] for row in rows}) > 1:
+            draw = partial(_draw_saving, styles, rows)
+            panels.append(Panel(sampler.upper(), _saving_alt(sampler, rows), draw))
+            shown += rows
+    if not panels:
+        return None
+    caption = (
+        "Share of full depth's time saved at the same number of steps; higher is faster. "
+        "Bars are 95% intervals."
+    )
+    names = dict.fromkeys(label(row) for row in shown)
+    return Plot("saving", caption, panels, [styles[name] for name in names])
+
+
+def depths(measured: list[dict[str, Any]]) -> Plot:
+    """Time of a network call by the number of blocks run, beside what its multiply-adds predict."""
+    measured = sorted(measured, key=lambda row: row["depth"])
+    low, high = measured[0], measured[-1]
+    alt = (
+        f"Time of a network call of {high['batch_size']} samples by blocks run: "
+        f"{1e3 * low['seconds']:.3g} ms at depth {low['depth']}, "
+        f"{1e3 * high['seconds']:.3g} ms at depth {high['depth']}; by multiply-adds "
+        f"{1e3 * _predicted(low, high):.3g} ms at depth {low['depth']}."
+    )
+    caption = (
+        "Time of one network call by the number of blocks run, with quartiles. The line is the "
+        "deepest call's time scaled by multiply-adds: what lies above it costs time that a "
+        "schedule does not save."
+    )
+    return Plot("depths", caption, [Panel("", alt, partial(_draw_depths, measured))], [])
+
+
+def _draw_pareto(
+    comparison: Comparison, styles: dict[str, Style], rows: list[Row], axes: Any
+) -> list[Point]:
+    front = comparison.front(rows[0]["sampler"])
+    place = {id(row): (comparison.seconds(row), row["fid"]) for row in rows}
+    readable_axis(axes, "x", [x for x, _ in place.values()])
+    readable_axis(axes, "y", [y for _, y in place.values()])
+    axes.margins(0.14)
+    xs, ys = zip(*(place[id(row)] for row in front), strict=True)
+    axes.step(xs, ys, where="post", color=RULE, lw=6, solid_capstyle="round", zorder=1)
+    for name in dict.fromkeys(label(row) for row in rows):
+        style = styles[name]
+        curve = sorted((r for r in rows if label(r) == name), key=lambda r: r["steps"])
+        if len(curve) > 1:
+            path = zip(*(place[id(row)] for row in curve), strict=True)
+            axes.plot(*path, color=style.color, lw=1, alpha=0.5, zorder=2)
+        for row in curve:
+            x, y = place[id(row)]
+            if row["fid_stderr"]:
+                error = min(row["fid_stderr"], 0.9 * y)  # a logarithm ends above 0
+                axes.errorbar(x, y, [[error], [row["fid_stderr"]]], color=style.color, lw=1)
+            if row["seconds_quartiles"]:
+                scale = x / row["seconds"] if row["seconds"] else 0
+                ends = [scale * end for end in row["seconds_quartiles"]]
+                axes.plot(ends, [y, y], color=style.color, lw=1, zorder=2)
+            _mark(axes, x, y, style)
+    axes.set(xlabel="seconds per image", ylabel="FID")
+    ordered = front + [row for row in rows if not comparison.on_front(row)]
+    named = {label(row): row for row in reversed(ordered)}  # a curve is named once, on the front
+    named[FULL] = max(rows, key=lambda row: (label(row) == FULL, row["steps"]))
+    labels = [(row, _point_label(row, named[label(row)] is row)) for row in ordered]
+    return [(*place[id(row)], text) for row, text in labels]
+
+
+def _point_label(row: Row, first: bool) -> str:
+    if label(row) == FULL:
+        return f"{row['steps']} steps" if first else str(row["steps"])
+    return label(row) if first else ""
+
+
+def _draw_bars(comparison: Comparison, rows: list[Row], axes: Any) -> list[Point]:
+    names = [f"{label(row)}, {row['steps']} steps" for row in rows]
+    bars = [comparison.seconds(row) for row in rows]
+    colors = [COLORS[row["kind"]] for row in rows]
+    axes.barh(range(len(rows)), bars, color=colors, height=0.6)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="seconds per image")
+    return []
+
+
+def _draw_saving(styles: dict[str, Style], rows: list[Row], axes: Any) -> list[Point]:
+    from matplotlib.ticker import PercentFormatter
+
+    counts = sorted({row["steps"] for row in rows})
+    axes.axhline(0, color=MUTED, lw=0.8)
+    for name in dict.fromkeys(label(row) for row in rows):
+        style = styles[name]
+        curve = [row for row in rows if label(row) == name]
+        places = [(counts.index(row["steps"]), row["saving"]) for row in curve]
+        axes.plot(*zip(*places, strict=True), color=style.color, lw=1, alpha=0.5, zorder=2)
+        for (x, y), row in zip(places, curve, strict=True):
+            if row["saving_interval"]:
+                axes.plot([x, x], row["saving_interval"], color=style.color, lw=1)
+            _mark(axes, x, y, style)
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.margins(0.1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="steps", ylabel="time saved")
+    return []
+
+
+def _draw_depths(measured: list[dict[str, Any]], axes: Any) -> list[Point]:
+    high = measured[-1]
+    at = [row["depth"] for row in measured]
+    predicted = [1e3 * _predicted(row, high) for row in measured]
+    times = [1e3 * row["seconds"] for row in measured]
+    axes.plot(at, predicted, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+    for row in measured:
+        ends = [1e3 * end for end in row["seconds_quartiles"]]
+        axes.plot([row["depth"]] * 2, ends, color=COLORS["schedule"], lw=1)
+    axes.plot(at, times, "o", color=COLORS["schedule"], ms=6, zorder=3)
+    axes.set_ylim(0, 1.1 * max([*predicted, *times]))
+    axes.set(xlabel="blocks run", ylabel="milliseconds per call")
+    return []
+
+
+def _predicted(row: dict[str, Any], full: dict[str, Any]) -> float:
+    """Seconds of a call if time followed multiply-adds."""
+    return full["seconds"] * row["macs"] / full["macs"] if full["macs"] else full["seconds"]
+
+
+def _mark(axes: Any, x: float, y: float, style: Style) -> None:
+    axes.plot(x, y, style.marker, color=style.color, mfc=style.face, ms=7, mew=1.3, zorder=3)
+
+
+def _pareto_alt(comparison: Comparison, sampler: str, rows: list[Row]) -> str:
+    on = "; ".join(
+        f"{label(row)} in {row['steps']} steps, {comparison.seconds(row):.3g} s, "
+        f"FID {row['fid']:.3g}"
+        for row in comparison.front(sampler)
+    )
+    shown = f"{len(rows)} rows of {sampler.upper()}"
+    return f"FID against seconds per image for {shown}. On the Pareto front: {on}."
+
+
+def _bars_alt(comparison: Comparison, sampler: str, rows: list[Row]) -> str:
+    times = "; ".join(
+        f"{label(row)} in {row['steps']} steps, {comparison.seconds(row):.3g} s" for row in rows
+    )
+    return f"Seconds per image with {sampler.upper()}: {times}."
+
+
+def _saving_alt(sampler: str, rows: list[Row]) -> str:
+    savings = "; ".join(
+        f"{label(row)} in {row['steps']} steps, {row['saving']:.1%}" for row in rows
+    )
+    return f"Time saved by the number of steps of {sampler.upper()}: {savings}."

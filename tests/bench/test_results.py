@@ -1,0 +1,141 @@
+"""results.json: what is written can be read, and what is not of its schema is refused."""
+
+import copy
+import json
+import re
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measured import measured, one_row, published
+
+from accelkit.bench import results as module
+from accelkit.bench.results import (
+    SCHEMA_FILE,
+    blank_row,
+    machine,
+    read_results,
+    violations,
+    write_results,
+)
+from accelkit.errors import AccelkitError
+
+SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+SAMPLE = {"method": "D4", "weights": "tuned", "sampler": "ddim", "steps": 50}
+SAMPLE["file"] = "samples/D4 tuned.png"
+WHOLE = {**measured(), "published": published(), "samples": [SAMPLE]}
+SMALL = {**WHOLE, "rows": WHOLE["rows"][:2], "depths": WHOLE["depths"][:1]}
+
+
+def parts(schema):
+    """The schema and all within it."""
+    yield schema
+    for inner in schema.get("properties", {}).values():
+        yield from parts(inner)
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            yield from parts(schema[name])
+
+
+def places(value, path=()):
+    """Every place within JSON data."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def test_the_schema_is_one_and_describes_every_field():
+    VALIDATOR.check_schema(SCHEMA)
+    fields = [p for part in parts(SCHEMA) for p in part.get("properties", {}).items()]
+    assert len(fields) > 90
+    assert not [name for name, field in fields if not field.get("description", "").endswith(".")]
+
+
+@pytest.mark.parametrize("results", [WHOLE, one_row(), one_row(skipped="not installed")])
+def test_results_come_back_as_they_were_written(results, tmp_path):
+    VALIDATOR.validate(results)
+    path = write_results(tmp_path, results)
+    assert path == tmp_path / "results.json"
+    assert read_results(path) == results
+    assert read_results(tmp_path) == results
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_is_refused_is_what_json_schema_refuses(data):
+    value = copy.deepcopy(SMALL)
+    path = data.draw(st.sampled_from(sorted(places(value), key=str)))
+    holder = value
+    for key in path[:-1]:
+        holder = holder[key]
+    spoilt = data.draw(
+        st.sampled_from(
+            ["remove", None, True, -1, 0, 0.5, 2.0, "", "x", [], [1.0, 2.0], {}, {"a": 1}]
+        )
+    )
+    if spoilt == "remove":
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = spoilt
+    assert (not list(violations(value))) == VALIDATOR.is_valid(value)
+
+
+def test_the_reader_knows_every_word_of_the_schema():
+    known = set(re.findall(r'"(\w+)"', module.__loader__.get_source(module.__name__)))
+    words = {word for part in parts(SCHEMA) for word in part}
+    assert words - known <= {"$schema", "title", "description"}
+
+
+def test_another_version_of_the_schema_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "protocol": {}, "rows": []}))
+    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*bench again"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "cannot read"),
+        ("{", "cannot read"),
+        ("[]", "expected object"),
+        ('{"rows": []}', "schema is missing"),
+        (json.dumps({**WHOLE, "rows": []}), "rows has 0 entries"),
+        (
+            json.dumps({**WHOLE, "rows": WHOLE["rows"][:1] * 2}),
+            "more than one row of full original",
+        ),
+        (json.dumps({**SMALL, "samples": [{**SAMPLE, "file": "../a.png"}]}), "expected the form"),
+        (json.dumps({**SMALL, "notes": ""}), "notes is unknown"),
+        (json.dumps(one_row(fid=float("nan"))), r"rows\[0\].fid is nan"),
+    ],
+)
+def test_what_holds_no_results_is_refused(text, words, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(AccelkitError, match=words):
+        read_results(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(AccelkitError, match=r"nothing\.json"):
+        read_results(tmp_path / "nothing.json")
+
+
+def test_figures_that_are_not_finite_are_written_as_null(tmp_path):
+    row = {"fid": float("inf"), "kid": float("nan"), "fid_jackknife": [1.0, 2.0]}
+    read = read_results(write_results(tmp_path, one_row(**row)))["rows"][0]
+    assert (read["fid"], read["kid"], read["fid_jackknife"]) == (None, None, [1.0, 2.0])
+
+
+def test_a_blank_row_has_every_field():
+    assert set(blank_row()) == set(SCHEMA["properties"]["rows"]["items"]["required"])
+    assert blank_row()["missing"] == {}
+
+
+def test_the_machine_is_described_as_the_schema_says():
+    told = SCHEMA["properties"]["protocol"]["properties"]["machine"]
+    jsonschema.validate(machine(), told)
+    assert machine()["packages"]["numpy"]
