@@ -32,8 +32,8 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn a write that found no room into an AccelkitError that names the place."""
+def explain_full_disk(path: Path, go_on: str = "go on with --resume latest") -> Iterator[None]:
+    """Turn a write that found no room into an AccelkitError that names the place and what to do."""
     try:
         yield
     except Exception as error:  # safetensors and torch raise errors of their own
@@ -47,7 +47,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         )
         if full or any(word in str(error).lower() for word in words):
             raise AccelkitError(
-                f"no room to write {path} ({error}); free some space and go on with "
-                "--resume latest: what was written before is intact"
+                f"no room to write {path} ({error}); free some space and {go_on}: "
+                "what was written before is intact"
             ) from error
         raise

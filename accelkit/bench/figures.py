@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from accelkit.bench.findings import FULL, Comparison, Row, label
+from accelkit.bench.findings import FULL, Findings, Row, label
 from accelkit.bench.plots import (
     COLORS,
     MARKERS,
@@ -31,20 +31,20 @@ def styles_of(rows: list[Row]) -> dict[str, Style]:
     return styles
 
 
-def pareto(comparison: Comparison, styles: dict[str, Style]) -> Plot | None:
+def pareto(findings: Findings, styles: dict[str, Style]) -> Plot | None:
     """FID against seconds per image, a panel per sampler; where there is no FID, bars of time.
 
     None if no row has a time.
     """
     panels, shown = [], []
-    for sampler in comparison.samplers:
-        if rows := comparison.scored(sampler):
-            draw = partial(_draw_pareto, comparison, styles, rows)
-            panels.append(Panel(sampler.upper(), _pareto_alt(comparison, sampler, rows), draw))
+    for sampler in findings.samplers:
+        if rows := findings.scored(sampler):
+            draw = partial(_draw_pareto, findings, styles, rows)
+            panels.append(Panel(sampler.upper(), _pareto_alt(findings, sampler, rows), draw))
             shown += rows
-        elif timed := [row for row in comparison.of(sampler) if row["seconds"] is not None]:
-            draw = partial(_draw_bars, comparison, timed)
-            alt = _bars_alt(comparison, sampler, timed)
+        elif timed := [row for row in findings.of(sampler) if row["seconds"] is not None]:
+            draw = partial(_draw_bars, findings, timed)
+            alt = _bars_alt(findings, sampler, timed)
             panels.append(Panel(sampler.upper(), alt, draw, 24 * len(timed) + 60))
     if not panels:
         return None
@@ -60,15 +60,15 @@ def pareto(comparison: Comparison, styles: dict[str, Style]) -> Plot | None:
     return Plot("pareto", caption, panels, [styles[name] for name in names])
 
 
-def saving(comparison: Comparison, styles: dict[str, Style]) -> Plot | None:
+def saving(findings: Findings, styles: dict[str, Style]) -> Plot | None:
     """Saving against the number of steps, None unless some sampler has several settings."""
     panels, shown = [], []
-    for sampler in comparison.samplers:
-        counts = sorted(steps for name, steps in comparison.settings if name == sampler)
+    for sampler in findings.samplers:
+        counts = sorted(steps for name, steps in findings.settings if name == sampler)
         rows = [
             row
             for steps in counts
-            for row in comparison.at(sampler, steps)
+            for row in findings.at(sampler, steps)
             if row["saving"] is not None and label(row) != FULL
         ]
         if len({row["steps"] for row in rows}) > 1:
@@ -104,10 +104,10 @@ def depths(measured: list[dict[str, Any]]) -> Plot:
 
 
 def _draw_pareto(
-    comparison: Comparison, styles: dict[str, Style], rows: list[Row], axes: Any
+    findings: Findings, styles: dict[str, Style], rows: list[Row], axes: Any
 ) -> list[Point]:
-    front = comparison.front(rows[0]["sampler"])
-    place = {id(row): (comparison.seconds(row), row["fid"]) for row in rows}
+    front = findings.front(rows[0]["sampler"])
+    place = {id(row): (findings.seconds(row), row["fid"]) for row in rows}
     readable_axis(axes, "x", [x for x, _ in place.values()])
     readable_axis(axes, "y", [y for _, y in place.values()])
     axes.margins(0.14)
@@ -130,7 +130,7 @@ def _draw_pareto(
                 axes.plot(ends, [y, y], color=style.color, lw=1, zorder=2)
             _mark(axes, x, y, style)
     axes.set(xlabel="seconds per image", ylabel="FID")
-    ordered = front + [row for row in rows if not comparison.on_front(row)]
+    ordered = front + [row for row in rows if not findings.on_front(row)]
     named = {label(row): row for row in reversed(ordered)}  # a curve is named once, on the front
     named[FULL] = max(rows, key=lambda row: (label(row) == FULL, row["steps"]))
     labels = [(row, _point_label(row, named[label(row)] is row)) for row in ordered]
@@ -143,9 +143,9 @@ def _point_label(row: Row, first: bool) -> str:
     return label(row) if first else ""
 
 
-def _draw_bars(comparison: Comparison, rows: list[Row], axes: Any) -> list[Point]:
+def _draw_bars(findings: Findings, rows: list[Row], axes: Any) -> list[Point]:
     names = [f"{label(row)}, {row['steps']} steps" for row in rows]
-    bars = [comparison.seconds(row) for row in rows]
+    bars = [findings.seconds(row) for row in rows]
     colors = [COLORS[row["kind"]] for row in rows]
     axes.barh(range(len(rows)), bars, color=colors, height=0.6)
     axes.set_yticks(range(len(rows)), names)
@@ -202,19 +202,18 @@ def _mark(axes: Any, x: float, y: float, style: Style) -> None:
     axes.plot(x, y, style.marker, color=style.color, mfc=style.face, ms=7, mew=1.3, zorder=3)
 
 
-def _pareto_alt(comparison: Comparison, sampler: str, rows: list[Row]) -> str:
+def _pareto_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
     on = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {comparison.seconds(row):.3g} s, "
-        f"FID {row['fid']:.3g}"
-        for row in comparison.front(sampler)
+        f"{label(row)} in {row['steps']} steps, {findings.seconds(row):.3g} s, FID {row['fid']:.3g}"
+        for row in findings.front(sampler)
     )
     shown = f"{len(rows)} rows of {sampler.upper()}"
     return f"FID against seconds per image for {shown}. On the Pareto front: {on}."
 
 
-def _bars_alt(comparison: Comparison, sampler: str, rows: list[Row]) -> str:
+def _bars_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
     times = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {comparison.seconds(row):.3g} s" for row in rows
+        f"{label(row)} in {row['steps']} steps, {findings.seconds(row):.3g} s" for row in rows
     )
     return f"Seconds per image with {sampler.upper()}: {times}."
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from accelkit.bench.formats import listed
+from accelkit.metrics.quality import distinguishable
 
 Row = dict[str, Any]
 
@@ -37,19 +38,6 @@ def grouped(rows: list[Row]) -> str:
     return listed([f"{name} ({listed(settings)})" for name, settings in methods.items()])
 
 
-def distinguishable(row_a: Row, row_b: Row) -> bool:
-    """Return whether the FIDs of two rows differ at 95% confidence, by the paired jackknife.
-
-    The rows share labels and seeds, and so the groups left out: what both have in common cancels.
-    """
-    from scipy.stats import t
-
-    without = np.subtract(row_a["fid_jackknife"], row_b["fid_jackknife"])
-    groups = len(without)
-    variance = (groups - 1) / groups * ((without - without.mean()) ** 2).sum()
-    return bool(abs(row_a["fid"] - row_b["fid"]) > t.ppf(0.975, groups - 1) * np.sqrt(variance))
-
-
 def verdict(row: Row, other: Row) -> str:
     """Return how ``row``'s FID stands to ``other``'s.
 
@@ -61,7 +49,7 @@ def verdict(row: Row, other: Row) -> str:
     return LOWER if row["fid"] < other["fid"] else HIGHER
 
 
-class Comparison:
+class Findings:
     """The rows that ran, by sampler and steps.
 
     A sampler's rows are compared over all its numbers of steps: full depth in fewer steps is an

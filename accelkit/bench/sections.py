@@ -16,16 +16,16 @@ from accelkit.bench.document import (
     Points,
     Section,
 )
-from accelkit.bench.findings import Comparison, label, setting
+from accelkit.bench.findings import Findings, label, setting
 from accelkit.bench.formats import counted, listed
 from accelkit.bench.summary import standings, summary
 
 
 def document(directory: Path, results: dict[str, Any]) -> Document:
     """Return the report on ``results``, whose sample pictures lie in ``directory``."""
-    comparison = Comparison(results)
-    styles = figures.styles_of(comparison.rows)
-    plots = [figures.pareto(comparison, styles), figures.saving(comparison, styles)]
+    findings = Findings(results)
+    styles = figures.styles_of(findings.rows)
+    plots = [figures.pareto(findings, styles), figures.saving(findings, styles)]
     by_depth: list[Block] = []
     if results["depths"]:
         by_depth = [figures.depths(results["depths"]), listings.depths(results["depths"])]
@@ -33,30 +33,30 @@ def document(directory: Path, results: dict[str, Any]) -> Document:
     if results["throughput"]:
         costs.append(listings.throughput(results["throughput"]))
     sections = [
-        Section("summary", "Summary", _points(summary(results, comparison))),
+        Section("summary", "Summary", _points(summary(results, findings))),
         Section(
-            "pareto", "Quality against time", [*_present(plots[0]), *_points(standings(comparison))]
+            "pareto", "Quality against time", [*_present(plots[0]), *_points(standings(findings))]
         ),
         Section("samples", "Samples", _samples(directory, results)),
-        Section("table", "FID and time saved", [tables.papers(results, comparison)]),
-        Section("where", "Who wins where", _standings(comparison)),
+        Section("table", "FID and time saved", [tables.papers(results, findings)]),
+        Section("where", "Who wins where", _standings(findings)),
         Section("saving", "Saving by steps", _present(plots[1])),
         Section("quality", "Quality of all rows", [listings.quality(results)]),
         Section("cost", "Cost of all rows", costs),
         Section("depths", "Time by depth", by_depth),
-        Section("protocol", "Protocol", _protocol(results, comparison.settings)),
+        Section("protocol", "Protocol", _protocol(results, findings.settings)),
     ]
-    return Document(_title(results), _lead(results, comparison), [s for s in sections if s.blocks])
+    return Document(_title(results), _lead(results, findings), [s for s in sections if s.blocks])
 
 
 def _title(results: dict[str, Any]) -> str:
     return f"{results['protocol']['model']['name']}: speed and quality"
 
 
-def _lead(results: dict[str, Any], comparison: Comparison) -> str:
+def _lead(results: dict[str, Any], findings: Findings) -> str:
     protocol = results["protocol"]
     names = dict.fromkeys(label(row) for row in results["rows"])
-    samplers = listed([f"{name.upper()} {steps}" for name, steps in comparison.settings])
+    samplers = listed([f"{name.upper()} {steps}" for name, steps in findings.settings])
     machine = protocol["machine"]
     return (
         f"{counted(len(names), 'method')} with {samplers}, {counted(protocol['images'], 'image')} "
@@ -73,11 +73,11 @@ def _points(items: list[tuple[str, str]]) -> list[Block]:
     return [Points(items)] if items else []
 
 
-def _standings(comparison: Comparison) -> list[Block]:
+def _standings(findings: Findings) -> list[Block]:
     return [
-        *_present(tables.where_each_wins(comparison)),
-        *_present(tables.equal_time(comparison)),
-        *_present(tables.combined(comparison)),
+        *_present(tables.where_each_wins(findings)),
+        *_present(tables.equal_time(findings)),
+        *_present(tables.combined(findings)),
     ]
 
 

@@ -10,7 +10,7 @@ from accelkit.bench.findings import (
     HIGHER,
     LOWER,
     SAME,
-    Comparison,
+    Findings,
     Row,
     grouped,
     label,
@@ -39,31 +39,31 @@ _EQUAL_TIME = {
 }
 
 
-def summary(results: dict[str, Any], comparison: Comparison) -> list[Point]:
+def summary(results: dict[str, Any], findings: Findings) -> list[Point]:
     """Return the main findings and what to know of them, each with what it is about."""
     points: list[Point] = []
-    for sampler, steps in comparison.settings:
-        points += _best_saving(comparison, sampler, steps)
-    points += _fewer_steps(comparison)
-    points += _skipped(comparison)
-    points += _cautions(results, comparison)
+    for sampler, steps in findings.settings:
+        points += _best_saving(findings, sampler, steps)
+    points += _fewer_steps(findings)
+    points += _skipped(findings)
+    points += _cautions(results, findings)
     return points
 
 
-def standings(comparison: Comparison) -> list[Point]:
+def standings(findings: Findings) -> list[Point]:
     """Return where each kind of methods stands, and what combinations give."""
-    return _fronts(comparison) + _combinations(comparison)
+    return _fronts(findings) + _combinations(findings)
 
 
-def _best_saving(comparison: Comparison, sampler: str, steps: int) -> list[Point]:
+def _best_saving(findings: Findings, sampler: str, steps: int) -> list[Point]:
     """What saves most of a setting's full depth, fewer steps included."""
-    full = comparison.full(sampler, steps)
-    if full is None or not full["seconds"] or len(comparison.of(sampler)) == 1:
+    full = findings.full(sampler, steps)
+    if full is None or not full["seconds"] or len(findings.of(sampler)) == 1:
         return []
     if full["fid"] is None:
-        rows, without = [r for r in comparison.at(sampler, steps) if r["seconds"] is not None], ""
+        rows, without = [r for r in findings.at(sampler, steps) if r["seconds"] is not None], ""
     else:
-        rows = [row for row in comparison.scored(sampler) if verdict(row, full) != HIGHER]
+        rows = [row for row in findings.scored(sampler) if verdict(row, full) != HIGHER]
         without = " without a distinguishable loss of FID"
     about = f"{sampler.upper()} {steps}"
     best = max(rows, key=lambda row: _saved(row, full))
@@ -85,11 +85,11 @@ def _saved(row: Row, full: Row) -> float:
     return 1 - row["seconds"] / full["seconds"]
 
 
-def _fewer_steps(comparison: Comparison) -> list[Point]:
+def _fewer_steps(findings: Findings) -> list[Point]:
     found: dict[str, list[Row]] = {which: [] for which in _EQUAL_TIME}
-    for sampler in comparison.samplers:
-        for row in comparison.scored(sampler):
-            other = comparison.fewer_steps(row) if label(row) != FULL else None
+    for sampler in findings.samplers:
+        for row in findings.scored(sampler):
+            other = findings.fewer_steps(row) if label(row) != FULL else None
             if other is not None:
                 found[verdict(row, other)].append(row)
     return [
@@ -99,15 +99,15 @@ def _fewer_steps(comparison: Comparison) -> list[Point]:
     ]
 
 
-def _fronts(comparison: Comparison) -> list[Point]:
+def _fronts(findings: Findings) -> list[Point]:
     """Of every kind of methods, what is on its sampler's front and what is behind."""
-    scored = [row for sampler in comparison.samplers for row in comparison.scored(sampler)]
+    scored = [row for sampler in findings.samplers for row in findings.scored(sampler)]
     points = []
     for kind, about in _KINDS.items():
         rows = [row for row in scored if row["kind"] == kind]
         places: dict[str, list[Row]] = {where: [] for where in _PLACES}
         for row in rows:
-            rival = comparison.beaten_by(row)
+            rival = findings.beaten_by(row)
             noise = rival is not None and verdict(rival, row) == SAME
             places[_PLACES[0] if rival is None else _PLACES[1] if noise else _PLACES[2]].append(row)
         texts = [f"{where}: {grouped(found)}." for where, found in places.items() if found]
@@ -116,10 +116,10 @@ def _fronts(comparison: Comparison) -> list[Point]:
     return points if len(scored) > 1 else []
 
 
-def _combinations(comparison: Comparison) -> list[Point]:
+def _combinations(findings: Findings) -> list[Point]:
     texts: dict[str, list[str]] = {}
-    for row in comparison.rows:
-        parts = comparison.parts(row) if row["kind"] == "combination" else None
+    for row in findings.rows:
+        parts = findings.parts(row) if row["kind"] == "combination" else None
         if not parts or any(r["saving"] is None for r in [row, *parts]):
             continue
         alone = listed([f"{part['method']} {percent(part['saving'])}" for part in parts])
@@ -131,14 +131,14 @@ def _combinations(comparison: Comparison) -> list[Point]:
     return [(name, " ".join(said)) for name, said in texts.items()]
 
 
-def _skipped(comparison: Comparison) -> list[Point]:
+def _skipped(findings: Findings) -> list[Point]:
     reasons: dict[str, list[Row]] = {}
-    for row in comparison.skipped:
+    for row in findings.skipped:
         reasons.setdefault(row["skipped"], []).append(row)
     return [("Skipped", f"{grouped(rows)}: {reason}.") for reason, rows in reasons.items()]
 
 
-def _cautions(results: dict[str, Any], comparison: Comparison) -> list[Point]:
+def _cautions(results: dict[str, Any], findings: Findings) -> list[Point]:
     protocol = results["protocol"]
     images, extractor = protocol["images"], protocol["extractor"]
     if extractor is None:
@@ -151,8 +151,8 @@ def _cautions(results: dict[str, Any], comparison: Comparison) -> list[Point]:
         )
     pairs = [
         pair
-        for sampler, steps in comparison.settings
-        for pair in combinations(_scored_at(comparison, sampler, steps), 2)
+        for sampler, steps in findings.settings
+        for pair in combinations(_scored_at(findings, sampler, steps), 2)
     ]
     tied = sum(verdict(a, b) == SAME for a, b in pairs)
     if tied:
@@ -160,10 +160,10 @@ def _cautions(results: dict[str, Any], comparison: Comparison) -> list[Point]:
             f"{images:,} images per row are too few to tell {tied:,} of "
             f"{counted(len(pairs), 'pair')} of methods apart by FID"
         )
-    if any(row["fid"] is not None and not row["fid_jackknife"] for row in comparison.rows):
+    if any(row["fid"] is not None and not row["fid_jackknife"] for row in findings.rows):
         texts.append("some FIDs have no jackknife: their differences may be noise")
     return [("Caution", "; ".join(texts) + ".")] if texts else []
 
 
-def _scored_at(comparison: Comparison, sampler: str, steps: int) -> list[Row]:
-    return [row for row in comparison.at(sampler, steps) if row["fid"] is not None]
+def _scored_at(findings: Findings, sampler: str, steps: int) -> list[Row]:
+    return [row for row in findings.at(sampler, steps) if row["fid"] is not None]

@@ -6,22 +6,20 @@ from math import prod
 from typing import Any
 
 from accelkit.bench.document import MISSING, Cell, Column, Table
-from accelkit.bench.findings import FULL, LOWER, Comparison, Row, grouped, label, setting, verdict
+from accelkit.bench.findings import FULL, LOWER, Findings, Row, grouped, label, setting, verdict
 from accelkit.bench.formats import decimals, fixed, percent
 from accelkit.bench.listings import why_missing
 
 
-def papers(results: dict[str, Any], comparison: Comparison) -> Table:
+def papers(results: dict[str, Any], findings: Findings) -> Table:
     """Methods by samplers, a cell as papers give it: FID ± standard error (time saved)."""
-    published = {
-        at: [p for p in results["published"] if _at(p) == at] for at in comparison.settings
-    }
+    published = {at: [p for p in results["published"] if _at(p) == at] for at in findings.settings}
     columns = [Column("Method", False)]
-    for at in comparison.settings:
+    for at in findings.settings:
         columns.append(Column(_heading(at)))
         if published[at]:
             columns.append(Column(f"{_heading(at)}, published"))
-    rows = [row for row in results["rows"] if _at(row) in comparison.settings]
+    rows = [row for row in results["rows"] if _at(row) in findings.settings]
     quoted = [entry for entries in published.values() for entry in entries]
     names = dict.fromkeys(label(row) for row in rows)
     names |= dict.fromkeys(_beside(entry, names) for entry in quoted)
@@ -29,9 +27,9 @@ def papers(results: dict[str, Any], comparison: Comparison) -> Table:
     body = []
     for name in names:
         cells = [Cell(name)]
-        for at in comparison.settings:
+        for at in findings.settings:
             row = next((r for r in rows if label(r) == name and _at(r) == at), None)
-            cells.append(_figure(row, results, comparison, min(digits, 3)))
+            cells.append(_figure(row, results, findings, min(digits, 3)))
             if published[at]:
                 cells.append(_quoted([p for p in published[at] if _beside(p, names) == name]))
         body.append(cells)
@@ -49,25 +47,25 @@ def papers(results: dict[str, Any], comparison: Comparison) -> Table:
     return Table("Methods by samplers", columns, body, notes)
 
 
-def where_each_wins(comparison: Comparison) -> Table | None:
+def where_each_wins(findings: Findings) -> Table | None:
     """Methods by samplers, a cell says whether something else is both faster and better.
 
     None where nothing has both a time and a FID.
     """
-    if not any(comparison.scored(sampler) for sampler in comparison.samplers):
+    if not any(findings.scored(sampler) for sampler in findings.samplers):
         return None
     body = []
-    for name in dict.fromkeys(label(row) for row in comparison.rows):
+    for name in dict.fromkeys(label(row) for row in findings.rows):
         cells = [Cell(name)]
-        for at in comparison.settings:
-            row = next((r for r in comparison.at(*at) if label(r) == name), None)
-            cells.append(_standing(row, comparison))
+        for at in findings.settings:
+            row = next((r for r in findings.at(*at) if label(r) == name), None)
+            cells.append(_standing(row, findings))
         body.append(cells)
-    fewer = [_fewer(comparison, at) for at in comparison.settings]
+    fewer = [_fewer(findings, at) for at in findings.settings]
     if any(cell.text != MISSING for cell in fewer):
         body.append([Cell("full depth in fewer steps"), *fewer])
     columns = [Column("Method", False)]
-    columns += [Column(_heading(at), False, prose=True) for at in comparison.settings]
+    columns += [Column(_heading(at), False, prose=True) for at in findings.settings]
     notes = [
         "Behind: the row named takes no longer and has the lower FID. Rows of a sampler are held "
         "against each other over all numbers of steps."
@@ -75,20 +73,20 @@ def where_each_wins(comparison: Comparison) -> Table | None:
     return Table("On the Pareto front of time and FID, or behind what", columns, body, notes)
 
 
-def equal_time(comparison: Comparison) -> Table | None:
+def equal_time(findings: Findings) -> Table | None:
     """Beside every method, full depth in as many steps as take its time; None without any."""
     rows = [
         row
-        for sampler in comparison.samplers
-        for row in comparison.scored(sampler)
+        for sampler in findings.samplers
+        for row in findings.scored(sampler)
         if label(row) != FULL
     ]
-    pairs = [(row, other) for row in rows if (other := comparison.fewer_steps(row)) is not None]
+    pairs = [(row, other) for row in rows if (other := findings.fewer_steps(row)) is not None]
     if not pairs:
         return None
-    alone = [row for row in rows if comparison.fewer_steps(row) is None]
+    alone = [row for row in rows if findings.fewer_steps(row) is None]
     shown = [row for pair in pairs for row in pair]
-    seconds = decimals(comparison.seconds(row) for row in shown)
+    seconds = decimals(findings.seconds(row) for row in shown)
     digits = min(decimals(row["fid"] for row in shown), 3)
     body = []
     for row, other in pairs:
@@ -96,10 +94,10 @@ def equal_time(comparison: Comparison) -> Table | None:
             [
                 Cell(label(row)),
                 Cell(setting(row)),
-                Cell(fixed(comparison.seconds(row), seconds)),
+                Cell(fixed(findings.seconds(row), seconds)),
                 Cell(fixed(row["fid"], digits)),
                 Cell(str(other["steps"])),
-                Cell(fixed(comparison.seconds(other), seconds)),
+                Cell(fixed(findings.seconds(other), seconds)),
                 Cell(fixed(other["fid"], digits)),
                 Cell(verdict(row, other)),
             ]
@@ -113,12 +111,12 @@ def equal_time(comparison: Comparison) -> Table | None:
     return Table("Each method beside fewer steps that take the same time", columns, body, notes)
 
 
-def combined(comparison: Comparison) -> Table | None:
+def combined(findings: Findings) -> Table | None:
     """What combinations save beside each of their parts; None unless parts were run alone."""
     found = [
         (row, parts)
-        for row in comparison.rows
-        if row["kind"] == "combination" and (parts := comparison.parts(row))
+        for row in findings.rows
+        if row["kind"] == "combination" and (parts := findings.parts(row))
     ]
     if not found:
         return None
@@ -173,7 +171,7 @@ def _beside(entry: dict[str, Any], names: dict[str, None]) -> str:
     return tuned if tuned in names else original
 
 
-def _figure(row: Row | None, results: dict[str, Any], comparison: Comparison, digits: int) -> Cell:
+def _figure(row: Row | None, results: dict[str, Any], findings: Findings, digits: int) -> Cell:
     if row is None:
         return Cell(MISSING, "not among the rows")
     unsaved = row["saving"] is None or (label(row) == FULL and row["saving"] == 0)
@@ -184,7 +182,7 @@ def _figure(row: Row | None, results: dict[str, Any], comparison: Comparison, di
         return Cell(MISSING + saved, why_missing(row, "fid", results))
     error = row["fid_stderr"]
     spread = "" if error is None else f" ± {fixed(error, digits)}"
-    return Cell(fixed(row["fid"], digits) + spread + saved, strong=comparison.on_front(row))
+    return Cell(fixed(row["fid"], digits) + spread + saved, strong=findings.on_front(row))
 
 
 def _quoted(entries: list[dict[str, Any]]) -> Cell:
@@ -198,31 +196,31 @@ def _quoted(entries: list[dict[str, Any]]) -> Cell:
     return Cell("; ".join(texts)) if texts else Cell(MISSING, "not published")
 
 
-def _standing(row: Row | None, comparison: Comparison) -> Cell:
+def _standing(row: Row | None, findings: Findings) -> Cell:
     if row is None:
         return Cell(MISSING, "not among the rows that ran")
     if row["fid"] is None or row["seconds"] is None:
         return Cell(MISSING, "without a FID and a time there is nothing to compare")
-    rival = comparison.beaten_by(row)
+    rival = findings.beaten_by(row)
     if rival is None:
         return Cell("on the front", strong=True)
     doubt = "" if verdict(rival, row) == LOWER else ", within the noise"
     return Cell(f"behind {label(rival)}, {rival['steps']} steps{doubt}")
 
 
-def _fewer(comparison: Comparison, at: tuple[str, int]) -> Cell:
+def _fewer(findings: Findings, at: tuple[str, int]) -> Cell:
     """How full depth stands in numbers of steps below a setting's, down to the next setting's."""
     sampler, steps = at
-    below = max((s for name, s in comparison.settings if name == sampler and s < steps), default=0)
+    below = max((s for name, s in findings.settings if name == sampler and s < steps), default=0)
     rows = [
         row
-        for row in comparison.scored(sampler)
+        for row in findings.scored(sampler)
         if label(row) == FULL and below < row["steps"] < steps
     ]
     if not rows:
         return Cell(MISSING, "not among the rows that ran")
-    on = [str(row["steps"]) for row in rows if comparison.on_front(row)]
-    behind = [str(row["steps"]) for row in rows if not comparison.on_front(row)]
+    on = [str(row["steps"]) for row in rows if findings.on_front(row)]
+    behind = [str(row["steps"]) for row in rows if not findings.on_front(row)]
     parts = [f"on the front: {', '.join(on)}"] * bool(on)
     parts += [f"behind: {', '.join(behind)}"] * bool(behind)
     return Cell("; ".join(parts), strong=bool(on))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 from accelkit import AccelkitError, __version__
+from accelkit.cli.benching import bench, report
 from accelkit.cli.training import finetune, train
-from accelkit.cli.using import bench, convert, inspect, sample, schedules
-from accelkit.errors import Stopped
+from accelkit.cli.using import convert, inspect, sample, schedules
+from accelkit.errors import AccelkitWarning, Stopped
 from accelkit.loading import quiet
 
 EXAMPLES = """
@@ -41,7 +43,7 @@ app = typer.Typer(
 )
 _debug = False
 
-for command in (finetune, train, sample, bench, schedules, convert, inspect):
+for command in (finetune, train, sample, bench, report, schedules, convert, inspect):
     app.command()(command)
 
 
@@ -63,6 +65,7 @@ def _globals(
 def main() -> None:
     """Run the command line: errors are one line and exit status 2, ``--debug`` shows where."""
     quiet()
+    _show_warnings_as_lines()
     try:
         sys.exit(app(standalone_mode=False))
     except Stopped as stopped:
@@ -85,5 +88,18 @@ def main() -> None:
         sys.exit(2)
 
 
-def _one_line(error: BaseException) -> str:
+def _show_warnings_as_lines() -> None:
+    """Print accelkit's warnings as its errors are: where in the code they arose tells nothing."""
+    shown = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, AccelkitWarning):
+            typer.echo(f"accelkit: warning: {_one_line(message)}", err=True)
+        else:
+            shown(message, category, *rest, **more)
+
+    warnings.showwarning = show
+
+
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

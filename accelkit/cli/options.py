@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from accelkit.compute import Merge
 from accelkit.errors import AccelkitError
 
 Model = Annotated[
@@ -42,11 +42,12 @@ Sampler = Annotated[
         "matching, else ddim."
     ),
 ]
-Baseline = Annotated[
+Baselines = Annotated[
     str,
     typer.Option(
-        help="Token merging to compare with at full depth: tome:RATIO in every block, or in so "
-        "many at the front (tome:0.3:F4), the rear (R) or both ends (B); commas between several."
+        help="Alternatives to compare with: tome:RATIO[:B4] (token merging), steps (fewer, at "
+        "equal cost), first_block_cache, faster_cache, pab, taylorseer, mag_cache, cache-dit, "
+        "compile; with a schedule and a plus in front, both. Commas between several."
     ),
 ]
 Kernels = Annotated[
@@ -162,15 +163,10 @@ def run_of(kind: Any, settings: dict[str, Any]) -> Any:
     )
 
 
-def baselines(text: str) -> tuple[Merge, ...]:
-    """Read the ways of merging tokens to compare with."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not part.lower().startswith("tome:"):
-            raise AccelkitError(
-                f"--baseline takes token merging such as tome:0.3 or tome:0.3:B4, got {part!r}"
-            )
-    return tuple(Merge.parse(part[len("tome:") :]) for part in parts)
+def listed(text: str) -> list[str]:
+    """Split at semicolons, which literals need, or else at commas but those of a name's options."""
+    between = ";" if "@" in text or ";" in text else r",(?!\s*\w+=)"
+    return [part.strip() for part in re.split(between, text) if part.strip()]
 
 
 def checked(kind: Any, values: Any, table: str) -> Any:

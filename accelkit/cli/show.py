@@ -77,29 +77,34 @@ def shown(settings: dict[str, Any]) -> bool:
     return True
 
 
-def print_rows(rows: list[dict[str, Any]], output: Path, as_json: bool) -> None:
-    """Print a comparison's rows as a table, or as JSON."""
+def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Print a comparison's rows as a table and what they say, or the rows as JSON."""
+    from accelkit.bench.findings import Findings
+    from accelkit.bench.summary import summary
+
+    rows = results["rows"]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "rows": rows}, indent=2))
         return
     table = Table(title=f"results in {output}", title_justify="left")
-    for heading in (
-        "schedule",
-        "weights",
-        "FID",
-        "seconds per batch",
-        "time saved",
-        "ideal saving",
-    ):
-        table.add_column(heading, justify="left" if heading in ("schedule", "weights") else "right")
+    words = ("method", "weights", "sampler")
+    for heading in (*words, "FID", "seconds per batch", "time saved", "ideal saving"):
+        table.add_column(heading, justify="left" if heading in words else "right")
     for row in rows:
-        low, high = row["seconds_quartiles"]
         table.add_row(
-            row["schedule"],
-            "tuned" if row["tuned"] else "original",
-            "–" if row["fid"] is None else f"{row['fid']:.3f}",
-            f"{row['seconds']:.2f} ({low:.2f}–{high:.2f})",
-            "–" if row["saving"] is None else f"{row['saving']:.1%}",
-            f"{row['ideal_saving']:.1%}",
+            row["method"],
+            row["weights"],
+            f"{row['sampler']}:{row['steps']}",
+            *(_measured(row) if row["skipped"] is None else ("skipped", "–", "–", "–")),
         )
     out.print(table)
+    for about, text in summary(results, Findings(results)):
+        out.print(f"{about}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _measured(row: dict[str, Any]) -> tuple[str, ...]:
+    fid = "–" if row["fid"] is None else f"{row['fid']:.3f}"
+    if row["fid_stderr"] is not None:
+        fid += f" ± {row['fid_stderr']:.2f}"
+    share = "–" if row["ideal_saving"] is None else f"{row['ideal_saving']:.1%}"
+    return fid, f"{row['seconds']:.2f}", f"{row['saving']:.1%}", share

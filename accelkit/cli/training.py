@@ -11,7 +11,7 @@ import typer
 from accelkit.cli.options import (
     Accumulation,
     AsJson,
-    Baseline,
+    Baselines,
     BatchSize,
     CheckpointEvery,
     Checkpointing,
@@ -51,18 +51,16 @@ from accelkit.cli.options import (
     TrainSeed,
     Vae,
     WeightDecay,
-    baselines,
     checked,
     fill_in_data,
+    listed,
     made_of_builtin,
     pick,
     reporter,
     run_of,
-    sampling_of,
     source_of,
 )
-from accelkit.cli.show import out, print_rows, shown
-from accelkit.compute import Merge
+from accelkit.cli.show import out, print_results, shown
 from accelkit.errors import AccelkitError
 from accelkit.schedule import SEQUENTIAL, Schedule, is_preset
 from accelkit.settings import read_recipe, resolve
@@ -114,7 +112,7 @@ def finetune(
     checkpoints_kept: CheckpointsKept = 2,
     preview_every: PreviewEvery = 0,
     report_to: ReportTo = None,
-    baseline: Baseline = "",
+    baselines: Baselines = "",
     eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
     eval_batch_size: Annotated[int, typer.Option()] = 250,
     sampler: Sampler = "auto",
@@ -130,7 +128,7 @@ def finetune(
 
       accelkit finetune --schedule D4 --model DiT-XL-2-256x256.pt --data imagenet/train -o runs/d4
 
-      accelkit finetune --schedule D4 --baseline tome:0.3:B4,tome:0.3
+      accelkit finetune --schedule D4 --baselines tome:0.3:B4,tome:0.3
 
       accelkit finetune -o runs/d4 --resume latest
 
@@ -149,7 +147,8 @@ def finetune(
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
-    from accelkit.jobs.common import Evaluation, Run
+    from accelkit.bench.plan import Plan
+    from accelkit.jobs.common import Run
     from accelkit.train.config import TrainConfig
 
     _supervise(settings)
@@ -160,28 +159,30 @@ def finetune(
         Schedule.parse(settings["schedule"], depth=_ANY_DEPTH, family="uvit")
     if made_of_builtin(settings):
         Schedule.parse(settings["schedule"])
-    merges = baselines(settings["baseline"])
+    plan = Plan(
+        methods=";".join([settings["schedule"], *listed(settings["baselines"])]),
+        samplers=(f"{settings['sampler']}:{settings['sampling_steps']}",),
+        images=settings["eval_images"],
+        batch_size=settings["eval_batch_size"],
+        guidance=settings["guidance"],
+        guidance_channels=settings["guidance_channels"] or None,
+        throughput=(),
+    )
     if shown(settings):
         return
     from accelkit.jobs.finetune import finetune as job
 
     with reporter() as report:
-        rows = job(
+        results = job(
             source_of(settings),
             settings["schedule"],
             config,
-            Evaluation(
-                settings["eval_images"],
-                settings["eval_batch_size"],
-                0,
-                sampling_of(settings),
-                merges,
-            ),
+            plan,
             run_of(Run, settings),
             report,
         )
-    if rows:
-        print_rows(rows, settings["output"], settings["as_json"])
+    if results:
+        print_results(results, settings["output"], settings["as_json"])
 
 
 def train(
@@ -263,18 +264,18 @@ def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict
     if run == {}:
         return {}
     try:
-        evaluation = run["evaluation"]
+        plan = run["evaluation"]
         stored = {
             **run["source"],
             **run["train"],
             "schedule": _spelled(run["schedule"]),
-            "baseline": ",".join(str(Merge(**m)) for m in evaluation.get("baselines", [])),
-            "eval_images": evaluation["images"],
-            "eval_batch_size": evaluation["batch_size"],
-            "sampler": evaluation["sampling"]["sampler"],
-            "sampling_steps": evaluation["sampling"]["steps"],
-            "guidance": evaluation["sampling"]["guidance"],
-            "guidance_channels": evaluation["sampling"]["guidance_channels"] or 0,
+            "baselines": ";".join(listed(plan["methods"])[1:]),
+            "eval_images": plan["images"],
+            "eval_batch_size": plan["batch_size"],
+            "sampler": plan["samplers"][0].rpartition(":")[0],
+            "sampling_steps": int(plan["samplers"][0].rpartition(":")[2]),
+            "guidance": plan["guidance"],
+            "guidance_channels": plan["guidance_channels"] or 0,
             "output": str(place),
         }
     except (KeyError, TypeError) as error:

@@ -1,9 +1,8 @@
-"""The commands that use and look at models: ``sample``, ``bench``, ``schedules`` and the rest."""
+"""The commands that use and look at models: ``sample``, ``schedules`` and the rest."""
 
 from __future__ import annotations
 
 import json
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,6 @@ from rich.table import Table
 
 from accelkit.cli.options import (
     AsJson,
-    Baseline,
-    Data,
     DryRun,
     Guidance,
     GuidanceChannels,
@@ -25,15 +22,12 @@ from accelkit.cli.options import (
     Recipe,
     Revision,
     Sampler,
-    SkipBad,
     Vae,
-    baselines,
-    fill_in_data,
     reporter,
     sampling_of,
     source_of,
 )
-from accelkit.cli.show import intervals, out, overview, print_rows, saved, shown, worded
+from accelkit.cli.show import intervals, out, overview, saved, shown, worded
 from accelkit.errors import AccelkitError
 from accelkit.presets import published_depth
 from accelkit.schedule import Schedule, common_presets, families, preset_family, preset_names
@@ -102,73 +96,6 @@ def sample(
         typer.echo(json.dumps({"files": [str(f) for f in files]}))
     else:
         out.print(f"{len(files)} images and grid.png in {settings['output']}", highlight=False)
-
-
-def bench(
-    ctx: typer.Context,
-    model: Model = "builtin",
-    schedules: Annotated[
-        str,
-        typer.Option(
-            help="Presets or files between commas; with a literal among them, semicolons."
-        ),
-    ] = "D1,D3,D4,D6",
-    baseline: Baseline = "",
-    data: Data = None,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/bench"),
-    number: Annotated[int, typer.Option("-n", "--number", help="Images per schedule.")] = 1000,
-    batch_size: Annotated[int, typer.Option()] = 250,
-    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
-    sampler: Sampler = "auto",
-    steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
-    guidance: Guidance = 1.0,
-    guidance_channels: GuidanceChannels = 0,
-    kernels: Kernels = "auto",
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    vae: Vae = None,
-    num_heads: NumHeads = 0,
-    skip_bad: SkipBad = False,
-) -> None:
-    """Time schedules against full depth, interleaved in one run, and score their images.
-
-    Examples:
-
-      accelkit bench --schedules D1,D3,D4,D6
-
-      accelkit bench --schedules D4,D4+tome:0.3 --baseline tome:0.3,tome:0.3:B4
-
-      accelkit bench --model runs/finetune-D4 --schedules D4 --sampler ddpm --steps 250
-    """
-    settings = resolve(ctx, read_recipe(recipe) if recipe else {})
-    fill_in_data(settings)
-    merges = baselines(settings["baseline"])
-    if shown(settings):
-        return
-    from accelkit.jobs.common import Evaluation
-    from accelkit.jobs.compare import bench as job
-
-    sampling = sampling_of({**settings, "sampling_steps": settings["steps"]})
-    with reporter() as report:
-        rows = job(
-            source_of(settings),
-            _split(settings["schedules"]),
-            Evaluation(
-                settings["number"],
-                settings["batch_size"],
-                settings["seed"],
-                sampling,
-                merges,
-                settings["kernels"],
-            ),
-            settings["output"],
-            settings["overwrite"],
-            report,
-        )
-    print_rows(rows, settings["output"], settings["as_json"])
 
 
 def schedules(
@@ -284,12 +211,6 @@ def inspect(
             spent = costs[d - least]
             cost.add_row(str(d), f"{spent:.4g}", f"{spent / costs[-1]:.1%}")
     out.print(cost)
-
-
-def _split(text: str) -> list[str]:
-    """Split at semicolons, which literals need, or else at commas but those of a name's options."""
-    between = ";" if "@" in text or ";" in text else r",(?!\s*\w+=)"
-    return [part.strip() for part in re.split(between, text) if part.strip()]
 
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +15,12 @@ from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
-from accelkit.bench.compare import Work
-from accelkit.compute import Compute, Merge
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, grid
-from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.switch import disable, enabled_on
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
@@ -40,6 +37,16 @@ class Reporter(Protocol):
 
     def advance(self, task: str, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` parts of ``task`` are finished."""
+
+
+class Silent:
+    """A reporter of a process whose work another one tells of."""
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def advance(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +70,6 @@ class Source:
     num_heads: int | None = None
     skip_bad: bool = False
     flip: bool = False
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How variants are compared: images, batch size, first seed, sampler; and with what beside.
-
-    ``baselines`` are ways of merging tokens, each of which is run at full depth; ``kernels`` is as
-    :func:`accelkit.enable` takes it.
-    """
-
-    images: int = 1000
-    batch_size: int = 250
-    seed: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
-    baselines: tuple[Merge, ...] = ()
-    kernels: str = "auto"
-
-    def check(self, pipe: Any) -> Evaluation:
-        """Return it with the sampler named; AccelkitError for what would fail after training."""
-        Work(self.images, self.batch_size, self.sampling, (0,), self.seed)
-        return replace(self, sampling=self.sampling.check(pipe))
-
-    def baselines_of(self, model: Any) -> list[Schedule]:
-        """Return the baselines' schedules; AccelkitError if ``model`` cannot run one."""
-        depth = backbone_of(model).depth
-        schedules = [
-            Schedule((1.0,), (Compute(depth, merge),), depth, str(merge))
-            for merge in self.baselines
-        ]
-        for schedule in schedules:
-            with enable(model, schedule):
-                pass
-        return schedules
 
 
 @dataclass(frozen=True)

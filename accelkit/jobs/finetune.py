@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.bench.harness import own_copy
+from accelkit.bench.methods import parse_methods
+from accelkit.bench.plan import Plan
 from accelkit.errors import AccelkitError
+from accelkit.jobs.bench import compare
 from accelkit.jobs.common import (
-    Evaluation,
     Reporter,
     Run,
     Source,
@@ -22,7 +24,6 @@ from accelkit.jobs.common import (
     prompted,
     watch,
 )
-from accelkit.jobs.compare import measure
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
 from accelkit.train import lora
@@ -35,15 +36,15 @@ def finetune(
     source: Source,
     schedule: str,
     config: TrainConfig,
-    evaluation: Evaluation,
+    plan: Plan,
     where: Run,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Fine-tune, save and compare.
 
-    Leaves in the output directory the artifact, ``checkpoints``, ``results.json``, a plot and a
-    picture of samples at equal seeds. Returns the rows of the comparison (none on processes other
-    than the main one): full depth, the schedule before fine-tuning, baselines, the schedule after.
+    Leaves in the output directory the artifact, ``checkpoints``, and what ``accelkit bench`` does.
+    Returns what ``results.json`` holds: rows of full depth, the schedule before fine-tuning, what
+    else ``plan`` has, the schedule after; on processes other than the main one an empty dict.
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
@@ -54,7 +55,8 @@ def finetune(
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
-    evaluation = evaluation.check(pipe)
+    plan.samplings(pipe)
+    parse_methods(plan.methods, model)
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
@@ -67,18 +69,15 @@ def finetune(
             f"{source.model} holds weights that were tuned already, to which no adapter can be "
             f"added; train all weights, or start from {origin.model}"
         )
-    evaluation.baselines_of(model)
     settings = {
         "job": "finetune",
         "source": asdict(source),
         "schedule": parsed.to_dict(),
         "train": config.to_dict(),
-        "evaluation": asdict(evaluation),
+        "evaluation": asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
-        before = copy.copy(pipe)  # the same pipeline around weights of its own
-        name = next(name for name, part in pipe.components.items() if part is model)
-        before.register_modules(**{name: copy.deepcopy(model)})
+        before = own_copy(pipe)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
@@ -87,7 +86,7 @@ def finetune(
             model, pipe.scheduler, parsed, latents, config, run, accelerator, watching, prompts
         )
         if not accelerator.is_main_process:
-            return []
+            return {}
 
         def save(metrics: dict[str, Any]) -> None:
             with enable(pipe, parsed):
@@ -104,9 +103,14 @@ def finetune(
                 )
 
         save({})  # before measuring, which can be interrupted
-        protocol = {"training": config.to_dict()}
-        rows = measure(
-            before, [parsed], pipe, parsed, source, evaluation, where.output, reporter, protocol
+        results = compare(
+            before,
+            [(parsed, pipe)],
+            source,
+            plan,
+            where.output,
+            reporter,
+            training=config.to_dict(),
         )
-        save({"rows": rows})
-    return rows
+        save({"rows": results["rows"]})
+    return results

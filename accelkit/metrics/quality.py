@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -135,30 +134,6 @@ def distinguishable(row_a: Mapping[str, Any], row_b: Mapping[str, Any]) -> bool:
     error = jackknife_error(np.subtract(a, b))
     bound = stats.t.ppf((1 + _CONFIDENCE) / 2, len(a) - 1)
     return bool(abs(row_a["fid"] - row_b["fid"]) > bound * error)
-
-
-def warn_of_ties(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Warn of neighbours in the order of FID that too few images were made to tell apart.
-
-    Args:
-        rows: of :func:`measure`, by name; those without a FID are passed over.
-
-    Returns:
-        Pairs of names, the lower FID first.
-    """
-    ranked = sorted((n for n in rows if rows[n]["fid"] is not None), key=lambda n: rows[n]["fid"])
-    ties = [(a, b) for a, b in pairwise(ranked) if not distinguishable(rows[a], rows[b])]
-    if ties:
-        listed = "; ".join(
-            f"{a} and {b} ({rows[a]['fid']:.4g} and {rows[b]['fid']:.4g})" for a, b in ties
-        )
-        warnings.warn(
-            f"{rows[ties[0][0]]['images']:,} images are too few to tell these apart by FID: "
-            f"{listed}; make more",
-            AccelkitWarning,
-            stacklevel=2,
-        )
-    return ties
 
 
 def jackknife_error(values: Sequence[float] | np.ndarray) -> float:

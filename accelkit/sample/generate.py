@@ -149,7 +149,12 @@ def generate(
 
     Arguments and errors as :func:`generate_latents`; rounding to bytes as diffusers does.
     """
-    latents = generate_latents(pipe, items, seeds, how or Sampling())
+    return decode(pipe, generate_latents(pipe, items, seeds, how or Sampling()))
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> np.ndarray:
+    """Return the images of :func:`generate_latents`, uint8 of shape (B, height, width, 3)."""
     pixels = decoded(getattr(pipe, "vae", None), latents)
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
+from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.switch import enabled_on
@@ -23,7 +24,6 @@ from accelkit.train.rundir import RunDirectory
 
 SCHEDULE = "6@0.5,3@1"
 SMALL = ["--eval-images", "4", "--eval-batch-size", "2", "--sampling-steps", "2"]
-ROW = {"schedule", "tuned", "fid", "seconds", "saving", "ideal_saving"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,18 +83,16 @@ def test_it_leaves_artifact_results_and_pictures(command, model, data, tmp_path)
     results = json.loads((run / "results.json").read_text())
     assert printed == {"output": str(run), "rows": results["rows"]}
 
-    assert results["schema"] == 1
-    protocol = results["protocol"]
-    assert protocol["model"] == str(model)
+    protocol = read_results(run)["protocol"]
+    assert protocol["model"]["name"] == str(model)
     assert protocol["training"]["steps"] == 4
     assert protocol["data"]["n"] == 8
-    assert protocol["evaluation"]["images"] == 4
-    assert protocol["evaluation"]["sampling"]["steps"] == 2
+    assert protocol["images"] == 4
+    assert protocol["samplers"] == ["ddim:2"]
     assert protocol["machine"]["packages"]["torch"] == torch.__version__
     rows = results["rows"]
-    assert all(row.keys() >= ROW for row in rows)
-    named = [(row["schedule"], row["tuned"]) for row in rows]
-    assert named == [("full", False), (SCHEDULE, False), (SCHEDULE, True)]
+    named = [(row["method"], row["weights"]) for row in rows]
+    assert named == [("full", "original"), (SCHEDULE, "original"), (SCHEDULE, "tuned")]
     assert [row["fid"] for row in rows] == [None] * 3  # no features for these images
     assert rows[0]["saving"] == 0
     assert rows[0]["ideal_saving"] == 0
@@ -112,8 +110,10 @@ def test_it_leaves_artifact_results_and_pictures(command, model, data, tmp_path)
     assert frozen
     assert all(torch.equal(weights(run)[k], before[k]) for k in frozen)
 
-    pictures = {"samples.png": (10 * 10 + 2, 3 * 10 + 2), "results.png": None}
+    pictures = {row["file"]: (10 * 10 + 2, 10 + 2) for row in results["samples"]}
+    assert len(pictures) == 3
     pictures["previews/step-00000004.png"] = (4 * 10 + 2, 4 * 10 + 2)
+    pictures["plots/pareto.png"] = None
     for name, size in pictures.items():
         with Image.open(run / name) as image:
             image.load()
@@ -127,15 +127,14 @@ def test_resuming_a_finished_run_only_measures_again(command, tmp_path, monkeypa
     cli(*command, "-o", run)
     first = weights(run)
     rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [row["images"] for row in rows] == [4, 4, 4]
+    assert len(rows) == 3
 
     def trained(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(loop._Step, "backward", trained)
     cli("finetune", "-o", run, "--resume", "latest", "--eval-images", "6")
-    rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [row["images"] for row in rows] == [6, 6, 6]
+    assert read_results(run)["protocol"]["images"] == 6
     assert same(weights(run), first)
 
 

@@ -16,6 +16,7 @@ from accelkit.cli import app
 from accelkit.errors import AccelkitError
 
 ITS_OWN = ("--model", "dit.safetensors", "--vae", "vae", "--num-heads", "2")
+BRIEF = ("--rounds", "1", "--timing-batch-size", "1", "--throughput", "")
 SMALL = ("--steps", "2", "--batch-size", "2", "--eval-images", "2", "--eval-batch-size", "2")
 
 
@@ -56,11 +57,14 @@ def test_fine_tuned_resumed_and_used_from_elsewhere(original, tmp_path, monkeypa
     assert json.loads((tmp_path / "elsewhere/further/accelkit.json").read_text())["vae"] == base[1]
     cli(
         *("bench", "--model", run, "--data", "../data", "--schedules", "uniform:2", "-n", "2"),
-        *("--batch-size", "2", "--steps", "2", "-o", "bench"),
+        *("--batch-size", "2", "--samplers", "ddim:2", "--baselines", "", *BRIEF, "-o", "bench"),
     )
     rows = json.loads((tmp_path / "elsewhere/bench/results.json").read_text())["rows"]
-    assert [(r["schedule"], r["tuned"]) for r in rows] == [
-        *(("full", False), ("uniform:2", False), ("6@0.5,3@1", False), ("6@0.5,3@1", True)),
+    assert [(r["method"], r["weights"]) for r in rows] == [
+        ("full", "original"),
+        ("uniform:2", "original"),
+        ("6@0.5,3@1", "original"),
+        ("6@0.5,3@1", "tuned"),
     ]
 
 
@@ -88,9 +92,10 @@ def test_samples_are_those_of_its_own_autoencoder(tmp_path):
 def test_compared_on_its_own_weights():
     done = cli(
         *("bench", *ITS_OWN, "--data", "data", "--schedules", "uniform:2", "-n", "2"),
-        *("--batch-size", "2", "--steps", "2", "-o", "bench", "--json"),
+        *("--batch-size", "2", "--samplers", "ddim:2", "--baselines", "", *BRIEF, "-o", "bench"),
+        "--json",
     )
-    assert [r["schedule"] for r in json.loads(done.stdout)["rows"]] == ["full", "uniform:2"]
+    assert [r["method"] for r in json.loads(done.stdout)["rows"]] == ["full", "uniform:2"]
 
 
 @pytest.mark.parametrize("command", ["finetune", "sample", "bench"])

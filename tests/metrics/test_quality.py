@@ -14,7 +14,7 @@ from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.metrics.features import open_extractor
 from accelkit.metrics.frechet import Gaussian
-from accelkit.metrics.quality import distinguishable, jackknife_error, measure, warn_of_ties
+from accelkit.metrics.quality import distinguishable, jackknife_error, measure
 from accelkit.metrics.references import Reference, open_reference
 
 FIGURES = {
@@ -182,21 +182,6 @@ def test_rows_that_share_their_noise_can_be_told_apart():
         error = jackknife_error(np.subtract(x["fid_jackknife"], y["fid_jackknife"]))
         t = abs(x["fid"] - y["fid"]) / error
         assert distinguishable(x, y) == (2 * stats.t.sf(t, 9) < 0.05)
-
-
-def test_ties_are_named_with_their_numbers():
-    rng = np.random.default_rng(4)
-    reference = _statistics(4)
-    near, same, far = (
-        measure(batches_of(pooled=rng.normal(mean, 1, (300, 4))), reference)
-        for mean in (0.3, 0.3, 3)
-    )
-    rows = {"far": far, "D4": near, "D5": same, "none": {"fid": None}}
-    lower = sorted(("D4", "D5"), key=lambda name: rows[name]["fid"])
-    listed = rf"{lower[0]} and {lower[1]} \(0\.\d+ and 0\.\d+\); make more"
-    with pytest.warns(AccelkitWarning, match=r"300 images are too few .*" + listed):
-        assert warn_of_ties(rows) == [tuple(lower)]
-    assert warn_of_ties({"far": far, "D4": near}) == []
 
 
 def test_fewer_images_than_features_warn_with_the_numbers(sets):

@@ -1,0 +1,267 @@
+"""A comparison of methods over several samplers: what is measured, and what was before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from accelkit import __version__
+from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import Item
+from accelkit.bench import harness
+from accelkit.bench.cells import Cells
+from accelkit.bench.harness import Judge, Variant
+from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_steps, parse_methods
+from accelkit.bench.plan import Plan
+from accelkit.bench.results import blank_row, identity, machine
+from accelkit.data.shards import add_network
+from accelkit.noise import NoiseAxis
+from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.sample.samplers import make_sampler
+from accelkit.sample.scale import Work, World
+from accelkit.schedule import Schedule
+
+_IN_A_PICTURE = 10  # images of a row's samples
+
+
+class Comparison:
+    """Measures every method with every sampler, one cell after another.
+
+    All processes make images; the main one times and judges, and returns the results.
+
+    Args:
+        pipe: a pipeline without a schedule, with its own weights.
+        tuned: schedules, and pipelines with weights tuned for each.
+        plan: what and how.
+        items: classes or captions to make images of in turn.
+        judge: what images are judged by, None for no figures of quality.
+        folder: where what was measured is kept.
+        world: the processes.
+        advance: told the task, how much of it is done, and of how much.
+
+    Raises:
+        AccelkitError: a method or sampler of the plan cannot be read, or does not suit the model.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        tuned: Sequence[tuple[Schedule, Any]],
+        plan: Plan,
+        items: tuple[Item, ...],
+        judge: Judge | None,
+        folder: Path,
+        world: World,
+        advance: Callable[[str, int, int], None],
+    ) -> None:
+        self.pipe, self.tuned, self.plan, self.items = pipe, list(tuned), plan, items
+        self.judge, self.cells, self.world, self._advance = judge, Cells(folder), world, advance
+        self.samplings = plan.samplings(pipe)
+        self._methods = self._all_methods()
+        self._weights = {id(p): _fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
+
+    def run(self) -> dict[str, Any]:
+        """Return ``rows``, ``depths``, ``throughput`` and ``samples`` as the results have them.
+
+        Raises:
+            AccelkitError: the disk is full.
+        """
+        rows: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        throughput: list[dict[str, Any]] = []
+        for sampling in self.samplings:
+            work = Work(self.plan.images, self.items, sampling, self.plan.seed)
+            # fewer steps of one sampler may be those of another
+            variants, skipped = self._able(work, but=[identity(row) for row in rows])
+            times = self._times(variants, work)
+            for variant, time in zip(variants, times, strict=True):
+                costs = harness.cost(variant, sampling)
+                quality = self._quality(variant, work)
+                rows.append({**_row(variant, sampling), **costs, **time, **quality})
+                samples.append(self._samples(variant, work))
+            rows += [{**_row(v, sampling), "skipped": reason} for v, reason in skipped]
+            throughput = throughput or self._throughput(variants, work)
+        depths = self._depths(Work(1, self.items, self.samplings[0], self.plan.seed))
+        return {"rows": rows, "depths": depths, "throughput": throughput, "samples": samples}
+
+    # what there is to measure
+
+    def _all_methods(self) -> list[Method]:
+        """The plan's methods, full depth first, and the schedules that weights were tuned for."""
+        model = denoiser_of(self.pipe)
+        methods = parse_methods(self.plan.methods, model)
+        if not any(method.kind == "full" for method in methods):
+            methods = [*parse_methods("full", model), *methods]
+        for schedule, _ in self.tuned:
+            alone = Method(schedule.name or str(schedule), schedule)
+            methods += [alone] if alone not in methods else []
+        return sorted(methods, key=lambda method: method.kind != "full")
+
+    def _variants(self, work: Work) -> list[Variant]:
+        how = work.sampling
+        sampler = make_sampler(how.sampler, self.pipe.scheduler, how.steps)
+        levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
+        methods = fewer_steps(self._methods, how.steps, denoiser_of(self.pipe), levels)
+        variants = [Variant(self.pipe, method) for method in methods]
+        for schedule, pipe in self.tuned:
+            of_it = [method for method in methods if method.schedule == schedule]
+            variants += [Variant(pipe, method, tuned=True) for method in of_it]
+        return variants
+
+    def _able(
+        self, work: Work, but: Sequence[tuple[Any, ...]] = ()
+    ) -> tuple[list[Variant], list[tuple[Variant, str]]]:
+        """Return the variants that can run, and those that cannot with the reasons."""
+        able: list[Variant] = []
+        skipped: list[tuple[Variant, str]] = []
+        for variant in self._variants(work):
+            if identity(variant.identity(work.sampling)) in but:
+                continue
+            try:
+                how = variant.sampling(work.sampling)
+                check(variant.pipe, variant.method, how, self.plan.kernels)
+            except Unavailable as error:
+                skipped.append((variant, str(error)))
+            else:
+                able.append(variant)
+        return able, skipped
+
+    # what is measured, unless it was
+
+    def _settings(self, variants: Sequence[Variant], work: Work, **more: Any) -> dict[str, Any]:
+        """What a measurement of ``variants`` depends on."""
+        return {
+            "accelkit": __version__,
+            "variants": [self._described(variant) for variant in variants],
+            "sampling": asdict(work.sampling),
+            "seed": work.seed,
+            "items": hashlib.sha256(json.dumps(work.items).encode()).hexdigest(),
+            "kernels": self.plan.kernels,
+            **more,
+        }
+
+    def _described(self, variant: Variant) -> dict[str, Any]:
+        method = {k: v for k, v in vars(variant.method).items() if k != "name"}
+        weights = self._weights[id(variant.pipe)]
+        return {**method, "schedule": str(variant.method.schedule), "weights": weights}
+
+    def _timed(self, kind: str, make: Callable[[], Any], settings: dict[str, Any]) -> Any:
+        """Return what the main process timed, on this machine."""
+        if not self.world.main:
+            return []
+        return self.cells.made({"kind": kind, "machine": machine(), **settings}, make)
+
+    def _on(self, task: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._advance(task, done, total)
+
+    def _times(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
+        plan, size = self.plan, self.plan.timing_batch_size
+        settings = self._settings(variants, work, rounds=plan.rounds, batch_size=size)
+
+        def make() -> list[dict[str, Any]]:
+            on_run = self._on(f"timing {_worded(work.sampling)}")
+            return harness.time_variants(variants, work, size, plan.rounds, plan.kernels, on_run)
+
+        return self._timed("times", make, settings) or [{} for _ in variants]
+
+    def _throughput(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
+        sizes = self.plan.throughput
+
+        def make() -> list[dict[str, Any]]:
+            on_run = self._on("throughput")
+            return harness.throughput(variants, work, sizes, self.plan.kernels, on_run)
+
+        settings = self._settings(variants, work, batch_sizes=sizes)
+        return self._timed("throughput", make, settings) if sizes else []
+
+    def _depths(self, work: Work) -> list[dict[str, Any]]:
+        full = backbone_of(denoiser_of(self.pipe)).depth
+        depths = sorted({full, *(d for m in self._methods for d in m.schedule.depths)})
+        size = self.plan.timing_batch_size
+
+        def make() -> list[dict[str, Any]]:
+            on_run = self._on("timing by depth")
+            return harness.time_depths(self.pipe, depths, work, size, self.plan.kernels, on_run)
+
+        settings = self._settings(self._variants(work)[:1], work, depths=depths, batch_size=size)
+        return self._timed("depths", make, settings)
+
+    def _quality(self, variant: Variant, work: Work) -> dict[str, Any]:
+        """Make images with all processes; return the quality's fields of a row on the main one."""
+        if self.judge is None:
+            return {}
+        settings = self._settings(
+            [variant],
+            work,
+            kind="quality",
+            images=work.images,
+            extractor=[self.judge.extractor.name, self.judge.extractor.sha256],
+            reference=self.judge.reference.fingerprint,
+        )
+        if (found := self.cells.get(settings)) is not None:
+            return found
+        found = harness.judge_variant(
+            variant,
+            work,
+            self.plan.batch_size,
+            self.plan.kernels,
+            self.judge,
+            self.cells.path(settings) / "features",
+            self.world,
+            self._on(f"{variant.title} {_worded(work.sampling)}"),
+        )
+        if found is None:
+            return {}
+        self.cells.put(settings, found)
+        return found
+
+    def _samples(self, variant: Variant, work: Work) -> dict[str, Any]:
+        """Leave a row's first images as a picture, the same items and seeds for all rows."""
+        settings = self._settings([variant], work, kind="samples", images=_IN_A_PICTURE)
+        named, how = variant.identity(work.sampling), variant.sampling(work.sampling)
+        path = self.cells.path(settings) / "samples.png"
+        file = f"samples/{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(map(str, identity(named))))}.png"
+
+        def make() -> bool:
+            with applied(variant.pipe, variant.method, how, self.plan.kernels):
+                images = generate(variant.pipe, *work.part(range(_IN_A_PICTURE)), how)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grid(images, columns=_IN_A_PICTURE)).save(path)
+            return True
+
+        if self.world.main:
+            self.cells.made(settings, make)
+            place = self.cells.folder.parent / file
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+        return {**named, "file": file}
+
+
+def _row(variant: Variant, sampling: Sampling) -> dict[str, Any]:
+    """What is known of a row before anything is measured."""
+    method = variant.method
+    known = {"kind": method.kind, "schedule": str(method.schedule)}
+    return {**blank_row(), **variant.identity(sampling), **known}
+
+
+def _worded(how: Sampling) -> str:
+    return f"{how.sampler}:{how.steps}"
+
+
+def _fingerprint(pipe: Any) -> str:
+    """Tell weights, networks and process of a pipeline from others."""
+    digest = hashlib.sha256()
+    for network in (denoiser_of(pipe), getattr(pipe, "vae", None)):
+        if network is not None:
+            add_network(digest, network)
+    scheduler = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
+    digest.update(f"{type(pipe.scheduler).__name__} {sorted(scheduler.items())}".encode())
+    return digest.hexdigest()

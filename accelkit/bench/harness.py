@@ -1,0 +1,293 @@
+"""Measures variants of a pipeline: time, interleaved in one process, and quality, by any number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import conditioning_of
+from accelkit.bench.methods import Method, applied
+from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
+from accelkit.cost import cost_of, ideal_saving
+from accelkit.errors import AccelkitError
+from accelkit.metrics.features import FeatureExtractor
+from accelkit.metrics.quality import measure
+from accelkit.metrics.references import Reference
+from accelkit.noise import NoiseAxis
+from accelkit.sample.generate import Sampling, decode, generate_latents
+from accelkit.sample.samplers import make_sampler
+from accelkit.sample.scale import RowShards, Work, World, generate_shards
+from accelkit.schedule import Schedule
+from accelkit.switch import enable
+
+DEPTH_ROUNDS = 10
+THROUGHPUT_ROUNDS = 3
+
+OnRun = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a row is about: a pipeline without a schedule, and the method that it runs by.
+
+    Attributes:
+        pipe: the pipeline.
+        method: what is done to it.
+        tuned: whether its weights are tuned for the method's schedule.
+    """
+
+    pipe: Any
+    method: Method
+    tuned: bool = False
+
+    @property
+    def base(self) -> bool:
+        """Whether it is what the others are measured against."""
+        return self.method.kind == "full" and not self.tuned
+
+    def sampling(self, of: Sampling) -> Sampling:
+        """Return how it samples where the sampler is asked for as ``of``."""
+        return self.method.sampling(of)
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return self.method.name + (" tuned" if self.tuned else "")
+
+    def identity(self, of: Sampling) -> dict[str, Any]:
+        """Return what tells its row from others, where the sampler is asked for as ``of``."""
+        return {
+            "method": self.method.name,
+            "weights": "tuned" if self.tuned else "original",
+            "sampler": of.sampler,
+            "steps": self.sampling(of).steps,
+        }
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What images are judged by: features, and real images in the same."""
+
+    extractor: FeatureExtractor
+    reference: Reference
+
+
+def own_copy(pipe: Any) -> Any:
+    """Return the same pipeline around a denoiser of its own."""
+    model = denoiser_of(pipe)
+    made = copy.copy(pipe)
+    name = next(name for name, part in pipe.components.items() if part is model)
+    made.register_modules(**{name: copy.deepcopy(model)})
+    return made
+
+
+@torch.no_grad()
+def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> dict[str, Any]:
+    """Make the first ``size`` images; return seconds, peak memory and energy of the whole call.
+
+    Unless it is to be ``cold``, a call of two steps goes before: a user puts a method on once, and
+    what that costs at the next call is no part of every run.
+    """
+    how = variant.sampling(work.sampling)
+    items, seeds = work.part(range(size))
+    with applied(variant.pipe, variant.method, how, kernels):
+        if not cold:
+            generate_latents(variant.pipe, items, seeds, replace(how, steps=min(2, how.steps)))
+        model: Any = denoiser_of(variant.pipe)
+        device = model.device
+        watch, peak, energy = Stopwatch(device), Peak(device), Energy(device)
+        watch.mark()
+        latents = generate_latents(variant.pipe, items, seeds, how)
+        watch.mark()
+        decode(variant.pipe, latents)
+        watch.mark()
+        denoiser, decoder = watch.parts()
+        return {
+            "seconds": denoiser + decoder,
+            "denoiser_seconds": denoiser,
+            "peak_memory_bytes": peak.bytes(),
+            "energy_joules": energy.joules(),
+        }
+
+
+def time_variants(
+    variants: Sequence[Variant],
+    work: Work,
+    size: int,
+    rounds: int,
+    kernels: str,
+    on_run: OnRun = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Time whole calls, noise to bytes, of ``size`` images; return the time's fields of a row each.
+
+    Rounds are interleaved, A B C A B C, so that a drift of the machine's speed hits all alike; one
+    before them, which warms up, gives the first call's seconds. The saving is 1 less the median
+    over rounds of the ratio to the base, null without one. All runs have the same items and seeds.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in variants]
+    for done in range((rounds + 1) * len(variants)):
+        place = done % len(variants)
+        cold = done < len(variants)
+        found[place].append(run(variants[place], work, size, kernels, cold))
+        on_run(done + 1, (rounds + 1) * len(variants))
+    base = next((rows for v, rows in zip(variants, found, strict=True) if v.base), None)
+    return [_times(rows, base) for rows in found]
+
+
+def _times(runs: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> dict[str, Any]:
+    def of(rows: list[dict[str, Any]], name: str) -> list[Any]:
+        return [row[name] for row in rows[1:]]
+
+    ratio, interval = (None, None)
+    if base is not None:
+        ratio, interval = median_ratio(of(runs, "seconds"), of(base, "seconds"))
+    peaks, joules = of(runs, "peak_memory_bytes"), of(runs, "energy_joules")
+    return {
+        **_spread(of(runs, "seconds")),
+        "saving": None if ratio is None else 1 - ratio,
+        "saving_interval": None if interval is None else [1 - interval[1], 1 - interval[0]],
+        "denoiser_seconds": float(np.median(of(runs, "denoiser_seconds"))),
+        "first_call_seconds": runs[0]["seconds"],
+        "peak_memory_bytes": None if None in peaks else max(peaks),
+        "energy_joules": None if None in joules else float(np.median(joules)),
+    }
+
+
+def _spread(seconds: list[float]) -> dict[str, Any]:
+    quartiles = [float(q) for q in np.quantile(seconds, (0.25, 0.75))]
+    return {"seconds": float(np.median(seconds)), "seconds_quartiles": quartiles}
+
+
+def throughput(
+    variants: Sequence[Variant],
+    work: Work,
+    sizes: Sequence[int],
+    kernels: str,
+    on_run: OnRun = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return the images per second of each variant at each batch size, sizes within variants."""
+    timed = []
+    for place, size in enumerate(sizes):
+        of_size = len(variants) * (THROUGHPUT_ROUNDS + 1)
+
+        def note(done: int, _: int, before: int = place * of_size, all_: int = of_size) -> None:
+            on_run(before + done, all_ * len(sizes))
+
+        times = time_variants(variants, work, size, THROUGHPUT_ROUNDS, kernels, note)
+        timed.append([size / row["seconds"] for row in times])
+    return [
+        {
+            **variant.identity(work.sampling),
+            "batch_size": size,
+            "images_per_second": timed[i][place],
+        }
+        for place, variant in enumerate(variants)
+        for i, size in enumerate(sizes)
+    ]
+
+
+@torch.no_grad()
+def time_depths(
+    pipe: Any,
+    depths: Sequence[int],
+    work: Work,
+    size: int,
+    kernels: str,
+    on_run: OnRun = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return the time of one network call on ``size`` samples at each depth, interleaved."""
+    model: Any = denoiser_of(pipe)
+    backbone = backbone_of(model)
+    calls = conditioning_of(backbone)
+    sampler = make_sampler(work.sampling.sampler, pipe.scheduler, work.sampling.steps)
+    latents = torch.randn(size, *calls.shape, generator=torch.Generator().manual_seed(0))
+    latents = latents.to(model.device, model.dtype)
+    timestep = sampler.timesteps[len(sampler.timesteps) // 2].expand(size).to(model.device)
+    items, _ = work.part(range(size))
+    arguments = calls.arguments(latents, timestep, calls.encode(pipe, items))
+    watch = Stopwatch(model.device)
+    seconds: dict[int, list[float]] = {depth: [] for depth in depths}
+    for done in range(DEPTH_ROUNDS * len(depths)):
+        depth = depths[done % len(depths)]
+        with enable(pipe, Schedule.uniform(depth, backbone.depth), kernels=kernels):
+            model(**arguments, return_dict=False)  # what is made at a first call is not its cost
+            watch.mark()
+            model(**arguments, return_dict=False)
+            watch.mark()
+            seconds[depth] += watch.parts()
+        on_run(done + 1, DEPTH_ROUNDS * len(depths))
+    return [
+        {
+            "depth": depth,
+            **_spread(seconds[depth]),
+            "macs": _counted(pipe, Schedule.uniform(depth, backbone.depth), None),
+            "batch_size": size,
+        }
+        for depth in depths
+    ]
+
+
+def cost(variant: Variant, sampling: Sampling) -> dict[str, Any]:
+    """Return the cost's fields of a row: what is saved ideally, multiply-accumulates, mean depth.
+
+    What a cache computes depends on the images; its fields are null.
+    """
+    schedule, model = variant.method.schedule, denoiser_of(variant.pipe)
+    how = variant.sampling(sampling)
+    sampler = make_sampler(how.sampler, variant.pipe.scheduler, how.steps)
+    levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
+    known = variant.method.baseline is None
+    kept = (1 - ideal_saving(model, schedule, levels)) * how.steps / sampling.steps
+    calls = how.steps * (1 + (how.guidance != 1))
+    macs = _counted(variant.pipe, schedule, levels) if known else None
+    return {
+        "ideal_saving": 1 - kept if known else None,
+        "macs_per_image": None if macs is None else round(macs * calls),
+        "mean_depth": schedule.mean_depth(levels) if known else None,
+        "layers": schedule.layers,
+    }
+
+
+def _counted(pipe: Any, schedule: Schedule, levels: Any) -> float | None:
+    try:
+        return schedule.mean(cost_of(denoiser_of(pipe)), levels)
+    except AccelkitError:  # a network that needs its weights to be called
+        return None
+
+
+def judge_variant(
+    variant: Variant,
+    work: Work,
+    batch_size: int,
+    kernels: str,
+    judge: Judge,
+    folder: Path,
+    world: World,
+    on_images: OnRun = lambda done, total: None,
+) -> dict[str, Any] | None:
+    """Make a variant's images with all processes; return the quality's fields on the main one.
+
+    Features are streamed into ``folder``; a run that was killed goes on with what is there.
+    """
+    how = replace(work, sampling=variant.sampling(work.sampling))
+    shards = RowShards(folder)
+    with applied(variant.pipe, variant.method, how.sampling, kernels):
+        generate_shards(
+            variant.pipe,
+            how,
+            batch_size,
+            lambda _, images: judge.extractor.extract(images),
+            shards,
+            world,
+            on_images,
+        )
+    if not world.main:
+        return None
+    return measure(shards.batches, judge.reference, missing=judge.extractor.missing)

@@ -1,0 +1,349 @@
+"""``accelkit bench`` from the command line to the report: what is compared, kept, gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+import accelkit
+from accelkit.bench import harness
+from accelkit.bench.results import read_results
+from accelkit.cli import app
+from accelkit.errors import AccelkitError
+from accelkit.switch import enabled_on
+
+SMALL = (
+    *("-n", "4", "--batch-size", "2", "--samplers", "ddim:3,ddpm:2", "--rounds", "2"),
+    *("--timing-batch-size", "2", "--throughput", "1"),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data(tmp_path):
+    draw = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "0.png")
+    return tmp_path / "data"
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def bench(model, data, tmp_path):
+    """Runs it on the small model and returns what ``results.json`` holds."""
+
+    def run(*options, output=tmp_path / "run", model=model):
+        cli("bench", "--model", model, "--data", data, "-o", output, *SMALL, *options)
+        return read_results(output / "results.json")
+
+    return run
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The schedules under which timed calls were made, in order."""
+    seen, real = [], harness.generate_latents
+
+    def spied(pipe, *args):
+        state = enabled_on(pipe)
+        seen.append(str(state.schedule) if state else "none")
+        return real(pipe, *args)
+
+    monkeypatch.setattr(harness, "generate_latents", spied)
+    return seen
+
+
+def names(results, *fields):
+    return [tuple(row[f] for f in fields) for row in results["rows"]]
+
+
+def test_methods_times_samplers(bench, ran):
+    results = bench("--schedules", "uniform:3,uniform:3+tome:0.5", "--baselines", "tome:0.5")
+    methods = ["full", "uniform:3", "uniform:3+tome:0.5", "tome:0.5"]
+    assert names(results, "method", "sampler", "steps") == [
+        (method, *sampler) for sampler in (("ddim", 3), ("ddpm", 2)) for method in methods
+    ]
+    kinds = ["full", "schedule", "combination", "baseline"]
+    assert [row["kind"] for row in results["rows"]] == kinds * 2
+    # interleaved: a round to warm up and two timed ones, sampler by sampler
+    spelled = ["6@1", "3@1", "3+tome:0.5@1", "6+tome:0.5@1"]
+    timed = [schedule for schedule in ran if schedule != "none"]
+    assert timed[: 4 * 3] == spelled * 3
+    for row in results["rows"]:
+        assert row["skipped"] is None
+        assert row["seconds"] > row["denoiser_seconds"] > 0
+        assert row["seconds_quartiles"][0] <= row["seconds"] <= row["seconds_quartiles"][1]
+        low, high = row["saving_interval"]
+        assert low <= row["saving"] <= high
+        assert row["fid"] is None  # nothing judges such images
+    assert [row["saving"] for row in results["rows"][::4]] == [0, 0]
+    assert results["rows"][1]["ideal_saving"] == pytest.approx(0.5)
+
+
+def test_fewer_steps_stand_beside_schedules(bench, ran):
+    results = bench("--schedules", "uniform:2", "--baselines", "steps", "--samplers", "ddim:9")
+    assert [row["method"] for row in results["rows"]] == ["full", "uniform:2", "steps:3"]
+    fewer = results["rows"][2]
+    assert fewer["steps"] == 3
+    assert fewer["ideal_saving"] == pytest.approx(2 / 3)
+    calls = results["rows"][0]["macs_per_image"]
+    assert fewer["macs_per_image"] == pytest.approx(calls / 3)
+
+
+def test_guidance_costs_two_calls(bench):
+    plain = bench("--schedules", "full", "--baselines", "", "--samplers", "ddim:2")
+    guided = bench("--schedules", "full", "--baselines", "", "--samplers", "ddim:2",
+                   "--guidance", "2")  # fmt: skip
+    cost = [r["rows"][0]["macs_per_image"] for r in (plain, guided)]
+    assert cost[1] == 2 * cost[0]
+
+
+def test_time_by_depth_and_batch(bench):
+    results = bench("--schedules", "6@0.5,2@1;uniform:4", "--throughput", "1,3")
+    assert [row["depth"] for row in results["depths"]] == [2, 4, 6]
+    macs = [row["macs"] for row in results["depths"]]
+    assert macs[1] - macs[0] == macs[2] - macs[1] > 0
+    sizes = [(row["method"], row["batch_size"]) for row in results["throughput"]]
+    methods = dict.fromkeys(row["method"] for row in results["rows"] if row["steps"] == 3)
+    assert sizes == [(method, size) for method in methods for size in (1, 3)]
+
+
+def test_nothing_is_measured_twice(bench, ran, tmp_path):
+    first = bench("--schedules", "uniform:3")
+    ran.clear()
+    again = bench("--schedules", "uniform:3")
+    assert ran == []
+    for results in (first, again):
+        del results["protocol"]["created"]
+    assert again == first
+    more = bench("--schedules", "uniform:3,uniform:2")
+    assert "uniform:2" in [row["method"] for row in more["rows"]]
+    bench("--schedules", "uniform:3", "--overwrite")
+    assert len(ran) > 0
+
+
+def test_other_weights_are_other_measurements(bench, make_pipe, model, ran):
+    bench("--schedules", "uniform:3")
+    make_pipe(seed=5).save_pretrained(model)
+    ran.clear()
+    bench("--schedules", "uniform:3")
+    assert len(ran) > 0
+
+
+def test_an_artifact_is_compared_beside_its_base(bench, make_pipe, model, tmp_path):
+    tuned = make_pipe(seed=1)
+    accelkit.enable(tuned, "uniform:2")
+    accelkit.save(tuned, tmp_path / "tuned", base_model=str(model))
+    results = bench("--schedules", "uniform:3", "--baselines", "", model=tmp_path / "tuned")
+    rows = names(results, "method", "weights")[:4]
+    assert rows == [
+        ("full", "original"),
+        ("uniform:3", "original"),
+        ("uniform:2", "original"),
+        ("uniform:2", "tuned"),
+    ]
+    assert results["protocol"]["tuned_for"] == "uniform:2"
+    pictures = {}
+    for sample in results["samples"][:4]:
+        with Image.open(tmp_path / "run" / sample["file"]) as image:
+            pictures[sample["method"], sample["weights"]] = np.asarray(image)
+    own, other = (pictures["uniform:2", w] for w in ("original", "tuned"))
+    assert own.shape == (12, 10 * 10 + 2, 3)
+    assert not np.array_equal(own, other)
+    by_option = bench("--schedules", "uniform:2", "--tuned", f"uniform:2={tmp_path / 'tuned'}",
+                      "--baselines", "", output=tmp_path / "two")  # fmt: skip
+    assert names(by_option, "method", "weights")[:3] == [rows[0], *rows[2:]]
+
+
+def test_samples_are_what_the_pipeline_makes(bench, model, tmp_path):
+    results = bench("--schedules", "full", "--baselines", "", "--samplers", "ddim:3")
+    with Image.open(tmp_path / "run" / results["samples"][0]["file"]) as image:
+        seen = np.asarray(image)[2:10, 2:10]
+    pipe = DiTPipeline.from_pretrained(model)
+    how = accelkit.sample.generate.Sampling("ddim", 3)
+    image = accelkit.sample.generate.generate(pipe, [0], [0], how)[0]
+    assert np.abs(seen.astype(int) - image).max() <= 1
+
+
+def test_the_digits_are_judged(tmp_path):
+    cli("bench", "-o", tmp_path / "run", "--schedules", "D6", "--baselines", "",
+        "--samplers", "ddim:1", "-n", "300", "--batch-size", "150", "--rounds", "1",
+        "--timing-batch-size", "1", "--throughput", "")  # fmt: skip
+    results = read_results(tmp_path / "run" / "results.json")
+    for row in results["rows"]:
+        assert row["fid"] > 0
+        assert row["images"] == 300
+        assert row["inception_score"] >= 1
+    assert results["protocol"]["extractor"]["name"] == "digit-cnn-v1"
+    assert results["protocol"]["reference"]["n"] == 1797
+    assert not list((tmp_path / "run" / "cells").rglob("features"))  # measured, and not kept
+
+
+def test_a_baseline_that_cannot_run_is_a_row_that_says_so(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    results = bench("--schedules", "uniform:3", "--baselines", "cache-dit,uniform:3+cache-dit")
+    skipped = [row for row in results["rows"] if row["skipped"]]
+    assert [row["method"] for row in skipped] == ["cache-dit", "uniform:3+cache-dit"] * 2
+    assert "cache-dit" in skipped[0]["skipped"]
+    assert all(row["seconds"] is None and row["fid"] is None for row in skipped)
+
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    options = [
+        *("bench", "--schedules", "D6", "--baselines", "", "--samplers", "ddpm:1", "-n", "300"),
+        *("--rounds", "1", "--timing-batch-size", "1", "--throughput", ""),
+    ]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "accelkit", *options, "--batch-size", "7"),
+            *("-o", str(tmp_path / "two")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results in") == 1
+    cli(*options, "-o", tmp_path / "one")
+    one, two = (read_results(tmp_path / name / "results.json")["rows"] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["method"] == b["method"]
+        for name in ("fid", "sfid", "kid", "inception_score", "precision", "coverage"):
+            assert b[name] == pytest.approx(a[name], rel=2e-3), name
+
+
+def test_a_killed_bench_goes_on(tmp_path):
+    options = [
+        *("bench", "--schedules", "D6", "--baselines", "", "--samplers", "ddim:4", "-n", "640"),
+        *("--batch-size", "64", "--rounds", "1", "--timing-batch-size", "1", "--throughput", ""),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accelkit", *options, "-o", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for _ in range(1200):
+        if len(list((tmp_path / "killed").rglob("*.safetensors"))) >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("*-*.safetensors")}
+    assert len(left) >= 2
+    assert not (tmp_path / "killed" / "results.json").exists()
+
+    made = []
+    real = harness.generate_shards
+
+    def counted(pipe, work, batch, rows_of, shards, *more):
+        made.append(sum(map(len, shards.missing(work.images, batch))))
+        return real(pipe, work, batch, rows_of, shards, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "generate_shards", counted)
+        cli(*options, "-o", tmp_path / "killed")
+    assert made[0] <= 640 - 64 * len(left)
+    cli(*options, "-o", tmp_path / "whole")
+    killed, whole = (
+        read_results(tmp_path / name / "results.json")["rows"] for name in ("killed", "whole")
+    )
+    assert [row["fid"] for row in killed] == [row["fid"] for row in whole]
+
+
+BAD = [
+    (("--samplers", "ddim"), "cannot read the sampler 'ddim'"),
+    (("--samplers", "ddim:0"), "sampling steps"),
+    (("--samplers", ""), "no sampler"),
+    (("--samplers", "euler:5"), "unknown sampler 'euler'"),
+    (("--rounds", "0"), "rounds is at least 1"),
+    (("-n", "0"), "images is at least 1"),
+    (("--throughput", "a"), "--throughput takes batch sizes"),
+    (("--throughput", "0"), "at least 1 image"),
+    (("--tuned", "D4"), "--tuned takes schedules with their models"),
+    (("--labels", "2000"), "classes 0 to"),
+    (("--labels", "x"), "cannot read the labels"),
+    (("--baselines", "fist_block_cache"), "unknown method"),
+    (("--features", "no.pt"), r"no\.pt"),
+    (("--features", "digits", "--features-sha256", "0" * 64), "SHA-256"),
+    (("--features", "digits"), "32"),  # whose extractor takes images of 32 pixels
+    (("--reference", "no.npz", "--features", "digits"), ""),
+]
+
+
+@pytest.mark.parametrize(("options", "complaint"), BAD)
+def test_bad_input_is_refused_before_anything_is_measured(bench, ran, options, complaint):
+    with pytest.raises(AccelkitError, match=complaint):
+        bench(*options)
+    assert ran == []
+
+
+def test_places_that_hold_something_else_are_left(bench, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AccelkitError, match="is a file"):
+        bench(output=tmp_path / "file")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text("{}")
+    with pytest.raises(AccelkitError, match="holds a training run"):
+        bench(output=tmp_path / "training")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text('{"schema": 1, "rows": []}')
+    with pytest.raises(AccelkitError, match="schema version 1"):
+        bench(output=tmp_path / "old")
+
+
+def test_another_extractor_is_not_mixed_in(tmp_path):
+    options = ("--schedules", "full", "--baselines", "", "--samplers", "ddim:1", "-n", "2",
+               "--rounds", "1", "--timing-batch-size", "1", "--throughput", "")  # fmt: skip
+    cli("bench", "-o", tmp_path, *options)
+    path = tmp_path / "results.json"
+    results = json.loads(path.read_text())
+    results["protocol"]["extractor"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(results))
+    with pytest.raises(AccelkitError, match="do not compare"):
+        cli("bench", "-o", tmp_path, *options)
+
+
+def test_the_report_is_written_anew_from_the_results(bench, tmp_path):
+    bench("--schedules", "uniform:3")
+    run = tmp_path / "run"
+    before = (run / "report.html").read_bytes()
+    for name in ("report.html", "report.md"):
+        (run / name).unlink()
+    done = cli("report", run)
+    assert (run / "report.html").read_bytes() == before
+    assert str(run / "report.md") in done.output
+    with pytest.raises(AccelkitError, match="cannot read"):
+        cli("report", tmp_path / "nothing")
+
+
+def test_memory_figures_are_there_where_the_system_tells(bench):
+    row = bench("--schedules", "full", "--baselines", "", "--samplers", "ddim:1")["rows"][0]
+    assert row["energy_joules"] is None or torch.cuda.is_available()
+    if sys.platform == "linux":
+        assert row["peak_memory_bytes"] > 10**8
