@@ -12,7 +12,7 @@ from torch import nn
 from accelkit import artifact
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
-from accelkit.cost import cost_of, macs_by_depth
+from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
 from accelkit.fused import paths
 from accelkit.loading import is_original
@@ -96,6 +96,7 @@ def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[
     }
     if schedule is not None:
         costs["mac_saving"] = f"{schedule.ideal_saving(cost=cost_of(network)):.2%}"
+        costs["mean_parameters_read"] = round(schedule.mean(parameters_of(network)))
     return costs
 
 
