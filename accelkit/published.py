@@ -17,6 +17,7 @@ from typing import Any
 from accelkit.errors import AccelkitError
 
 SCALES = ("full", "digits")
+"""As published, and in miniature on the digits."""
 _PLACES = (
     Path(__file__).parent / "recipes",
     Path(__file__).parents[1] / "recipes" / "published",
@@ -26,7 +27,7 @@ _REPORTED = ("method", "sampler", "steps", "fid", "fid_std", "saving", "setting"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Experiment:
     """How a table is run, as published or in miniature.
 
     Attributes:
@@ -34,11 +35,14 @@ class Comparison:
         samplers: each with its steps, ``ddim:50``.
         images: per row and sampler.
         batch_size: images made at once.
+        timing_batch_size: images of a timed call.
+        rounds: of timing.
         guidance: scale, 1 for none.
         guidance_channels: latent channels that are guided, 0 for all.
         model: the model, "" where the user names it or it is trained from scratch.
         data: the images, "" where the user names them.
-        vae: autoencoder of a network that is trained from scratch.
+        vae: autoencoder of a network that is trained from scratch; ``builtin`` for that of the
+            built-in model.
         flip: train on mirrored images as well.
         process: ``vp-sde`` to sample a network trained from scratch by the continuous process, ""
             for the one it was trained on.
@@ -56,6 +60,8 @@ class Comparison:
     samplers: tuple[str, ...]
     images: int
     batch_size: int
+    timing_batch_size: int = 32
+    rounds: int = 7
     guidance: float = 1.0
     guidance_channels: int = 0
     model: str = ""
@@ -117,8 +123,8 @@ class Publication:
     needs: str
     notes: tuple[str, ...]
     network: Mapping[str, Any]
-    full: Comparison | None
-    digits: Comparison | None
+    full: Experiment | None
+    digits: Experiment | None
     setting: str
     figures: tuple[Mapping[str, Any], ...]
     missing: str
@@ -128,6 +134,21 @@ class Publication:
     def source(self) -> str:
         """Paper and table as a report cites them; the title where the number is not known."""
         return f"{self.paper}, " + (f"table {self.table}" if self.table else self.title)
+
+    def experiment(self, scale: str) -> Experiment:
+        """Return how it is run at a scale of :data:`SCALES`.
+
+        Raises:
+            AccelkitError: it is not run at that scale.
+        """
+        if scale not in SCALES:
+            raise AccelkitError(f"a scale is {' or '.join(SCALES)}, got {scale!r}")
+        if self.full is None:
+            raise AccelkitError(f"{self.name} is a table of counted costs; nothing is run")
+        found = self.full if scale == "full" else self.digits
+        if found is None:
+            raise AccelkitError(f"{self.name} has no miniature; run it with --scale full")
+        return found
 
     def published(self, variant: str = "") -> list[dict[str, Any]]:
         """Return the figures as rows of a report's ``published``.
@@ -179,8 +200,8 @@ def read_publication(path: Path) -> Publication:
             notes=tuple(" ".join(note.split()) for note in notes if note.strip()),
             table=content.pop("table", ""),
             network=content.pop("network"),
-            full=_comparison(content, "full"),
-            digits=_comparison(content, "digits"),
+            full=_experiment(content, "full"),
+            digits=_experiment(content, "digits"),
             setting=figures.pop("setting", ""),
             figures=_rows(figures.pop("rows", []), {"method", "sampler", "steps", "fid"}),
             missing=figures.pop("missing", ""),
@@ -203,15 +224,14 @@ def _folder() -> Path:
     return found
 
 
-def _comparison(content: dict[str, Any], scale: str) -> Comparison | None:
+def _experiment(content: dict[str, Any], scale: str) -> Experiment | None:
     table = content.pop(scale, None)
     if table is None:
         return None
-    kinds = {f.name: f.type for f in fields(Comparison)}
-    if unknown := sorted(set(table) - set(kinds)):
+    if unknown := sorted(set(table) - {f.name for f in fields(Experiment)}):
         raise AccelkitError(f"unknown settings in [{scale}]: {', '.join(unknown)}")
     tuples = {name: tuple(value) for name, value in table.items() if isinstance(value, list)}
-    made = Comparison(**table | tuples)
+    made = Experiment(**table | tuples)
     if strange := set(made.tuned) - set(made.methods):
         raise AccelkitError(f"tuned methods of [{scale}] that are none: {', '.join(strange)}")
     return made

@@ -19,7 +19,7 @@ from accelkit.cli import app
 from accelkit.cli.using import _split
 from accelkit.errors import AccelkitError, Stopped
 
-COMMANDS = {"finetune", "train", "sample", "bench", "schedules", "convert", "inspect"}
+COMMANDS = {"finetune", "train", "sample", "bench", "reproduce", "schedules", "convert", "inspect"}
 
 
 def run(*arguments):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from accelkit.backbones import backbone_of
 from accelkit.cost import ideal_saving, macs_by_depth
@@ -64,7 +63,7 @@ def counted(publication: Publication) -> list[dict[str, Any]]:
     return rows
 
 
-def _gmacs(network: nn.Module, attention: bool) -> list[float]:
+def _gmacs(network: Any, attention: bool) -> list[float]:
     """10^9 multiply-accumulates of a call of the original network, by depth from the least."""
     backbone, config = backbone_of(network), network.config
     width = config.num_attention_heads * config.attention_head_dim

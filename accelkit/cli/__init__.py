@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from accelkit import AccelkitError, __version__
+from accelkit.cli.reproducing import reproduce
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import bench, convert, inspect, sample, schedules
 from accelkit.errors import Stopped
@@ -27,6 +28,8 @@ Examples:
 
   accelkit bench --schedules D1,D3,D4,D6 -o runs/bench
 
+  accelkit reproduce ase-table3 --scale digits
+
   accelkit schedules D4 --sampler ddim --steps 50
 
   accelkit inspect --model runs/finetune-D4
@@ -41,7 +44,7 @@ app = typer.Typer(
 )
 _debug = False
 
-for command in (finetune, train, sample, bench, schedules, convert, inspect):
+for command in (finetune, train, sample, bench, reproduce, schedules, convert, inspect):
     app.command()(command)
 
 

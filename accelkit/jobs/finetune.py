@@ -35,7 +35,7 @@ def finetune(
     source: Source,
     schedule: str,
     config: TrainConfig,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     where: Run,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
@@ -44,6 +44,7 @@ def finetune(
     Leaves in the output directory the artifact, ``checkpoints``, ``results.json``, a plot and a
     picture of samples at equal seeds. Returns the rows of the comparison (none on processes other
     than the main one): full depth, the schedule before fine-tuning, baselines, the schedule after.
+    Without ``evaluation`` nothing is compared and there are none.
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
@@ -54,7 +55,7 @@ def finetune(
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
-    evaluation = evaluation.check(pipe)
+    evaluation = evaluation and evaluation.check(pipe)
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
@@ -67,13 +68,14 @@ def finetune(
             f"{source.model} holds weights that were tuned already, to which no adapter can be "
             f"added; train all weights, or start from {origin.model}"
         )
-    evaluation.baselines_of(model)
+    if evaluation is not None:
+        evaluation.baselines_of(model)
     settings = {
         "job": "finetune",
         "source": asdict(source),
         "schedule": parsed.to_dict(),
         "train": config.to_dict(),
-        "evaluation": asdict(evaluation),
+        "evaluation": evaluation and asdict(evaluation),
     }
     with claimed(settings, config, where) as (run, accelerator):
         before = copy.copy(pipe)  # the same pipeline around weights of its own
@@ -104,6 +106,8 @@ def finetune(
                 )
 
         save({})  # before measuring, which can be interrupted
+        if evaluation is None:
+            return []
         protocol = {"training": config.to_dict()}
         rows = measure(
             before, [parsed], pipe, parsed, source, evaluation, where.output, reporter, protocol

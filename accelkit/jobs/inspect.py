@@ -90,7 +90,7 @@ def _ranges(paths: list[str]) -> str:
 
 def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[str, Any]:
     shape = next(iter(backbone.example().values())).shape
-    costs = {
+    costs: dict[str, Any] = {
         "cost_of_a_sample": " x ".join(map(str, shape[1:])),
         "gmacs_by_depth": [cost / 1e9 for cost in macs_by_depth(network)],
     }
