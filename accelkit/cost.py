@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,19 @@ def macs_by_depth(model: nn.Module) -> list[int]:
     Raises:
         AccelkitError: a call of the model cannot be made up, or not without weights.
     """
-    return list(_by_depth(Design.of(model)))
+    return list(_by_depth(Design.of(model))[0])
+
+
+def parameters_by_depth(model: nn.Module) -> list[int]:
+    """Return how many parameters one call reads, from the least depth to the full.
+
+    Counted in the same call as :func:`macs_by_depth`: those of the modules that run, embedding
+    tables as a whole. A skipped block's do not count, but for those of what it still runs.
+
+    Raises:
+        AccelkitError: as :func:`macs_by_depth`.
+    """
+    return list(_by_depth(Design.of(model))[1])
 
 
 def macs(model: nn.Module, compute: Compute) -> int:
@@ -70,35 +83,52 @@ def cost_of(model: nn.Module) -> Callable[[Compute], int]:
     return lambda spent: costs[spent.depth - full - 1] if not spent.merge else macs(model, spent)
 
 
+def parameters_of(model: nn.Module) -> Callable[[Compute], int]:
+    """Return what gives the number of parameters that a call reads by what it spends."""
+    counts, full = parameters_by_depth(model), backbone_of(model).depth
+    return lambda spent: counts[spent.depth - full - 1]
+
+
 def _alike(backbone: Backbone) -> bool:
     sizes = {sum(p.numel() for p in block.parameters()) for block in backbone.blocks}
     return len(sizes) == 1 and len(backbone.all_blocks) == backbone.depth
 
 
+@dataclass(frozen=True)
+class _Count:
+    """Multiply-accumulates of a call and parameters it reads, in all and in each counted block."""
+
+    macs: int
+    parameters: int
+    block_macs: tuple[int, ...]
+    block_parameters: tuple[int, ...]
+
+
 @lru_cache(maxsize=16)
-def _by_depth(design: Design) -> tuple[int, ...]:
+def _by_depth(design: Design) -> tuple[tuple[int, ...], tuple[int, ...]]:
     backbone = backbone_of(design.twin())
     least, depth = backbone.least, backbone.depth
-    total, ran = _count(design, Compute(depth))
-    _, skipped = _count(design, Compute(least))
-    costs = [total]  # each block costs the same whichever others run
-    for index in reversed(range(least, depth)):
-        costs.insert(0, costs[0] - ran[index] + skipped[index])
-    return tuple(costs)
+    ran, skipped = (_count(design, Compute(d)) for d in (depth, least))
+    macs, parameters = [ran.macs], [ran.parameters]
+    for i in reversed(range(least, depth)):  # each block costs the same whichever others run
+        macs.insert(0, macs[0] - ran.block_macs[i] + skipped.block_macs[i])
+        saved = ran.block_parameters[i] - skipped.block_parameters[i]
+        parameters.insert(0, parameters[0] - saved)
+    return tuple(macs), tuple(parameters)
 
 
 @lru_cache(maxsize=64)
 def _macs(design: Design, compute: Compute) -> int:
-    return _count(design, compute)[0]
+    return _count(design, compute).macs
 
 
-def _count(design: Design, compute: Compute) -> tuple[int, list[int]]:
-    """Return the multiply-accumulates of a call and of each counted block, be it skipped."""
+def _count(design: Design, compute: Compute) -> _Count:
     twin = design.twin()
     backbone = backbone_of(twin)
     backbone.restore()
     counter = FlopCounterMode(display=False)
     flops = [0] * backbone.depth
+    read: dict[nn.Parameter, int] = {}  # which parameters, and how many numbers each holds
 
     def watch(index: int, block: nn.Module) -> None:
         def begin(*_: Any) -> None:
@@ -116,6 +146,9 @@ def _count(design: Design, compute: Compute) -> tuple[int, list[int]]:
     schedule = Schedule((1.0,), (compute,), backbone.depth)
     try:
         with enable(twin, schedule, kernels="off"), counter, torch.no_grad():
+            for module in set(twin.modules()) - set(backbone.blocks[compute.depth :]):
+                own = {p: p.numel() for p in module.parameters(recurse=False)}
+                module.register_forward_hook(lambda *_, own=own: read.update(own))
             call(twin, given, "meta")
     except AccelkitError:
         raise
@@ -124,4 +157,9 @@ def _count(design: Design, compute: Compute) -> tuple[int, list[int]]:
         raise AccelkitError(
             f"the cost of a {type(twin).__name__} cannot be counted without its weights ({reason})"
         ) from error
-    return counter.get_total_flops() // 2, [count // 2 for count in flops]
+    return _Count(
+        counter.get_total_flops() // 2,
+        sum(read.values()),
+        tuple(count // 2 for count in flops),
+        tuple(sum(read.get(p, 0) for p in block.parameters()) for block in backbone.blocks),
+    )

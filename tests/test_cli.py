@@ -19,7 +19,10 @@ from accelkit.cli import app
 from accelkit.cli.using import _split
 from accelkit.errors import AccelkitError, Stopped
 
-COMMANDS = {"finetune", "train", "sample", "bench", "report", "schedules", "convert", "inspect"}
+COMMANDS = {
+    *("finetune", "train", "sample", "bench", "report", "reproduce"),
+    *("schedules", "convert", "inspect"),
+}
 
 
 def run(*arguments):

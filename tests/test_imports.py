@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 # Each may import what stands in its own tier or in one above.
 TIERS = [
     {"errors"},
-    {"compute", "schedule", "noise", "processes", "files", "assets", "settings"},
+    {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
     {"dvd"},
     {"presets"},
     {"backbones", "models"},

@@ -48,7 +48,9 @@ def test_what_is_in_it(wheel):
         for path in (base / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]
+    wanted += [f"accelkit/recipes/{p.name}" for p in (ROOT / "recipes" / "published").iterdir()]
     assert "accelkit_kernels/adaln.py" in wanted
+    assert "accelkit/recipes/ase-table3.toml" in wanted
     assert "accelkit/assets/digit_features.safetensors" in wanted
     assert "accelkit/assets/digits-dit/transformer/diffusion_pytorch_model.safetensors" in wanted
     assert sorted(n for n in sizes if ".dist-info/" not in n) == sorted(wanted)
@@ -77,6 +79,7 @@ def test_it_works_away_from_the_sources(wheel, tmp_path):
     assert "D4" in shown.stdout
     code = (
         "import accelkit, accelkit_kernels, accelkit.metrics.features as f; f.extractor('digits');"
+        "import accelkit.published as p; [p.publication(name).source for name in p.names()];"
         "print(accelkit.__file__, accelkit_kernels.__file__, accelkit.builtin(), sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], **how)

@@ -11,6 +11,7 @@ import typer
 
 from accelkit import AccelkitError, __version__
 from accelkit.cli.benching import bench, report
+from accelkit.cli.reproducing import reproduce
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import convert, inspect, sample, schedules
 from accelkit.errors import AccelkitWarning, Stopped
@@ -29,6 +30,8 @@ Examples:
 
   accelkit bench --schedules D1,D3,D4,D6 -o runs/bench
 
+  accelkit reproduce ase-table3 --scale digits
+
   accelkit schedules D4 --sampler ddim --steps 50
 
   accelkit inspect --model runs/finetune-D4
@@ -43,7 +46,7 @@ app = typer.Typer(
 )
 _debug = False
 
-for command in (finetune, train, sample, bench, report, schedules, convert, inspect):
+for command in (finetune, train, sample, bench, report, reproduce, schedules, convert, inspect):
     app.command()(command)
 
 

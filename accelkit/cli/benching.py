@@ -26,6 +26,7 @@ from accelkit.cli.options import (
     listed,
     reporter,
     source_of,
+    tuned_weights,
 )
 from accelkit.cli.show import out, print_results, shown
 from accelkit.errors import AccelkitError
@@ -131,7 +132,7 @@ def bench(
         features_sha256=settings["features_sha256"],
         reference=settings["reference"],
     )
-    weights = _tuned(settings["tuned"])
+    weights = tuned_weights(settings["tuned"])
     if shown(settings):
         return
     from accelkit.jobs.bench import bench as job
@@ -158,20 +159,6 @@ def report(
 
     for path in write_report(directory, read_results(directory / RESULTS)):
         out.print(str(path), highlight=False, soft_wrap=True)
-
-
-def _tuned(text: str) -> dict[str, str]:
-    """Read which artifact is tuned for which schedule."""
-    found: dict[str, str] = {}
-    for part in filter(None, text.split(";" if ";" in text else ",")):
-        schedule, equals, folder = part.rpartition("=")
-        if not equals or not schedule or not folder:
-            raise AccelkitError(
-                f"--tuned takes schedules with their models, such as D4=runs/finetune-D4, "
-                f"got {part!r}"
-            )
-        found[schedule.strip()] = folder.strip()
-    return found
 
 
 def _sizes(text: str) -> tuple[int, ...]:

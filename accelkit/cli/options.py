@@ -169,6 +169,20 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in re.split(between, text) if part.strip()]
 
 
+def tuned_weights(text: str) -> dict[str, str]:
+    """Read which artifact is tuned for which schedule."""
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(";" if ";" in text else ",")):
+        schedule, equals, folder = part.rpartition("=")
+        if not equals or not schedule or not folder:
+            raise AccelkitError(
+                f"--tuned takes schedules with their models, such as D4=runs/finetune-D4, "
+                f"got {part!r}"
+            )
+        found[schedule.strip()] = folder.strip()
+    return found
+
+
 def checked(kind: Any, values: Any, table: str) -> Any:
     """Build a settings class from a recipe's table, refusing unknown names."""
     if not isinstance(values, dict):

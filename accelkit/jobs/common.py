@@ -57,7 +57,8 @@ class Source:
         model: as :func:`accelkit.from_pretrained` takes it.
         data: ``digits``, a folder or a zip.
         revision: of a hub id.
-        vae: directory or hub id of the autoencoder that goes with an original-layout file.
+        vae: directory or hub id of the autoencoder that goes with an original-layout file, or that
+            a model trained from scratch is to work behind.
         num_heads: attention heads of an original-layout file of unpublished size.
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.

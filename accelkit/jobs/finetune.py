@@ -36,7 +36,7 @@ def finetune(
     source: Source,
     schedule: str,
     config: TrainConfig,
-    plan: Plan,
+    plan: Plan | None,
     where: Run,
     reporter: Reporter,
 ) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def finetune(
     Leaves in the output directory the artifact, ``checkpoints``, and what ``accelkit bench`` does.
     Returns what ``results.json`` holds: rows of full depth, the schedule before fine-tuning, what
     else ``plan`` has, the schedule after; on processes other than the main one an empty dict.
+    Without ``plan`` nothing is compared.
 
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
@@ -55,8 +56,9 @@ def finetune(
     backbone = backbone_of(model)
     parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
     images = open_images(source, model)
-    plan.samplings(pipe)
-    parse_methods(plan.methods, model)
+    if plan is not None:
+        plan.samplings(pipe)
+        parse_methods(plan.methods, model)
     process = process_for(pipe.scheduler, config)
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
@@ -74,10 +76,10 @@ def finetune(
         "source": asdict(source),
         "schedule": parsed.to_dict(),
         "train": config.to_dict(),
-        "evaluation": asdict(plan),
+        "evaluation": plan and asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
-        before = own_copy(pipe)
+        before = own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
@@ -103,6 +105,8 @@ def finetune(
                 )
 
         save({})  # before measuring, which can be interrupted
+        if plan is None or before is None:
+            return {}
         results = compare(
             before,
             [(parsed, pipe)],

@@ -12,7 +12,7 @@ from torch import nn
 from accelkit import artifact
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.original import load_original
-from accelkit.cost import cost_of, macs_by_depth
+from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
 from accelkit.fused import paths
 from accelkit.loading import is_original
@@ -90,12 +90,13 @@ def _ranges(paths: list[str]) -> str:
 
 def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[str, Any]:
     shape = next(iter(backbone.example().values())).shape
-    costs = {
+    costs: dict[str, Any] = {
         "cost_of_a_sample": " x ".join(map(str, shape[1:])),
         "gmacs_by_depth": [cost / 1e9 for cost in macs_by_depth(network)],
     }
     if schedule is not None:
         costs["mac_saving"] = f"{schedule.ideal_saving(cost=cost_of(network)):.2%}"
+        costs["mean_parameters_read"] = round(schedule.mean(parameters_of(network)))
     return costs
 
 

@@ -35,6 +35,8 @@ def scratch(
 ) -> None:
     """Train and leave a half-precision pipeline directory at ``OUTPUT/pipeline``.
 
+    The autoencoder is trained first, unless ``source`` names one.
+
     Raises:
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.errors.Stopped: a signal ended it; it can be resumed.
@@ -45,7 +47,9 @@ def scratch(
             f"{source.data} has {len(images.classes)} classes, the model {model.num_classes}; "
             "raise num_classes"
         )
-    factor = 2 ** (len(autoencoder.channels) - 1) * model.patch_size
+    given = None if source.vae is None else _open(source.vae)
+    channels = autoencoder.channels if given is None else given.config.block_out_channels
+    factor = 2 ** (len(channels) - 1) * model.patch_size
     if model.image_size % factor:
         raise AccelkitError(
             f"image_size {model.image_size} is not a multiple of {factor}, the autoencoder's "
@@ -59,11 +63,13 @@ def scratch(
         "source": asdict(source),
         "schedule": parsed.to_dict(),
         "model": asdict(model),
-        "autoencoder": {**asdict(autoencoder), "channels": list(autoencoder.channels)},
+        "autoencoder": None
+        if given
+        else {**asdict(autoencoder), "channels": list(autoencoder.channels)},
         "train": config.to_dict(),
     }
     with claimed(settings, config, where) as (run, accelerator):
-        vae = _autoencoder(images, model, autoencoder, where, accelerator, reporter)
+        vae = given or _autoencoder(images, model, autoencoder, where, accelerator, reporter)
         pipe = fresh_pipeline(model, vae, images.classes, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         items = items_of(images, pipe.transformer)
@@ -88,8 +94,6 @@ def _autoencoder(
     reporter: Reporter,
 ) -> Any:
     """Return the autoencoder, trained by the main process unless an earlier run has done so."""
-    from diffusers import AutoencoderKL
-
     folder = where.output / AUTOENCODER
     if accelerator.is_main_process and not folder.exists():
         pixels = np.concatenate([b for _, b in iter_images(images, model.image_size, 256)])
@@ -104,7 +108,14 @@ def _autoencoder(
         vae.save_pretrained(part)
         part.rename(folder)
     accelerator.wait_for_everyone()
-    with reading(str(folder)):
-        vae = AutoencoderKL.from_pretrained(folder).eval()
+    return _open(str(folder))
+
+
+def _open(place: str) -> Any:
+    """Return the autoencoder of a directory or hub id."""
+    from diffusers import AutoencoderKL
+
+    with reading(place):
+        vae = AutoencoderKL.from_pretrained(place).eval()
     vae.register_to_config(_name_or_path="")  # else it is published where this run lay
     return vae

@@ -286,6 +286,7 @@ def test_what_a_schedule_saves_on_it(model, tuned):
     costs = seen["gmacs_by_depth"]
     assert seen["mean_depth"] == 3
     assert seen["mac_saving"] == f"{1 - costs[2] / costs[5]:.2%}"
+    assert seen["mean_parameters_read"] == seen["parameters"] - 3 * seen["block_parameters"]
     in_force = inspect("--model", tuned)
     mean = 0.3 * costs[5] + 0.3 * costs[3] + 0.4 * costs[1]
     assert in_force["mac_saving"] == f"{1 - mean / costs[5]:.2%}"

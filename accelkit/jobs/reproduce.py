@@ -1,0 +1,228 @@
+"""Run a published comparison: train what it needs, then one bench over all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelkit import artifact
+from accelkit.assets import BUILTIN, builtin
+from accelkit.bench.plan import Plan
+from accelkit.errors import AccelkitError, Stopped
+from accelkit.jobs.bench import bench
+from accelkit.jobs.common import Reporter, Run, Source
+from accelkit.jobs.finetune import finetune
+from accelkit.jobs.fresh import ModelConfig
+from accelkit.jobs.scratch import PIPELINE, scratch
+from accelkit.loading import open_pipeline
+from accelkit.published import Experiment, Publication
+from accelkit.sample.scale import World
+from accelkit.switch import enable
+from accelkit.train.autoencoder import AutoencoderConfig
+from accelkit.train.config import TrainConfig
+from accelkit.train.rundir import RunDirectory
+
+BASE, TRAINING, CONTINUOUS = "base", "training", "continuous"
+_CHECKPOINTS = 50  # of a whole training, but at least every 100 steps
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user brings to a reproduction beside model and data.
+
+    Attributes:
+        tuned: directories of artifacts by the schedules that they are tuned for; the rest is
+            trained.
+        kernels: as :func:`accelkit.enable` takes it.
+        features, features_sha256, reference: as of :class:`accelkit.bench.plan.Plan`.
+    """
+
+    tuned: Mapping[str, str] = field(default_factory=dict)
+    kernels: str = "auto"
+    features: str | None = None
+    features_sha256: str | None = None
+    reference: str | None = None
+
+
+def reproduce(
+    publication: Publication,
+    scale: str,
+    source: Source,
+    given: Given,
+    output: Path,
+    reporter: Reporter,
+) -> dict[str, dict[str, Any]]:
+    """Train what is missing, compare, and return the results by variant of the training.
+
+    Weights go to ``OUTPUT/SCHEDULE`` (a model that is trained first to ``OUTPUT/base``), results
+    to ``OUTPUT``; where trainings are compared, each has a directory of its own there. What is
+    there already is not done again.
+
+    Args:
+        publication: what is reproduced.
+        scale: ``full`` or ``digits``.
+        source: model and data, "" for what the publication brings itself; the autoencoder is that
+            of an original-layout file, or what is trained from scratch works behind it.
+        given: what there is already, and how images are judged.
+        output: directory.
+        reporter: told how far it is.
+
+    Raises:
+        AccelkitError: something that is needed is not given, or any input does not fit.
+        accelkit.errors.Stopped: a signal ended a training; the same call goes on.
+    """
+    experiment = publication.experiment(scale)
+    source = _named(publication, experiment, source, given)
+    work = _Work(publication, experiment, source, output, reporter)
+    try:
+        base = work.base()
+        results = {}
+        for variant, change in (experiment.variants or {"": {}}).items():
+            tuned = dict(given.tuned)
+            for schedule in experiment.tuned:
+                if schedule not in tuned:
+                    tuned[schedule] = str(output / variant / schedule)
+                    work.train(base, schedule, change, Path(tuned[schedule]))
+            World.launched().meet()  # for the main process, which writes
+            results[variant] = bench(
+                base,
+                _plan(experiment, given),
+                output / variant,
+                reporter,
+                tuned=tuned,
+                published=publication.published(variant),
+            )
+    except Stopped:
+        reporter.say("give the same accelkit reproduce again to go on")
+        raise
+    return results
+
+
+def _named(
+    publication: Publication, experiment: Experiment, source: Source, given: Given
+) -> Source:
+    """Return model and data with what the publication brings; refuse what does not fit it."""
+    source = replace(
+        source,
+        model=source.model or experiment.model,
+        data=source.data or experiment.data,
+        flip=source.flip or experiment.flip,
+    )
+    trains = bool(experiment.network) or experiment.from_scratch
+    for name, missing in (("data", not source.data), ("model", not source.model and not trains)):
+        if missing:
+            small = "; or run its miniature with --scale digits" if publication.digits else ""
+            raise AccelkitError(
+                f"{publication.name} needs --{name} (it takes {publication.needs}){small}"
+            )
+    if strange := sorted(set(given.tuned) - set(experiment.tuned)):
+        raise AccelkitError(
+            f"{publication.name} has no tuned weights for {', '.join(strange)}; it has "
+            f"{', '.join(experiment.tuned) or 'none at all'}"
+        )
+    if given.tuned and experiment.variants:
+        raise AccelkitError(
+            f"{publication.name} compares trainings ({', '.join(experiment.variants)}), so it "
+            "makes all weights itself; leave --tuned out"
+        )
+    untrained = set(experiment.tuned) - set(given.tuned)
+    if source.model and experiment.from_scratch and untrained:
+        raise AccelkitError(
+            f"{publication.name} trains all its networks from scratch, alike; leave --model out, "
+            f"or give --tuned for {', '.join(sorted(untrained))} too"
+        )
+    return source
+
+
+@dataclass
+class _Work:
+    """The trainings of one reproduction; those that lie there finished are not run again."""
+
+    publication: Publication
+    experiment: Experiment
+    source: Source
+    output: Path
+    reporter: Reporter
+
+    def base(self) -> Source:
+        """Return what everything is compared on, trained if no model is named."""
+        if self.source.model:
+            return self.source
+        change = {**self.experiment.base}
+        if self.experiment.from_scratch:  # as the others, but at full depth all along
+            change = {**self.experiment.training, "intermediate_weight": 0.0, **change}
+        folder = self.output / BASE
+        self._scratch("full", TrainConfig.from_dict(change), folder)
+        place = folder / PIPELINE
+        if self.experiment.process == "vp-sde":
+            place = folder / CONTINUOUS
+            if World.launched().main and not place.exists():
+                _continuous(folder / PIPELINE, place)
+            World.launched().meet()
+        return replace(self.source, model=str(place), vae=None)
+
+    def train(self, base: Source, schedule: str, change: Mapping[str, Any], folder: Path) -> None:
+        """Leave in ``folder`` an artifact with weights for ``schedule``."""
+        config = TrainConfig.from_dict({**self.experiment.training, **change})
+        self.reporter.say(f"weights for {schedule}, in {folder}")
+        if not self.experiment.from_scratch:
+            if not _finished(folder, folder / artifact.CONFIG, config):
+                finetune(base, schedule, config, None, _run(folder, config), self.reporter)
+            return
+        self._scratch(schedule, config, folder / TRAINING)
+        if World.launched().main and not (folder / artifact.CONFIG).exists():
+            pipe = open_pipeline(folder / TRAINING / PIPELINE)
+            enable(pipe, schedule)
+            training = {"data": base.data, "flip": base.flip, **config.to_dict()}
+            artifact.save(pipe, folder, base_model=base.model, training=training)
+
+    def _scratch(self, schedule: str, config: TrainConfig, folder: Path) -> None:
+        if _finished(folder, folder / PIPELINE, config):
+            return
+        vae = self.source.vae or self.experiment.vae
+        place = str(builtin() / "vae") if vae == BUILTIN else vae
+        sizes = ModelConfig(**(self.experiment.network or self.publication.network))
+        where = _run(folder, config)
+        source = replace(self.source, vae=place)
+        scratch(source, schedule, sizes, AutoencoderConfig(), config, where, self.reporter)
+
+
+def _finished(folder: Path, left: Path, config: TrainConfig) -> bool:
+    """Whether a training with these settings has ended; one with others is refused by itself."""
+    return left.exists() and RunDirectory(folder).stored().get("train") == config.to_dict()
+
+
+def _run(folder: Path, config: TrainConfig) -> Run:
+    every = max(100, config.steps // _CHECKPOINTS)
+    return Run(folder, resume=bool(RunDirectory(folder).stored()), checkpoint_every=every)
+
+
+def _continuous(trained: Path, target: Path) -> None:
+    """Copy a pipeline of the linear-beta process as one of the VP SDE that it discretises."""
+    from accelkit.models.vp_sde import VPSDEEulerMaruyamaScheduler
+
+    pipe = open_pipeline(trained)
+    pipe.register_modules(scheduler=VPSDEEulerMaruyamaScheduler())
+    part = target.with_name(target.name + ".partial")
+    pipe.save_pretrained(part)
+    part.rename(target)
+
+
+def _plan(experiment: Experiment, given: Given) -> Plan:
+    return Plan(
+        methods=",".join(experiment.methods),
+        samplers=experiment.samplers,
+        images=experiment.images,
+        batch_size=experiment.batch_size,
+        guidance=experiment.guidance,
+        guidance_channels=experiment.guidance_channels or None,
+        kernels=given.kernels,
+        rounds=experiment.rounds,
+        timing_batch_size=experiment.timing_batch_size,
+        throughput=(),  # no table has one
+        features=given.features,
+        features_sha256=given.features_sha256,
+        reference=given.reference,
+    )
