@@ -1,0 +1,42 @@
+"""Copies of a network on its weights, so that it stays as it is while one of them is compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from accelkit.backbones import called_by
+from accelkit.errors import AccelkitError
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` without a schedule, with parameters of its own on its weights.
+
+    Raises:
+        AccelkitError: something hooked on the model would go on running the original's modules.
+    """
+    if hooked := [type(m).__name__ for m in model.modules() if "forward" in m.__dict__]:
+        raise AccelkitError(
+            f"this {type(model).__name__} cannot be copied to be compiled, as something is hooked "
+            f"on its {hooked[0]}"
+        )
+    own: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        own[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    return copy.deepcopy(model, own)
+
+
+@contextmanager
+def in_place_of_its_own(pipe: Any, network: nn.Module) -> Iterator[None]:
+    """Let a pipeline call another network than its own while entered."""
+    own = called_by(pipe)
+    name = next(n for n in ("transformer", "unet") if getattr(pipe, n, None) is own)
+    setattr(pipe, name, network)
+    try:
+        yield
+    finally:
+        setattr(pipe, name, own)
