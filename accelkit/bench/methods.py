@@ -114,7 +114,7 @@ def fewer_steps(
     found: list[Method] = []
     for method in methods:
         if method.steps != FEWER:
-            found += [method] if method not in found else []
+            found.append(method)
             continue
         for other in methods:
             alone = other.baseline is None and other.compile is None and other.steps is None
@@ -131,8 +131,9 @@ def fewer_steps(
 def applied(pipe: Any, method: Method, sampling: Sampling, kernels: str = "auto") -> Iterator[None]:
     """Run a pipeline's network by a method while entered; afterwards it is what it was.
 
-    What is compiled is a copy on the same weights, in place of the pipeline's own network while
-    entered. It is kept until that network is gone, so that graphs are made but once.
+    What is compiled is a copy on the same weights (of its own for CUDA graphs, which ask for them
+    to stay where they are), in place of the pipeline's own network while entered. It is kept until
+    that network is gone, so that graphs are made but once.
 
     Args:
         pipe: a pipeline whose network runs no schedule.
@@ -201,7 +202,7 @@ def _compiled(pipe: Any, method: Method, sampling: Sampling, kernels: str) -> nn
     kept = _kept.setdefault(model, {})
     if key not in kept:
         try:
-            twin = twin_of(model)
+            twin = twin_of(model, shared=method.compile != GRAPHS)
         except AccelkitError as error:
             raise Unavailable(str(error)) from error
         with in_place_of_its_own(pipe, twin), ExitStack() as stack:

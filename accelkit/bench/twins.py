@@ -13,8 +13,13 @@ from accelkit.backbones import called_by
 from accelkit.errors import AccelkitError
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` without a schedule, with parameters of its own on its weights.
+def twin_of(model: nn.Module, shared: bool) -> nn.Module:
+    """Return a copy of ``model``, which runs no schedule.
+
+    Args:
+        model: the network.
+        shared: whether the copy has the very same parameters. If not, its own are on the same
+            memory, until a fused forward joins its weights or the model's.
 
     Raises:
         AccelkitError: something hooked on the model would go on running the original's modules.
@@ -24,10 +29,10 @@ def twin_of(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} cannot be copied to be compiled, as something is hooked "
             f"on its {hooked[0]}"
         )
-    own: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        own[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    return copy.deepcopy(model, own)
+    kept: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for p in model.parameters():
+        kept[id(p)] = p if shared else nn.Parameter(p.detach(), p.requires_grad)
+    return copy.deepcopy(model, kept)
 
 
 @contextmanager

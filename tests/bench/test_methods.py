@@ -212,7 +212,9 @@ def test_a_cache_within_blocks_and_a_schedule_take_effect_together(pipe, text, c
     ran = [[step for step, depth in enumerate(DEPTHS) if block < depth] for block in range(6)]
     calls = [sum(computes(nth, step) for nth, step in enumerate(steps)) for steps in ran]
     method = one(f"{LADDER}+{text}", pipe.transformer)
+    before = traces(pipe.transformer)
     check(pipe, method, TEN)
+    same(before, traces(pipe.transformer))
     with applied(pipe, method, TEN), counted(pipe.transformer.transformer_blocks) as seen:
         sample(pipe)
     assert [len(shapes) for shapes in seen] == calls
@@ -320,8 +322,6 @@ def test_a_compiled_network_is_a_copy_that_is_kept(short, graphs, schedule, coun
         with applied(short, method, TEN):
             assert short.transformer is not model
             torch.testing.assert_close(sample(short), expected, atol=1e-5, rtol=1e-5)
-            weights = zip(short.transformer.parameters(), model.parameters(), strict=True)
-            assert all(own is not his for own, his in weights)
         assert short.transformer is model
         same(before, traces(model))
         with applied(short, one(schedule, model), TEN, "off"):
@@ -333,8 +333,8 @@ def test_the_copy_is_on_the_same_weights(short, graphs):
     model, method = short.transformer, one("compile:counting", short.transformer)
     with applied(short, method, TEN):
         first = sample(short)
-        places = [p.data_ptr() for p in short.transformer.parameters()]
-    assert places == [p.data_ptr() for p in model.parameters()]
+    with applied(short, one("full", model), TEN):
+        sample(short)  # fused, for which the weights lie elsewhere
     with torch.no_grad():
         model.proj_out_2.bias.add_(1.0)
     expected = sample(short)
