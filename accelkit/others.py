@@ -10,6 +10,7 @@ give it to others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -75,6 +76,35 @@ def check_mixed(model: nn.Module) -> None:
                     "states for the batch as a whole; give all of its samples one timestep, or "
                     "disable the cache"
                 )
+
+
+@contextmanager
+def sampling_run(model: nn.Module) -> Iterator[None]:
+    """Let caches on ``model`` begin a run of sampling, all of whose calls they are to look at.
+
+    Not every pipeline of diffusers does, and a cache's calls fail without. One context is enough
+    where guidance is the second half of a call. Without a cache nothing is done.
+    """
+    if _has_cache_dit(model):
+        from cache_dit import refresh_context
+
+        refresh_context(model)
+    if not any(_keeps_states(module) for module in model.modules()):
+        yield
+        return
+    from diffusers.hooks import HookRegistry
+    from diffusers.models.cache_utils import CacheMixin  # asks nothing of a model but its hooks
+
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.reset_stateful_hooks()
+    registry._child_registries_cache = None  # of before the cache, maybe
+    with CacheMixin.cache_context(model, "cond"):
+        yield
+
+
+def _keeps_states(module: nn.Module) -> bool:
+    registry = module.__dict__.get("_diffusers_hook")
+    return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
 
 
 def list_of_hooks(module: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from accelkit import others
 from accelkit.autoencoders import decoded
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
@@ -123,21 +124,22 @@ def generate_latents(
             )
         nulls = calls.encode(pipe, [None] * len(items))
         rows = {name: torch.cat([rows[name], nulls[name]]) for name in rows}
-    for t in sampler.timesteps:
-        scaled = scale_input(x, t)
-        inputs = torch.cat([scaled, scaled]) if guided else scaled
-        timestep = t.expand(len(inputs)).to(device)
-        output = model(**calls.arguments(inputs, timestep, rows), return_dict=False)[0]
-        output = calls.prediction(output, inputs)
-        predicted, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
-        if guided:
-            cond, uncond = predicted.chunk(2)
-            predicted = guide(cond, uncond, how.guidance, how.guidance_channels)
-            variance = variance.chunk(2)[0]
-        if uses_variance:
-            predicted = torch.cat([predicted, variance], dim=1)
-        noise = {"generator": generators} if how.sampler in STOCHASTIC else {}
-        x = sampler.step(predicted, t, x, **noise).prev_sample
+    with others.sampling_run(model):
+        for t in sampler.timesteps:
+            scaled = scale_input(x, t)
+            inputs = torch.cat([scaled, scaled]) if guided else scaled
+            timestep = t.expand(len(inputs)).to(device)
+            output = model(**calls.arguments(inputs, timestep, rows), return_dict=False)[0]
+            output = calls.prediction(output, inputs)
+            predicted, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
+            if guided:
+                cond, uncond = predicted.chunk(2)
+                predicted = guide(cond, uncond, how.guidance, how.guidance_channels)
+                variance = variance.chunk(2)[0]
+            if uses_variance:
+                predicted = torch.cat([predicted, variance], dim=1)
+            noise = {"generator": generators} if how.sampler in STOCHASTIC else {}
+            x = sampler.step(predicted, t, x, **noise).prev_sample
     return x
 
 

@@ -11,6 +11,7 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
 )
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling, generate, generate_latents, grid, guide
@@ -287,6 +288,24 @@ class TestGuide:
         some, all_ = (generate_latents(pipe, [1], [2], how) for how in hows)
         torch.testing.assert_close(some[:, :3], all_[:, :3])
         assert (some[:, 3] - all_[:, 3]).abs().max() > 1
+
+
+def test_a_cache_on_the_model_begins_anew_with_every_batch():
+    pipe, how = build(), Sampling("ddim", 6)
+    first = generate_latents(pipe, LABELS, SEEDS, how)
+    generate_latents(pipe, LABELS, SEEDS, how)
+    assert not any("_diffusers_hook" in module.__dict__ for module in pipe.transformer.modules())
+
+    ran = []
+    last = pipe.transformer.transformer_blocks[-1].attn1.to_q
+    last.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=1e6))
+    kept = generate_latents(pipe, LABELS, SEEDS, how)
+    assert ran == [4]  # at the first step alone
+    assert torch.equal(generate_latents(pipe, LABELS, SEEDS, how), kept)
+    generate_latents(pipe, LABELS[:1], SEEDS[:1], how)  # as large a batch as any
+    assert ran == [4, 4, 1]
+    assert not torch.equal(kept, first)
 
 
 class TestGrid:
