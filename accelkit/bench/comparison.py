@@ -125,14 +125,29 @@ class Comparison:
         for variant in self._variants(work):
             if identity(variant.identity(work.sampling)) in but:
                 continue
-            try:
-                how = variant.sampling(work.sampling)
-                check(variant.pipe, variant.method, how, self.plan.kernels)
-            except Unavailable as error:
-                skipped.append((variant, str(error)))
+            reason = self._reason(variant, work)
+            if reason:
+                skipped.append((variant, reason))
             else:
                 able.append(variant)
         return able, skipped
+
+    def _reason(self, variant: Variant, work: Work) -> str:
+        """Return why a variant cannot run with what is installed here, "" if it can."""
+        how = variant.sampling(work.sampling)
+
+        def make() -> str:
+            try:
+                check(variant.pipe, variant.method, how, self.plan.kernels)
+            except Unavailable as error:
+                return str(error)
+            return ""
+
+        settings = self._settings([variant], work, kind="check", machine=machine())
+        if self.world.main:
+            return self.cells.made(settings, make)
+        found = self.cells.get(settings)
+        return make() if found is None else found
 
     # what is measured, unless it was
 

@@ -39,7 +39,7 @@ _QUALITY = [
 ]
 _TIMES = [
     _Measure("seconds", "Seconds per batch", interval="seconds_quartiles"),
-    _Measure("denoiser_seconds", "in network calls"),
+    _Measure("denoiser_seconds", "in denoising"),
     _Measure("saving", "Time saved", lambda x, _: percent(x), interval="saving_interval"),
     _Measure("ideal_saving", "MACs saved", lambda x, _: percent(x)),
     _Measure("macs_per_image", "GMACs per image", scale=1e-9),

@@ -89,10 +89,9 @@ def test_methods_times_samplers(bench, ran):
     ]
     kinds = ["full", "schedule", "combination", "baseline"]
     assert [row["kind"] for row in results["rows"]] == kinds * 2
-    # interleaved: a round to warm up and two timed ones, sampler by sampler
+    # interleaved: a cold round, then two timed ones in which a brief call goes before each
     spelled = ["6@1", "3@1", "3+tome:0.5@1", "6+tome:0.5@1"]
-    timed = [schedule for schedule in ran if schedule != "none"]
-    assert timed[: 4 * 3] == spelled * 3
+    assert ran[: 4 * 5] == spelled + [s for s in spelled for _ in (1, 2)] * 2
     for row in results["rows"]:
         assert row["skipped"] is None
         assert row["seconds"] > row["denoiser_seconds"] > 0
@@ -123,7 +122,9 @@ def test_guidance_costs_two_calls(bench):
 
 
 def test_time_by_depth_and_batch(bench):
-    results = bench("--schedules", "6@0.5,2@1;uniform:4", "--throughput", "1,3")
+    results = bench(
+        *("--schedules", "6@0.5,2@1;uniform:4", "--baselines", "", "--throughput", "1,3")
+    )
     assert [row["depth"] for row in results["depths"]] == [2, 4, 6]
     macs = [row["macs"] for row in results["depths"]]
     assert macs[1] - macs[0] == macs[2] - macs[1] > 0
@@ -214,7 +215,7 @@ def test_a_baseline_that_cannot_run_is_a_row_that_says_so(bench, monkeypatch):
 
 def test_two_processes_make_what_one_makes(tmp_path):
     options = [
-        *("bench", "--schedules", "D6", "--baselines", "", "--samplers", "ddpm:1", "-n", "300"),
+        *("bench", "--schedules", "full", "--baselines", "", "--samplers", "ddpm:1", "-n", "300"),
         *("--rounds", "1", "--timing-batch-size", "1", "--throughput", ""),
     ]
     done = subprocess.run(
@@ -240,7 +241,7 @@ def test_two_processes_make_what_one_makes(tmp_path):
 
 def test_a_killed_bench_goes_on(tmp_path):
     options = [
-        *("bench", "--schedules", "D6", "--baselines", "", "--samplers", "ddim:4", "-n", "640"),
+        *("bench", "--schedules", "full", "--baselines", "", "--samplers", "ddim:3", "-n", "384"),
         *("--batch-size", "64", "--rounds", "1", "--timing-batch-size", "1", "--throughput", ""),
     ]
     process = subprocess.Popen(
@@ -268,7 +269,7 @@ def test_a_killed_bench_goes_on(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "generate_shards", counted)
         cli(*options, "-o", tmp_path / "killed")
-    assert made[0] <= 640 - 64 * len(left)
+    assert made[0] <= 384 - 64 * len(left)
     cli(*options, "-o", tmp_path / "whole")
     killed, whole = (
         read_results(tmp_path / name / "results.json")["rows"] for name in ("killed", "whole")
@@ -318,7 +319,7 @@ def test_places_that_hold_something_else_are_left(bench, tmp_path):
 
 
 def test_another_extractor_is_not_mixed_in(tmp_path):
-    options = ("--schedules", "full", "--baselines", "", "--samplers", "ddim:1", "-n", "2",
+    options = ("--schedules", "full", "--baselines", "", "--samplers", "ddim:1", "-n", "300",
                "--rounds", "1", "--timing-batch-size", "1", "--throughput", "")  # fmt: skip
     cli("bench", "-o", tmp_path, *options)
     path = tmp_path / "results.json"
