@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import accelkit
 from accelkit import cli
 from accelkit.cli import app
-from accelkit.cli.using import _split
+from accelkit.cli.options import listed
 from accelkit.errors import AccelkitError, Stopped
 
 COMMANDS = {
@@ -240,7 +240,7 @@ def test_one_process_may_run_many_commands(main, pipe, tmp_path):
     ],
 )
 def test_schedules_are_told_apart_by_commas_that_are_not_their_own(text, parts):
-    assert _split(text) == (parts or ["uniform:3", "dvd-2p:threshold=0.6,depth=2", "D6"])
+    assert listed(text) == (parts or ["uniform:3", "dvd-2p:threshold=0.6,depth=2", "D6"])
 
 
 def test_a_recipe_spells_options_as_the_command_line_does(tmp_path):

@@ -43,8 +43,8 @@ class Option:
     least: float | None = None
     words: tuple[str, ...] = ()
 
-    def read(self, text: str) -> Value:
-        """Return what is written; AccelkitError if it cannot be."""
+    def read(self, text: str, cache: str) -> Value:
+        """Return what is written behind the name of a cache; AccelkitError if it cannot be."""
         if text in self.words:
             return text
         with contextlib.suppress(ValueError, TypeError):
@@ -55,7 +55,7 @@ class Option:
         if self.least is not None:
             whole = "whole " if isinstance(self.default, int) else ""
             expected = f"a {whole}number from {self.least:g} on"
-        raise AccelkitError(f"{self.name} is {expected}, got {text!r}")
+        raise AccelkitError(f"the {self.name} of {cache} is {expected}, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Cache:
         if len(texts) > len(self.options):
             known = ", ".join(option.name for option in self.options)
             raise AccelkitError(f"{self.title} takes {known}, got {':'.join(texts)!r}")
-        given = {o.name: o.read(text) for o, text in zip(self.options, texts, strict=False)}
+        given = {
+            o.name: o.read(text, self.title) for o, text in zip(self.options, texts, strict=False)
+        }
         return {option.name: option.default for option in self.options} | given
 
 

@@ -64,7 +64,8 @@ class Comparison:
     ) -> None:
         self.pipe, self.tuned, self.plan, self.items = pipe, list(tuned), plan, items
         self.judge, self.cells, self.world, self._advance = judge, Cells(folder), world, advance
-        self.samplings = plan.samplings(pipe)
+        self.samplings: list[Sampling] = plan.samplings(pipe)
+        self._works = [Work(plan.images, items, how, plan.seed) for how in self.samplings]
         self._methods = self._all_methods()
         self._weights = {id(p): _fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
 
@@ -77,19 +78,18 @@ class Comparison:
         rows: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
         throughput: list[dict[str, Any]] = []
-        for sampling in self.samplings:
-            work = Work(self.plan.images, self.items, sampling, self.plan.seed)
+        for work in self._works:
             # fewer steps of one sampler may be those of another
             variants, skipped = self._able(work, but=[identity(row) for row in rows])
             times = self._times(variants, work)
             for variant, time in zip(variants, times, strict=True):
-                costs = harness.cost(variant, sampling)
+                costs = harness.cost(variant, work.sampling)
                 quality = self._quality(variant, work)
-                rows.append({**_row(variant, sampling), **costs, **time, **quality})
+                rows.append({**_row(variant, work.sampling), **costs, **time, **quality})
                 samples.append(self._samples(variant, work))
-            rows += [{**_row(v, sampling), "skipped": reason} for v, reason in skipped]
+            rows += [{**_row(v, work.sampling), "skipped": reason} for v, reason in skipped]
             throughput = throughput or self._throughput(variants, work)
-        depths = self._depths(Work(1, self.items, self.samplings[0], self.plan.seed))
+        depths = self._depths(self._works[0])
         return {"rows": rows, "depths": depths, "throughput": throughput, "samples": samples}
 
     # what there is to measure

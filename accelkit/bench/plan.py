@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelkit.errors import AccelkitError
-from accelkit.sample.generate import Sampling, check_seed
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,17 @@ class Plan:
                 raise AccelkitError(f"{name.replace('_', ' ')} is at least 1, got {value}")
         if any(size < 1 for size in self.throughput):
             raise AccelkitError(f"a batch holds at least 1 image, got {min(self.throughput)}")
-        check_seed(self.seed)
-        check_seed(self.seed + self.images - 1)
         if not self.samplers:
             raise AccelkitError("no sampler is given; name at least one, such as ddim:50")
 
-    def samplings(self, pipe: Any) -> list[Sampling]:
-        """Return the samplers as they are run on ``pipe``.
+    def samplings(self, pipe: Any) -> list[Any]:
+        """Return the samplers, :class:`accelkit.sample.generate.Sampling`, as run on ``pipe``.
 
         Raises:
             AccelkitError: one cannot be read, or does not suit the pipeline.
         """
+        from accelkit.sample.generate import Sampling
+
         found = []
         for text in dict.fromkeys(self.samplers):
             name, _, steps = text.strip().partition(":")

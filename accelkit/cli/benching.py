@@ -153,7 +153,12 @@ def bench(
 def report(
     directory: Annotated[Path, typer.Argument(help="Where accelkit bench left results.json.")],
 ) -> None:
-    """Write report.html, report.md and the plots anew from results.json."""
+    """Write report.html, report.md and the plots anew from results.json.
+
+    Example:
+
+      accelkit report runs/bench
+    """
     from accelkit.bench.report import write_report
     from accelkit.bench.results import RESULTS, read_results
 

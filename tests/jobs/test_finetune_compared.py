@@ -70,7 +70,7 @@ def test_a_schedule_that_merges_can_be_resumed_by_its_name(model, data, tmp_path
         ("tomato", "unknown method 'tomato'"),
         ("tome:0.9", "at most 0.75"),
         ("tome:0.3:B3", "even number"),
-        ("first_block_cache:many", "first_block_cache"),
+        ("first_block_cache:many", "threshold of FirstBlockCache is a number from 0 on"),
         ("steps:0", "cannot read 'steps:0'"),
     ],
 )
