@@ -117,8 +117,7 @@ def fewer_steps(
             found.append(method)
             continue
         for other in methods:
-            alone = other.baseline is None and other.compile is None and other.steps is None
-            if not alone or other.schedule.full:
+            if other.kind != "schedule":
                 continue
             count = max(1, round(steps * (1 - _saving(model, other.schedule, levels))))
             fewer = replace(method, name=f"steps:{count}", steps=count)
