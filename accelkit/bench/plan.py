@@ -39,7 +39,7 @@ class Plan:
     methods: str = "full,D1,D3,D4,D6,tome:0.3,steps"
     samplers: tuple[str, ...] = ("ddim:50", "ddim:10")
     images: int = 1000
-    batch_size: int = 64
+    batch_size: int = 32
     seed: int = 0
     labels: str | None = None
     guidance: float = 1.0
