@@ -88,7 +88,8 @@ class Comparison:
                 rows.append({**_row(variant, work.sampling), **costs, **time, **quality})
                 samples.append(self._samples(variant, work))
             rows += [{**_row(v, work.sampling), "skipped": reason} for v, reason in skipped]
-            throughput = throughput or self._throughput(variants, work)
+            if work is min(self._works, key=lambda work: work.sampling.steps):
+                throughput = self._throughput(variants, work)
         depths = self._depths(self._works[0])
         return {"rows": rows, "depths": depths, "throughput": throughput, "samples": samples}
 

@@ -25,7 +25,8 @@ class Plan:
         kernels: as :func:`accelkit.enable` takes it, for full depth too.
         rounds: of timing.
         timing_batch_size: images of a timed call.
-        throughput: batch sizes at which the images per second are measured, with the first sampler.
+        throughput: batch sizes at which the images per second are measured, with the sampler of
+            fewest steps.
         features: as :func:`accelkit.metrics.features.open_extractor` takes it; None for that of the
             digits, and no figures of quality for other data.
         features_sha256: what the extractor's file has to have.
@@ -38,7 +39,7 @@ class Plan:
 
     methods: str = "full,D1,D3,D4,D6,tome:0.3,steps"
     samplers: tuple[str, ...] = ("ddim:50", "ddim:10")
-    images: int = 1000
+    images: int = 5000
     batch_size: int = 32
     seed: int = 0
     labels: str | None = None

@@ -73,8 +73,13 @@ def bench(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/bench"),
     num_images: Annotated[
-        int, typer.Option("-n", "--num-images", help="Images per row, for the quality.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            "-n",
+            "--num-images",
+            help="Images per row, for the quality. Default: 500 for the built-in model, else 5000.",
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="Classes to go round, e.g. 3,1,4 or 0-9."),
@@ -119,8 +124,9 @@ def bench(
     """
     settings = resolve(ctx, read_recipe(recipe) if recipe else {})
     fill_in_data(settings)
-    if settings["batch_size"] is None:
-        settings["batch_size"] = 250 if made_of_builtin(settings) else 32
+    small = made_of_builtin(settings)
+    defaults = {"num_images": 500 if small else 5000, "batch_size": 250 if small else 32}
+    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     from accelkit.bench.plan import Plan
 
     plan = Plan(
