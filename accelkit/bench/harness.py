@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,15 +76,6 @@ class Judge:
 
     extractor: FeatureExtractor
     reference: Reference
-
-
-def own_copy(pipe: Any) -> Any:
-    """Return the same pipeline around a denoiser of its own."""
-    model = denoiser_of(pipe)
-    made = copy.copy(pipe)
-    name = next(name for name, part in pipe.components.items() if part is model)
-    made.register_modules(**{name: copy.deepcopy(model)})
-    return made
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.bench.harness import own_copy
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.plan import Plan
 from accelkit.errors import AccelkitError
@@ -79,7 +79,7 @@ def finetune(
         "evaluation": plan and asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
-        before = own_copy(pipe) if plan else None
+        before = _own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
@@ -118,3 +118,12 @@ def finetune(
         )
         save({"rows": results["rows"]})
     return results
+
+
+def _own_copy(pipe: Any) -> Any:
+    """Return the same pipeline around a denoiser of its own."""
+    model = denoiser_of(pipe)
+    made = copy.copy(pipe)
+    name = next(name for name, part in pipe.components.items() if part is model)
+    made.register_modules(**{name: copy.deepcopy(model)})
+    return made
