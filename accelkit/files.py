@@ -11,6 +11,9 @@ from typing import Any
 
 from accelkit.errors import AccelkitError
 
+RESUME, AGAIN = "go on with --resume latest", "run the same command again"
+"""What to do where there was no room: for a run that is resumed, and for one that goes on alone."""
+
 
 def read_json(path: Path) -> Any:
     """Return a JSON file's content; AccelkitError if it is missing or broken."""
@@ -20,9 +23,9 @@ def read_json(path: Path) -> Any:
         raise AccelkitError(f"cannot read {path}: {error}") from error
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` beside ``path`` and rename it into place."""
-    with explain_full_disk(path):
+def write_json(path: Path, data: Any, go_on: str = RESUME) -> None:
+    """Write ``data`` beside ``path`` and rename it into place; see :func:`explain_full_disk`."""
+    with explain_full_disk(path, go_on):
         part = path.with_name(path.name + ".partial")
         try:
             part.write_text(json.dumps(data, indent=2) + "\n")
@@ -32,7 +35,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextmanager
-def explain_full_disk(path: Path, go_on: str = "go on with --resume latest") -> Iterator[None]:
+def explain_full_disk(path: Path, go_on: str = RESUME) -> Iterator[None]:
     """Turn a write that found no room into an AccelkitError that names the place and what to do."""
     try:
         yield

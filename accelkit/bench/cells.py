@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError
-from accelkit.files import read_json, write_json
+from accelkit.files import AGAIN, read_json, write_json
 
 _RESULT, _LOCK = "cell.json", ".lock"
 
@@ -54,6 +54,12 @@ class Cells:
         finally:
             os.close(lock)  # which releases it
 
+    def clear(self) -> None:
+        """Forget all results."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+
     def path(self, settings: dict[str, Any]) -> Path:
         """Return the folder of what was, or is to be, measured with ``settings``, plain data."""
         text = json.dumps(settings, sort_keys=True)
@@ -68,7 +74,7 @@ class Cells:
         """Keep a result; what it was made of in its folder is no longer needed."""
         path = self.path(settings)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / _RESULT, {"settings": settings, "result": result})
+        write_json(path / _RESULT, {"settings": settings, "result": result}, AGAIN)
         for entry in path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError
-from accelkit.files import read_json, write_json
+from accelkit.files import AGAIN, read_json, write_json
 
 SCHEMA = 2
 RESULTS = "results.json"
@@ -47,7 +47,7 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
     JSON has no infinities and no NaN: a figure that is not finite is written as null.
     """
     path = directory / RESULTS
-    write_json(path, _finite(results))
+    write_json(path, _finite(results), AGAIN)
     return path
 
 
@@ -67,11 +67,14 @@ def read_results(path: Path) -> dict[str, Any]:
     if isinstance(found, int) and found != SCHEMA:
         raise AccelkitError(
             f"{path} is of schema version {found}, this accelkit reads version {SCHEMA}; "
-            "run accelkit bench again, or use the accelkit that wrote it"
+            "measure anew with --overwrite or another -o, or use the accelkit that wrote it"
         )
     wrong = next(violations(results), None)
     if wrong is not None:
-        raise AccelkitError(f"{path} holds no results of accelkit bench: {wrong}")
+        raise AccelkitError(
+            f"{path} holds no results of accelkit bench ({wrong}); measure anew with --overwrite "
+            "or another -o"
+        )
     seen: set[tuple[Any, ...]] = set()
     for row in results["rows"]:
         if (key := identity(row)) in seen:

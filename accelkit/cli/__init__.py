@@ -89,6 +89,14 @@ def main() -> None:
         # the parser's own, which it would draw in a box
         typer.echo(f"accelkit: {' '.join(message().split())} See --help.", err=True)
         sys.exit(2)
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Part from the other processes of the run, if it had any."""
+    if (accelerate := sys.modules.get("accelerate")) and accelerate.PartialState._shared_state:
+        accelerate.PartialState().destroy_process_group()
 
 
 def _show_warnings_as_lines() -> None:

@@ -33,8 +33,9 @@ os.register_at_fork(after_in_child=_pools.clear)  # a child has none of the thre
 def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
     """Return how many samples a pass had better take at a time, and on how many threads.
 
-    That is all of them on a GPU, and one thread where a graph is traced or a mode of PyTorch's
-    looks at the operators of this thread.
+    That is all of them on a GPU, and one thread, whose operators use all there are, where a graph
+    is traced, a profiler or a mode of PyTorch's looks at the operators of this thread, or there are
+    too few samples for every thread to have as many.
 
     Args:
         sample: (B, ...).
@@ -44,13 +45,16 @@ def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
     batch, size = len(sample), tokens * hidden
     if sample.is_cuda:
         return batch, 1
-    alone = (
-        torch.compiler.is_compiling()
-        or batch * size < 2 * _LEAST
+    threads = torch.get_num_threads()
+    busy = batch * size >= threads * _LEAST and (batch % threads == 0 or batch >= 4 * threads)
+    if (
+        not busy  # fewer shares than threads would leave some with nothing to do
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-    )
-    threads = 1 if alone else min(torch.get_num_threads(), batch, batch * size // _LEAST)
+    ):
+        threads = 1
     most = _MOST // size if _MOST // size >= _FEW else batch
     rounds = -(-batch // (threads * most))
     return -(-batch // (threads * rounds)), threads

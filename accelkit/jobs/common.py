@@ -174,7 +174,8 @@ def claimed(
         raise
     finally:
         run.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # and leave the processes together, for what follows
+            tracker.finish()
 
 
 def _trackers() -> list[str]:

@@ -73,6 +73,7 @@ def reproduce(
         AccelkitError: something that is needed is not given, or any input does not fit.
         accelkit.errors.Stopped: a signal ended a training; the same call goes on.
     """
+    World.launched()
     experiment = publication.experiment(scale)
     source = _named(publication, experiment, source, given)
     work = _Work(publication, experiment, source, output, reporter)

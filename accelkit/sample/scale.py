@@ -19,7 +19,7 @@ import torch
 
 from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk
+from accelkit.files import AGAIN, explain_full_disk
 from accelkit.sample.generate import Sampling, check_seed, generate
 
 Rows = dict[str, np.ndarray]
@@ -58,11 +58,19 @@ class Work:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share the work: this one's rank of so many, and where they meet."""
+    """The processes that share the work.
+
+    Attributes:
+        rank: this one's.
+        size: how many there are.
+        meet: returns when all have called it.
+        told: returns to all what the main one was called with.
+    """
 
     rank: int = 0
     size: int = 1
     meet: Callable[[], None] = lambda: None
+    told: Callable[[Any], Any] = lambda said: said
 
     @property
     def main(self) -> bool:
@@ -76,11 +84,15 @@ class World:
         They have a day to meet: one of them may measure for long what the others wait for.
         """
         from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
+        from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timedelta(days=1))
-        return World(state.process_index, state.num_processes, state.wait_for_everyone)
+
+        def told(said: Any) -> Any:
+            return broadcast_object_list([said])[0]
+
+        return World(state.process_index, state.num_processes, state.wait_for_everyone, told)
 
 
 class RowShards:
@@ -112,7 +124,7 @@ class RowShards:
 
         path = self.folder / f"{places.start:08d}-{places.stop:08d}.safetensors"
         part = path.with_name(path.name + ".partial")
-        with explain_full_disk(path, "run the same command again"):
+        with explain_full_disk(path, AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 save_file(rows, part)

@@ -131,9 +131,19 @@ def test_a_child_process_has_threads_of_its_own(two_threads):
         (64, (16, 256), (32, 2)),
         (16, (16, 256), (16, 1)),
         (16, (256, 1536), (8, 2)),
-        (3, (256, 1536), (2, 2)),
+        (3, (256, 1536), (3, 1)),
         (1, (256, 1536), (1, 1)),
     ],
 )
 def test_how_a_batch_is_shared(two_threads, samples, size, expected):
     assert threads.share(torch.empty(samples, 1), *size) == expected
+
+
+@pytest.mark.parametrize("threads_there", [3, 16, 64])
+@pytest.mark.parametrize("samples", [1, 2, 8, 20, 64, 100, 256, 1000])
+def test_no_thread_is_left_without_work(monkeypatch, threads_there, samples):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_there)
+    count, used = threads.share(torch.empty(samples, 1), 256, 1536)
+    assert used in (1, threads_there)
+    shares = -(-samples // count)
+    assert used == 1 or shares / (used * -(-shares // used)) > 0.75

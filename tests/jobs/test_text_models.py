@@ -95,7 +95,7 @@ def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, famil
     schedule = "3@0.5,1@1" if family == "hunyuan" else "4@0.5,2@1"  # of its decoder's blocks
     done = cli(*command(model, data, run, "--schedule", schedule, *options, "--json"))
     rows = json.loads(done.stdout)["rows"]
-    assert [row["tuned"] for row in rows] == [False, False, True]
+    assert [row["weights"] for row in rows] == ["original", "original", "tuned"]
     assert (run / "previews" / "step-00000002.png").is_file()
 
     pipe, before = accelkit.from_pretrained(run), accelkit.from_pretrained(model)
