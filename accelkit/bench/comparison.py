@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from accelkit.bench.cells import Cells
 from accelkit.bench.harness import Judge, Variant
 from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_steps, parse_methods
 from accelkit.bench.plan import Plan
-from accelkit.bench.results import blank_row, identity, machine
+from accelkit.bench.results import blank_row, identity, installed, machine
+from accelkit.compute import Compute
 from accelkit.data.shards import add_network
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, generate, grid
@@ -29,6 +30,7 @@ from accelkit.sample.samplers import make_sampler
 from accelkit.sample.scale import Work, World
 from accelkit.schedule import Schedule
 
+_PACKAGES = ("torch", "diffusers", "cache-dit")  # what images may depend on
 _IN_A_PICTURE = 10  # images of a row's samples
 
 
@@ -67,6 +69,9 @@ class Comparison:
         self.samplings: list[Sampling] = plan.samplings(pipe)
         self._works = [Work(plan.images, items, how, plan.seed) for how in self.samplings]
         self._methods = self._all_methods()
+        for work in self._works:  # whose steps the process may not have
+            for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
+                make_sampler(how.sampler, pipe.scheduler, how.steps)
         self._weights = {id(p): _fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
 
     def run(self) -> dict[str, Any]:
@@ -104,7 +109,8 @@ class Comparison:
         for schedule, _ in self.tuned:
             alone = Method(schedule.name or str(schedule), schedule)
             methods += [alone] if alone not in methods else []
-        return sorted(methods, key=lambda method: method.kind != "full")
+        named = [replace(m, name="full") if m.kind == "full" else m for m in methods]
+        return sorted(named, key=lambda method: method.kind != "full")
 
     def _variants(self, work: Work) -> list[Variant]:
         how = work.sampling
@@ -113,25 +119,23 @@ class Comparison:
         methods = fewer_steps(self._methods, how.steps, denoiser_of(self.pipe), levels)
         variants = [Variant(self.pipe, method) for method in methods]
         for schedule, pipe in self.tuned:
-            of_it = [method for method in methods if method.schedule == schedule]
+            of_it = [m for m in methods if schedule in (m.schedule, _unmerged(m.schedule))]
             variants += [Variant(pipe, method, tuned=True) for method in of_it]
         return variants
 
     def _able(
         self, work: Work, but: Sequence[tuple[Any, ...]] = ()
     ) -> tuple[list[Variant], list[tuple[Variant, str]]]:
-        """Return the variants that can run, and those that cannot with the reasons."""
-        able: list[Variant] = []
-        skipped: list[tuple[Variant, str]] = []
-        for variant in self._variants(work):
-            if identity(variant.identity(work.sampling)) in but:
-                continue
-            reason = self._reason(variant, work)
-            if reason:
-                skipped.append((variant, reason))
-            else:
-                able.append(variant)
-        return able, skipped
+        """Return the variants that can run, and those that cannot with the reasons.
+
+        The main process finds out: what is installed there holds for all, or they would not meet.
+        """
+        variants = self._variants(work)
+        variants = [v for v in variants if identity(v.identity(work.sampling)) not in but]
+        reasons = [self._reason(v, work) for v in variants] if self.world.main else None
+        told = list(zip(variants, self.world.told(reasons), strict=True))
+        skipped = [(variant, reason) for variant, reason in told if reason]
+        return [variant for variant, reason in told if not reason], skipped
 
     def _reason(self, variant: Variant, work: Work) -> str:
         """Return why a variant cannot run with what is installed here, "" if it can."""
@@ -144,30 +148,31 @@ class Comparison:
                 return str(error)
             return ""
 
-        settings = self._settings([variant], work, kind="check", machine=machine())
-        if self.world.main:
-            return self.cells.made(settings, make)
-        found = self.cells.get(settings)
-        return make() if found is None else found
+        settings = self._settings([variant], work.sampling, kind="check", machine=machine())
+        return self.cells.made(settings, make)
 
     # what is measured, unless it was
 
-    def _settings(self, variants: Sequence[Variant], work: Work, **more: Any) -> dict[str, Any]:
-        """What a measurement of ``variants`` depends on."""
+    def _settings(self, variants: Sequence[Variant], of: Sampling, **more: Any) -> dict[str, Any]:
+        """What a measurement of ``variants`` with a sampler depends on."""
         return {
             "accelkit": __version__,
-            "variants": [self._described(variant) for variant in variants],
-            "sampling": asdict(work.sampling),
-            "seed": work.seed,
-            "items": hashlib.sha256(json.dumps(work.items).encode()).hexdigest(),
+            "variants": [self._described(variant, of) for variant in variants],
+            "seed": self.plan.seed,
+            "items": hashlib.sha256(json.dumps(self.items).encode()).hexdigest(),
             "kernels": self.plan.kernels,
+            "packages": {name: installed(name) for name in _PACKAGES},
             **more,
         }
 
-    def _described(self, variant: Variant) -> dict[str, Any]:
-        method = {k: v for k, v in vars(variant.method).items() if k != "name"}
-        weights = self._weights[id(variant.pipe)]
-        return {**method, "schedule": str(variant.method.schedule), "weights": weights}
+    def _described(self, variant: Variant, of: Sampling) -> dict[str, Any]:
+        method, how = variant.method, variant.sampling(of)
+        return {
+            **{name: getattr(method, name) for name in ("baseline", "options", "compile")},
+            "schedule": [method.schedule.layers, method.schedule.to_dict()["intervals"]],
+            "sampling": asdict(how),
+            "weights": self._weights[id(variant.pipe)],
+        }
 
     def _timed(self, kind: str, make: Callable[[], Any], settings: dict[str, Any]) -> Any:
         """Return what the main process timed, on this machine."""
@@ -180,7 +185,7 @@ class Comparison:
 
     def _times(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
         plan, size = self.plan, self.plan.timing_batch_size
-        settings = self._settings(variants, work, rounds=plan.rounds, batch_size=size)
+        settings = self._settings(variants, work.sampling, rounds=plan.rounds, batch_size=size)
 
         def make() -> list[dict[str, Any]]:
             on_run = self._on(f"timing {_worded(work.sampling)}")
@@ -195,34 +200,39 @@ class Comparison:
             on_run = self._on("throughput")
             return harness.throughput(variants, work, sizes, self.plan.kernels, on_run)
 
-        settings = self._settings(variants, work, batch_sizes=sizes)
+        settings = self._settings(variants, work.sampling, batch_sizes=sizes)
         return self._timed("throughput", make, settings) if sizes else []
 
     def _depths(self, work: Work) -> list[dict[str, Any]]:
-        full = backbone_of(denoiser_of(self.pipe)).depth
-        depths = sorted({full, *(d for m in self._methods for d in m.schedule.depths)})
+        deepest = backbone_of(denoiser_of(self.pipe)).depth
+        depths = sorted({deepest, *(d for m in self._methods for d in m.schedule.depths)})
         size = self.plan.timing_batch_size
 
         def make() -> list[dict[str, Any]]:
             on_run = self._on("timing by depth")
             return harness.time_depths(self.pipe, depths, work, size, self.plan.kernels, on_run)
 
-        settings = self._settings(self._variants(work)[:1], work, depths=depths, batch_size=size)
+        full = self._variants(work)[:1]
+        settings = self._settings(full, work.sampling, depths=depths, batch_size=size)
         return self._timed("depths", make, settings)
 
     def _quality(self, variant: Variant, work: Work) -> dict[str, Any]:
         """Make images with all processes; return the quality's fields of a row on the main one."""
         if self.judge is None:
             return {}
+        # a cache may decide for a batch as a whole, so that its images depend on what is in it
+        batch = self.plan.batch_size if variant.method.baseline else None
         settings = self._settings(
             [variant],
-            work,
+            work.sampling,
             kind="quality",
             images=work.images,
             extractor=[self.judge.extractor.name, self.judge.extractor.sha256],
             reference=self.judge.reference.fingerprint,
+            batch_size=batch,
         )
-        if (found := self.cells.get(settings)) is not None:
+        found = self.world.told(self.cells.get(settings) if self.world.main else None)
+        if found is not None:
             return found
         found = harness.judge_variant(
             variant,
@@ -241,10 +251,10 @@ class Comparison:
 
     def _samples(self, variant: Variant, work: Work) -> dict[str, Any]:
         """Leave a row's first images as a picture, the same items and seeds for all rows."""
-        settings = self._settings([variant], work, kind="samples", images=_IN_A_PICTURE)
+        settings = self._settings([variant], work.sampling, kind="samples", images=_IN_A_PICTURE)
         named, how = variant.identity(work.sampling), variant.sampling(work.sampling)
         path = self.cells.path(settings) / "samples.png"
-        file = f"samples/{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(map(str, identity(named))))}.png"
+        file = f"samples/{_slug(named)}.png"
 
         def make() -> bool:
             with applied(variant.pipe, variant.method, how, self.plan.kernels):
@@ -259,6 +269,21 @@ class Comparison:
             place.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, place)
         return {**named, "file": file}
+
+
+def _unmerged(schedule: Schedule) -> Schedule:
+    """The same depths, no tokens merged."""
+    computes = tuple(Compute(compute.depth) for compute in schedule.computes)
+    return Schedule(schedule.edges, computes, schedule.layers)
+
+
+def _slug(named: dict[str, Any]) -> str:
+    """A row's name as one of a file, that of a long literal cut."""
+    text = "-".join(map(str, identity(named)))
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", text)
+    if len(slug) <= 80:
+        return slug
+    return f"{slug[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _row(variant: Variant, sampling: Sampling) -> dict[str, Any]:

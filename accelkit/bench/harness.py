@@ -92,6 +92,8 @@ def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> di
             generate_latents(variant.pipe, items, seeds, replace(how, steps=min(2, how.steps)))
         model: Any = denoiser_of(variant.pipe)
         device = model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         watch, peak, energy = Stopwatch(device), Peak(device), Energy(device)
         watch.mark()
         latents = generate_latents(variant.pipe, items, seeds, how)

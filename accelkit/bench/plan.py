@@ -17,7 +17,8 @@ class Plan:
             if it is not among them.
         samplers: each a name and, behind a colon, the network calls per image.
         images: made of each row, for its quality.
-        batch_size: of these; it changes no figure but by rounding.
+        batch_size: of these; it changes no figure but by rounding, and by caches that decide for a
+            batch as a whole.
         seed: of the first image.
         labels: classes to go round, such as ``0-9``; None for all of the data.
         guidance: classifier-free guidance scale.
@@ -71,7 +72,7 @@ class Plan:
         from accelkit.sample.generate import Sampling
 
         found = []
-        for text in dict.fromkeys(self.samplers):
+        for text in self.samplers:
             name, _, steps = text.strip().partition(":")
             if not steps.isdecimal():
                 raise AccelkitError(
@@ -80,4 +81,4 @@ class Plan:
                 )
             how = Sampling(name, int(steps), self.guidance, self.guidance_channels)
             found.append(how.check(pipe))
-        return found
+        return list(dict.fromkeys(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from accelkit.sample.scale import World
 from accelkit.schedule import Schedule
 from accelkit.train.rundir import SETTINGS
 
-CELLS = "cells"
+CELLS, SAMPLES = "cells", "samples"
 
 
 def bench(
@@ -77,15 +78,17 @@ def bench(
     world = World.launched()
     config = artifact.config_of(source.model, source.revision)
     origin = replace(source, **artifact.base_of(config)) if config else source
+    recorded = _prepare(output, overwrite) if world.main else None
     pipe = open_unscheduled(origin)
-    family, depth = backbone_of(denoiser_of(pipe)).family, backbone_of(denoiser_of(pipe)).depth
     weights: list[tuple[Schedule, Any]] = []
     if config:
         weights.append((Schedule.from_dict(config["schedule"]), open_unscheduled(source)))
-    for text, folder in (tuned or {}).items():
-        schedule = Schedule.parse(text, depth, family)
-        weights.append((schedule, open_unscheduled(replace(source, model=folder))))
-    recorded = _prepare(output, overwrite) if world.main else None
+    weights += [_tuned(text, folder, source, pipe) for text, folder in (tuned or {}).items()]
+    schedules = [schedule for schedule, _ in weights]
+    if twice := [s for s in schedules if schedules.count(s) > 1]:
+        raise AccelkitError(
+            f"there are two sets of weights tuned for {twice[0].name or twice[0]}; give one of them"
+        )
     return compare(
         pipe,
         weights,
@@ -96,6 +99,7 @@ def bench(
         world=world,
         published=published,
         recorded=recorded,
+        overwrite=overwrite,
     )
 
 
@@ -111,6 +115,7 @@ def compare(
     published: Sequence[dict[str, Any]] = (),
     training: dict[str, Any] | None = None,
     recorded: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run the comparison on pipelines that are open, without a schedule; see :func:`bench`.
 
@@ -125,6 +130,7 @@ def compare(
         published: figures that are shown beside the measured ones.
         training: how the tuned weights were made, for the record.
         recorded: the feature extractor of results that are there.
+        overwrite: forget what was measured there before.
     """
     world = world or World()
     reporter = reporter if world.main else Silent()
@@ -132,6 +138,8 @@ def compare(
     images = open_images(source, model)
     items = items_of(images, model)
     if plan.labels:
+        if items == (None,) or any(isinstance(item, str) for item in items):
+            raise AccelkitError(f"this {type(model).__name__} has no classes; leave --labels out")
         items = tuple(parse_labels(plan.labels))
         conditioning_of(backbone_of(model)).encode(pipe, items)  # refuses classes that it lacks
     judge = None
@@ -143,6 +151,10 @@ def compare(
         pipe, tuned, plan, items, judge, output / CELLS, world, reporter.advance
     )
     with comparison.cells.claimed() if world.main else nullcontext():
+        if overwrite and world.main:
+            comparison.cells.clear()
+            shutil.rmtree(output / SAMPLES, ignore_errors=True)
+            (output / RESULTS).unlink(missing_ok=True)
         world.meet()
         measured = comparison.run()
     if not world.main:
@@ -159,20 +171,46 @@ def compare(
 
 
 def _prepare(output: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Refuse a place that holds something else; with ``overwrite`` forget what was measured.
+    """Refuse a place that holds something else.
 
-    Returns the feature extractor of the results that are there, None without.
+    Returns the feature extractor of the results that are there, None without or to ``overwrite``.
     """
     if output.exists() and not output.is_dir():
         raise AccelkitError(f"the output {output} is a file; give a directory")
     if (output / SETTINGS).exists():
         raise AccelkitError(f"{output} holds a training run; give another -o")
-    if overwrite:
-        shutil.rmtree(output / CELLS, ignore_errors=True)
-        (output / RESULTS).unlink(missing_ok=True)
-    elif (output / RESULTS).exists():
-        return read_results(output / RESULTS)["protocol"]["extractor"]
-    return None
+    if overwrite or not (output / RESULTS).exists():
+        return None
+    return read_results(output / RESULTS)["protocol"]["extractor"]
+
+
+def _tuned(text: str, folder: str, source: Source, pipe: Any) -> tuple[Schedule, Any]:
+    """Open weights that are said to be tuned for a schedule of ``pipe``'s network."""
+    model = denoiser_of(pipe)
+    backbone = backbone_of(model)
+    schedule = Schedule.parse(text, backbone.depth, backbone.family)
+    config = artifact.config_of(folder)
+    if config is None:
+        raise AccelkitError(
+            f"{folder} holds no model that was fine-tuned to a schedule; give one of accelkit "
+            f"finetune for {text}"
+        )
+    if (found := Schedule.from_dict(config["schedule"])) != schedule:
+        raise AccelkitError(
+            f"{folder} is tuned for {found.name or found}, not for {text}; give the one that is"
+        )
+    tuned = open_unscheduled(replace(source, model=folder, revision=None, vae=None, num_heads=None))
+    if _network(tuned) != _network(pipe):
+        raise AccelkitError(
+            f"{folder} is tuned from another network than {source.model}; give one that was made "
+            "of it"
+        )
+    return schedule, tuned
+
+
+def _network(pipe: Any) -> tuple[type, dict[str, Any]]:
+    model: Any = denoiser_of(pipe)
+    return type(model), {k: v for k, v in model.config.items() if k[0] != "_"}
 
 
 def _judge(
@@ -184,6 +222,11 @@ def _judge(
 ) -> Judge | None:
     """Return what images are judged by, None where nothing for such images comes with accelkit."""
     if plan.features is None and (images.name != "digits" or size != 32):
+        if plan.reference or plan.features_sha256:
+            raise AccelkitError(
+                f"nothing that comes with accelkit judges {images.name} at {size}x{size}; give "
+                "--features beside --reference or --features-sha256"
+            )
         reporter.say(
             f"no feature extractor for {images.name} at {size}x{size} comes with accelkit, so "
             "there are no figures of quality; give one with --features"
@@ -217,7 +260,7 @@ def _protocol(
     model: Any = denoiser_of(comparison.pipe)
     backbone = backbone_of(model)
     return {
-        "command": " ".join(["accelkit", *sys.argv[1:]]),
+        "command": shlex.join(["accelkit", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "accelkit": __version__,
         "model": {

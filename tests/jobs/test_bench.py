@@ -180,6 +180,55 @@ def test_an_artifact_is_compared_beside_its_base(bench, make_pipe, model, tmp_pa
     assert names(by_option, "method", "weights")[:3] == [rows[0], *rows[2:]]
 
 
+def test_weights_are_compared_at_what_they_are_tuned_for_alone(bench, make_pipe, model, tmp_path):
+    tuned = make_pipe(seed=1)
+    accelkit.enable(tuned, "uniform:2")
+    for name in ("one", "two"):
+        accelkit.save(tuned, tmp_path / name, base_model=str(model))
+    accelkit.disable(tuned)
+    larger = make_pipe(layers=4)
+    accelkit.enable(larger, "uniform:2")
+    larger.save_pretrained(tmp_path / "base-4")
+    accelkit.save(larger, tmp_path / "four", base_model=str(tmp_path / "base-4"))
+    for given, complaint in (
+        ("uniform:3=one", "tuned for uniform:2, not for uniform:3"),
+        ("uniform:2=four", "not for uniform:2|another network"),
+        ("uniform:2=one,2@1=two", "two sets of weights"),
+    ):
+        places = given.replace("=", f"={tmp_path}/").replace(",", ";")
+        with pytest.raises(AccelkitError, match=complaint):
+            bench("--tuned", places)
+    results = bench(
+        *("--schedules", "uniform:2;uniform:2+tome:0.5", "--baselines", "uniform:2+pab"),
+        *("--samplers", "ddim:2", "--tuned", f"uniform:2={tmp_path / 'one'}"),
+    )
+    tuned_rows = [row["method"] for row in results["rows"] if row["weights"] == "tuned"]
+    assert tuned_rows == ["uniform:2", "uniform:2+tome:0.5", "uniform:2+pab"]
+
+
+def test_full_depth_is_called_full_however_it_is_spelled(bench):
+    results = bench("--schedules", "uniform:6,uniform:2", "--baselines", "", "--samplers", "ddim:1")
+    assert [row["method"] for row in results["rows"]] == ["full", "uniform:2"]
+
+
+def test_a_long_literal_has_a_short_file(bench, tmp_path):
+    edges = [f"{1 + i % 6}@{(i + 1) / 60:.4f}" for i in range(59)]
+    literal = ",".join([*edges, "6@1"])
+    assert len(literal) > 300
+    results = bench("--schedules", literal + ";full", "--baselines", "", "--samplers", "ddim:1")
+    assert (tmp_path / "run" / results["samples"][1]["file"]).is_file()
+
+
+def test_what_was_measured_survives_a_mistake(bench, tmp_path):
+    bench("--schedules", "uniform:3", "--baselines", "", "--samplers", "ddim:1")
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for wrong in (("--schedules", "uniform:7"), ("--samplers", "euler:3"), ("--labels", "5000")):
+        with pytest.raises(AccelkitError):
+            bench("--overwrite", *wrong)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_samples_are_what_the_pipeline_makes(bench, model, tmp_path):
     results = bench("--schedules", "full", "--baselines", "", "--samplers", "ddim:3")
     with Image.open(tmp_path / "run" / results["samples"][0]["file"]) as image:
@@ -287,13 +336,15 @@ BAD = [
     (("--throughput", "a"), "--throughput takes batch sizes"),
     (("--throughput", "0"), "at least 1 image"),
     (("--tuned", "D4"), "--tuned takes schedules with their models"),
+    (("--tuned", "uniform:3=nowhere"), "nowhere holds no model that was fine-tuned"),
+    (("--baselines", "steps:2000"), "give 1 to 1000"),
     (("--labels", "2000"), "classes 0 to"),
     (("--labels", "x"), "cannot read the labels"),
     (("--baselines", "fist_block_cache"), "unknown method"),
     (("--features", "no.pt"), r"no\.pt"),
     (("--features", "digits", "--features-sha256", "0" * 64), "SHA-256"),
     (("--features", "digits"), "32"),  # whose extractor takes images of 32 pixels
-    (("--reference", "no.npz", "--features", "digits"), ""),
+    (("--reference", "no.npz"), "give --features beside --reference"),
 ]
 
 
