@@ -44,10 +44,12 @@ class Comparison:
         tuned: schedules, and pipelines with weights tuned for each.
         plan: what and how.
         items: classes or captions to make images of in turn.
-        judge: what images are judged by, None for no figures of quality.
         folder: where what was measured is kept.
         world: the processes.
         advance: told the task, how much of it is done, and of how much.
+
+    Attributes:
+        judge: what images are judged by, None for no figures of quality.
 
     Raises:
         AccelkitError: a method or sampler of the plan cannot be read, or does not suit the model.
@@ -59,13 +61,13 @@ class Comparison:
         tuned: Sequence[tuple[Schedule, Any]],
         plan: Plan,
         items: tuple[Item, ...],
-        judge: Judge | None,
         folder: Path,
         world: World,
         advance: Callable[[str, int, int], None],
     ) -> None:
         self.pipe, self.tuned, self.plan, self.items = pipe, list(tuned), plan, items
-        self.judge, self.cells, self.world, self._advance = judge, Cells(folder), world, advance
+        self.cells, self.world, self._advance = Cells(folder), world, advance
+        self.judge: Judge | None = None
         self.samplings: list[Sampling] = plan.samplings(pipe)
         self._works = [Work(plan.images, items, how, plan.seed) for how in self.samplings]
         self._methods = self._all_methods()

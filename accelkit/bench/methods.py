@@ -278,14 +278,14 @@ def _check_name(part: str, backbone: Backbone) -> None:
     known = [*presets, "full", "uniform:K", "tome:RATIO", *BASELINES, "compile", "steps:K"]
     word = part.partition(":")[0].lower()
     if word not in {name.partition(":")[0].lower() for name in known}:
-        raise AccelkitError(f"unknown method {part!r}; nearest are {_nearest(word, known)}")
+        raise AccelkitError(f"unknown method {part!r}; nearest first: {_nearest(word, known)}")
 
 
 def _backend(name: str) -> str:
     known = [GRAPHS, *torch.compiler.list_backends(exclude_tags=())]
     if name not in known:
         raise AccelkitError(
-            f"torch.compile has no backend {name!r}; nearest are {_nearest(name, known)}"
+            f"torch.compile has no backend {name!r}; nearest first: {_nearest(name, known)}"
         )
     return name
 

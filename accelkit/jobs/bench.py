@@ -142,14 +142,11 @@ def compare(
             raise AccelkitError(f"this {type(model).__name__} has no classes; leave --labels out")
         items = tuple(parse_labels(plan.labels))
         conditioning_of(backbone_of(model)).encode(pipe, items)  # refuses classes that it lacks
-    judge = None
+    comparison = Comparison(pipe, tuned, plan, items, output / CELLS, world, reporter.advance)
     for turn in (True, False):  # the main process first, whose features of the reference are kept
         if world.main is turn:
-            judge = _judge(plan, images, image_size(pipe), reporter, recorded)
+            comparison.judge = _judge(plan, images, image_size(pipe), reporter, recorded)
         world.meet()
-    comparison = Comparison(
-        pipe, tuned, plan, items, judge, output / CELLS, world, reporter.advance
-    )
     with comparison.cells.claimed() if world.main else nullcontext():
         if overwrite and world.main:
             comparison.cells.clear()

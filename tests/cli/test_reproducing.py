@@ -66,7 +66,10 @@ def test_what_is_given_goes_to_the_job(main, monkeypatch):
         (["ase-table3"], "ase-table3 needs --data"),
         (["ase-table3", "--scale", "small"], "a scale is full or digits, got 'small'"),
         (["ase-table3", "--scale", "small", "--dry-run"], "a scale is full or digits, got 'small'"),
-        (["ase-table3", "--tuned", "D4"], "--tuned takes pairs such as D4=runs/d4"),
+        (
+            ["ase-table3", "--tuned", "D4"],
+            "--tuned takes schedules with their models, such as D4=runs/finetune-D4",
+        ),
         (["dvd-table4", "--scale", "digits"], "no miniature"),
     ],
 )
