@@ -125,7 +125,8 @@ def open_extractor(
         spec: ``digits``, the network that comes with accelkit; ``torch-fidelity``, that package's
             Inception (extra ``fid``); or the path of a TorchScript file, as
             ``inception-2015-12-05.pt``, which StyleGAN3 and EDM use.
-        sha256: the weights' hash as recorded with earlier results, in hex; None to take any.
+        sha256: the weights' hash as recorded with earlier results, in hex; None to take any. A file
+            of another hash is not loaded, for a TorchScript file is a program.
         image_size: pixels a side of the images to come, with which a TorchScript file is tried.
         device: where the network runs; the digits' always runs on the CPU.
 
@@ -133,23 +134,16 @@ def open_extractor(
         AccelkitError: there is none of that name, its weights are missing, damaged or not those
             recorded, or a package is missing.
     """
-    found: FeatureExtractor
     if spec == "digits":
-        found = _digits()
-    elif spec == "torch-fidelity":
+        check_recorded(DigitFeatures.name, DigitFeatures.sha256, sha256)
+        return _digits()
+    if spec == "torch-fidelity":
         from accelkit.metrics.fidelity import FidelityFeatures
 
-        found = FidelityFeatures(device)
-    else:
-        from accelkit.metrics.torchscript import TorchScriptFeatures
+        return FidelityFeatures(device, sha256)
+    from accelkit.metrics.torchscript import TorchScriptFeatures
 
-        found = TorchScriptFeatures(Path(spec), image_size, device)
-    if sha256 is not None and sha256.lower() != found.sha256:
-        raise AccelkitError(
-            f"the weights of {found.name} have SHA-256 {found.sha256[:12]}…, those recorded "
-            f"{sha256[:12]}…; give the file that the recorded results were made with"
-        )
-    return found
+    return TorchScriptFeatures(Path(spec), image_size, device, sha256)
 
 
 def extractor(name: str = "digits") -> FeatureExtractor:
@@ -187,6 +181,19 @@ def file_hash(path: Path) -> str:
     """Return a file's SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_recorded(name: str, found: str, recorded: str | None) -> None:
+    """Refuse weights of another SHA-256 than the recorded one, before they are loaded.
+
+    Raises:
+        AccelkitError: there is a recorded one, and it is another.
+    """
+    if recorded is not None and recorded.lower() != found:
+        raise AccelkitError(
+            f"the weights of {name} have SHA-256 {found[:12]}…, those recorded {recorded[:12]}…; "
+            "give the file that the recorded results were made with"
+        )
 
 
 def _verified(path: Path, sha256: str) -> bytes:

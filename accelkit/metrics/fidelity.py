@@ -14,6 +14,7 @@ from accelkit.errors import AccelkitError
 from accelkit.metrics.features import (
     FeatureExtractor,
     check_images,
+    check_recorded,
     file_hash,
     in_batches,
     to_channels_first,
@@ -36,9 +37,13 @@ class FidelityFeatures(FeatureExtractor):
 
     It runs in float32, without TF32. The weights are downloaded once into torch.hub's folder.
 
+    Args:
+        device: where it runs.
+        sha256: of the weights, in hex, compared before they are loaded; None to take any.
+
     Raises:
         AccelkitError: torch-fidelity or torchvision cannot be imported, or the weights cannot be
-            had.
+            had or have another hash.
     """
 
     name = "torch-fidelity inception-v3-compat"
@@ -46,7 +51,7 @@ class FidelityFeatures(FeatureExtractor):
     spatial_dim = _CHANNELS * 17 * 17
     resize = "bilinear 299, as in TensorFlow 1"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", sha256: str | None = None) -> None:
         try:
             import torch_fidelity
             from torch_fidelity import feature_extractor_inceptionv3 as inception
@@ -56,8 +61,10 @@ class FidelityFeatures(FeatureExtractor):
                 "pip install 'accelkit[fid]', with a torchvision that was built for this torch, or "
                 "give a TorchScript file, which needs neither"
             ) from error
-        weights = _weights(inception.URL_INCEPTION_V3)
+        weights = _downloaded(inception.URL_INCEPTION_V3)
         self.version, self.sha256 = torch_fidelity.__version__, file_hash(weights)
+        check_recorded(self.name, self.sha256, sha256)
+        _check(weights, self.sha256)
         self._device = device
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat", _LAYERS, feature_extractor_weights_path=str(weights)
@@ -81,11 +88,8 @@ class FidelityFeatures(FeatureExtractor):
         return {"pooled": pooled, "spatial": spatial, "probabilities": logits.softmax(dim=1)}
 
 
-def _weights(url: str) -> Path:
-    """Return the file of weights, downloaded if need be, of which the name holds the hash's start.
-
-    torch-fidelity unpickles it whatever it holds, so it is read here first, as weights only.
-    """
+def _downloaded(url: str) -> Path:
+    """Return the file of weights, downloaded if need be; its name holds the hash's start."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     start = path.stem.rsplit("-", 1)[1]
     if not path.is_file():
@@ -96,12 +100,20 @@ def _weights(url: str) -> Path:
             raise AccelkitError(
                 f"cannot download torch-fidelity's weights ({error}); put {url} at {path}"
             ) from error
+    return path
+
+
+def _check(path: Path, sha256: str) -> None:
+    """Refuse damaged weights.
+
+    torch-fidelity unpickles them whatever they hold, so they are read here first, as weights only.
+    """
     try:
-        if not file_hash(path).startswith(start):
+        start = path.stem.rsplit("-", 1)[1]
+        if not sha256.startswith(start):
             raise ValueError(f"the SHA-256 does not start with {start}")
         torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise AccelkitError(
             f"the weights {path} are damaged ({error}); remove them, they are downloaded again"
         ) from error
-    return path

@@ -8,33 +8,39 @@ from scipy.special import xlogy
 from accelkit.errors import AccelkitError
 from accelkit.metrics.rows import Batches, TooFewError, parts
 
-SPLITS = 10
+SPLIT_IMAGES = 5000
 
 
-def inception_score(batches: Batches, n: int) -> tuple[float, float]:
-    """Return the mean and the deviation (divisor 10) of the score over ten equal runs of images.
+def inception_score(batches: Batches, n: int, period: int = 1) -> tuple[float, float | None]:
+    """Return the mean and the deviation (divisor their number) of the score over runs of images.
+
+    There is a run for every 5,000 images, at least one, as in ADM's suite: ten for 50,000 images,
+    as in the paper, and one below 10,000, which has no deviation. Shorter runs would lower the
+    score: a mean over few images follows them.
 
     The score of a run is ``exp(mean_x KL(p(y|x) || p(y)))``, p(y) being the mean over the run: 1
     for probabilities that are all alike, the number of classes for certain and balanced ones. The
-    runs are of consecutive images, as in the paper's code and in ADM's suite, which for 50,000
-    images has the same ten.
+    runs are of consecutive images, as in the paper's code and in ADM's suite, cut between rounds of
+    the labels; there are no more of them than rounds.
 
     Args:
         batches: give "probabilities", (n, K), each row summing to 1.
-        n: images there are, at least 10.
+        n: images there are, at least 2.
+        period: images after which the labels come round again.
 
     Raises:
-        TooFewError: if there are fewer than 10.
+        TooFewError: if there are fewer than 2.
         AccelkitError: if a row is no distribution.
 
     Source: Salimans et al., "Improved Techniques for Training GANs" (2016), section 4.
     """
-    if n < SPLITS:
-        raise TooFewError(f"an Inception Score takes at least {SPLITS} images, got {n}")
-    sizes = np.zeros(SPLITS)
-    negentropy = np.zeros(SPLITS)  # sum over images and classes of p log p
-    totals: list[np.ndarray | float] = [0.0] * SPLITS  # sum over images of p
-    for split, rows in parts(batches, "probabilities", n, SPLITS):
+    if n < 2:
+        raise TooFewError(f"an Inception Score takes at least 2 images, got {n}")
+    splits = max(1, min(n // SPLIT_IMAGES, n // period))
+    sizes = np.zeros(splits)
+    negentropy = np.zeros(splits)  # sum over images and classes of p log p
+    totals: list[np.ndarray | float] = [0.0] * splits  # sum over images of p
+    for split, rows in parts(batches, "probabilities", n, splits, period):
         p = rows.astype(np.float64)
         if not (p >= 0).all() or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
             raise AccelkitError(
@@ -45,4 +51,4 @@ def inception_score(batches: Batches, n: int) -> tuple[float, float]:
         totals[split] = totals[split] + p.sum(axis=0)
     marginal = np.stack([total / size for total, size in zip(totals, sizes, strict=True)])
     scores = np.exp(negentropy / sizes - xlogy(marginal, marginal).sum(axis=1))
-    return float(scores.mean()), float(scores.std())
+    return float(scores.mean()), float(scores.std()) if splits > 1 else None

@@ -17,7 +17,8 @@ def kid(
     """Return the mean and the deviation (divisor 100) of the unbiased MMD^2 over 100 subsets.
 
     Each is of 1,000 images a side, or of half of them where there are fewer than 2,000, so that
-    subsets differ; the mean's expectation does not depend on it. It may be below 0.
+    subsets differ; the mean's expectation does not depend on it. It may be below 0. Subsets are
+    drawn at random, so that the order of the labels does not matter.
 
     Args:
         generated: give "pooled", (n, d).
@@ -57,7 +58,9 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    k = (x @ y.T).astype(np.float64)  # products in the rows' precision, float32, as elsewhere
+    # products in the rows' precision, float32, as elsewhere; float16 ends at 65,504
+    single = np.promote_types(x.dtype, np.float32)
+    k = (x.astype(single, copy=False) @ y.astype(single, copy=False).T).astype(np.float64)
     k /= x.shape[1]
     k += 1
     return k * k * k

@@ -45,8 +45,10 @@ def manifold_metrics(
             f"{n} generated and {m} real images were given for neighbour {nearest}; "
             "both must be more than it, and it at least 1"
         )
-    generated_radii = _radii(generated, chosen_generated, nearest)
-    real_radii = _radii(reference, chosen_reference, nearest)
+    # what all rows have in common costs precision, and takes no part in distances
+    centre = next(blocks(reference, "pooled", chosen_reference)).astype(np.float64).mean(axis=0)
+    generated_radii = _radii(generated, chosen_generated, nearest, centre)
+    real_radii = _radii(reference, chosen_reference, nearest, centre)
     in_real = np.zeros(n, dtype=bool)
     in_generated, covered = np.zeros(m, dtype=bool), np.zeros(m, dtype=bool)
     balls = 0
@@ -54,7 +56,7 @@ def manifold_metrics(
         r = _places(i, real)
         for j, made in enumerate(blocks(generated, "pooled", chosen_generated)):
             g = _places(j, made)
-            distances = squared_distances(real, made)  # (real, generated)
+            distances = squared_distances(real - centre, made - centre)  # (real, generated)
             inside = distances <= real_radii[r, None]
             in_real[g] |= inside.any(axis=0)
             covered[r] |= inside.any(axis=1)
@@ -77,14 +79,14 @@ def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return distances
 
 
-def _radii(batches: Batches, chosen: np.ndarray, nearest: int) -> np.ndarray:
+def _radii(batches: Batches, chosen: np.ndarray, nearest: int, centre: np.ndarray) -> np.ndarray:
     """Return the squared distance of each row to its ``nearest``-th neighbour, float64 (n,)."""
     closest = np.full((len(chosen), nearest), np.inf)
     for i, x in enumerate(blocks(batches, "pooled", chosen)):
         for j, y in enumerate(blocks(batches, "pooled", chosen)):
             if j < i:
                 continue
-            distances = squared_distances(x, y)
+            distances = squared_distances(x - centre, y - centre)
             if i == j:
                 np.fill_diagonal(distances, np.inf)
             else:

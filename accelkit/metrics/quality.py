@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from accelkit.metrics.inception_score import inception_score
 from accelkit.metrics.kid import kid
 from accelkit.metrics.manifold import manifold_metrics
 from accelkit.metrics.references import Reference
-from accelkit.metrics.rows import Batches, TooFewError, blocks, drawn, parts, shapes
+from accelkit.metrics.rows import Batches, TooFewError, blocks, dealt, drawn, shapes
 
 MANIFOLD_IMAGES = 10_000
 _CONFIDENCE = 0.95
-_MANIFOLD = ("precision", "recall", "density", "coverage")
+_SCORE = ("inception_score", "inception_score_std")
+_KID = ("kid", "kid_std")
+_MANIFOLD = ("precision", "recall", "density", "coverage", "manifold_images")
 
 
 def measure(
@@ -27,6 +29,7 @@ def measure(
     reference: Reference,
     *,
     groups: int = 10,
+    period: int = 1,
     nearest: int = 3,
     manifold_images: int = MANIFOLD_IMAGES,
     seed: int = 0,
@@ -37,10 +40,13 @@ def measure(
     Memory does not grow with the number of images but for a few numbers an image, and the figures
     do not depend on how the rows are cut into batches.
 
-    The FID's standard error is by the jackknife: the FID is taken again without each of ``groups``
-    equal runs of consecutive images. Labels go round the classes, so that every run has all of
-    them; every tenth image of ten classes would be of one. It tells how much the FID would change
-    with other seeds, and nothing of the bias for few images, which all rows of a table share.
+    The FID's standard error is by the jackknife: the FID is taken again without each of at most
+    ``groups`` equal groups of images. Labels go round the classes, and a round is left out whole:
+    image i is of group ``(i // period) % groups``, so that every group has all classes. Without
+    some of the classes the FID would be another, whatever the seeds. There are fewer groups where
+    there are fewer rounds, or where more than a tenth of the images would be left without a group.
+    The error tells how much the FID would change with other seeds, and nothing of the bias for few
+    images, which all rows of a table share.
 
     Precision, recall, density and coverage compare equal numbers of images: as many as the smaller
     set has, at most ``manifold_images``, drawn from the larger by ``seed`` because folders are
@@ -50,7 +56,9 @@ def measure(
         batches: the images' features in order: "pooled", (n, d), and where the extractor gives them
             "spatial" and "probabilities".
         reference: of the same extractor.
-        groups: of the jackknife, at least 2.
+        groups: of the jackknife, at most; at least 2.
+        period: images after which the labels come round again, the number of classes where
+            ``label = i % classes``; 1 where images are alike in kind, as those without labels.
         nearest: k of the four manifold figures.
         manifold_images: most images on either side for these.
         seed: of the subsets drawn, in [0, 2^32).
@@ -58,14 +66,17 @@ def measure(
 
     Returns:
         Plain data: images, fid, fid_stderr, fid_jackknife (the FID without each group), sfid,
-        inception_score, inception_score_std, kid, kid_std, precision, recall, density, coverage,
-        manifold_images, and missing, a sentence for each figure that is null.
+        inception_score, inception_score_std (over a run for every 5,000 images, null for one), kid,
+        kid_std, precision, recall, density, coverage, manifold_images, and missing, a sentence for
+        each figure that is null.
 
     Raises:
         AccelkitError: there are no images, or their features are not the reference's.
     """
     if groups < 2:
         raise AccelkitError(f"the jackknife takes at least 2 groups, got {groups}")
+    if period < 1:
+        raise AccelkitError(f"labels come round after at least 1 image, got a period of {period}")
     found = shapes(batches)
     n, width = found.get("pooled", (0, 0))
     if n == 0:
@@ -82,36 +93,28 @@ def measure(
     }
     out: dict[str, Any] = {"images": n, "missing": {}}
 
-    def leave_out(names: Iterable[str], reason: str) -> None:
+    def leave_out(names: Sequence[str], reason: str) -> None:
         out["missing"].update(dict.fromkeys(names, reason))
 
-    _frechet(out, batches, reference, groups, found, why["spatial"])
-    _warn_if_few(out, found)
+    _frechet(out, batches, reference, (groups, period), found, why["spatial"])
+    _warn_if_few(out, reference, found)
 
     out.update(inception_score=None, inception_score_std=None)
     if "probabilities" not in found:
-        leave_out(["inception_score"], why["probabilities"])
+        leave_out(_SCORE, why["probabilities"])
     else:
         try:
-            out["inception_score"], out["inception_score_std"] = inception_score(batches, n)
+            out["inception_score"], out["inception_score_std"] = inception_score(batches, n, period)
+            if out["inception_score_std"] is None:
+                leave_out(
+                    _SCORE[1:],
+                    f"{n:,} images make one run; a deviation takes two, of at least 5,000 images "
+                    "and a round of the classes each",
+                )
         except TooFewError as error:
-            leave_out(["inception_score"], str(error))
-
-    out.update(dict.fromkeys(["kid", "kid_std", *_MANIFOLD, "manifold_images"]))
-    if reference.batches is None or reference.n is None:
-        leave_out(["kid", *_MANIFOLD], "the reference holds statistics alone, and no images")
-        return out
-    try:
-        out["kid"], out["kid_std"] = kid(batches, n, reference.batches, reference.n, seed)
-    except TooFewError as error:
-        leave_out(["kid"], str(error))
-    size = min(n, reference.n, manifold_images)
-    try:
-        chosen = drawn(n, size, seed, 0), drawn(reference.n, size, seed, 1)
-        out.update(manifold_metrics(batches, reference.batches, *chosen, nearest))
-        out["manifold_images"] = size
-    except TooFewError as error:
-        leave_out(_MANIFOLD, str(error))
+            leave_out(_SCORE, str(error))
+    _of_real_images(out, batches, reference, nearest, manifold_images, seed)
+    _leave_out_what_overflowed(out)
     return out
 
 
@@ -148,23 +151,25 @@ def _frechet(
     out: dict[str, Any],
     batches: Batches,
     reference: Reference,
-    groups: int,
+    jackknife: tuple[int, int],
     found: dict[str, tuple[int, int]],
     no_spatial: str,
 ) -> None:
-    """Fill in FID, its jackknife and sFID."""
+    """Fill in FID, its jackknife, of at most so many groups of rounds so long, and sFID."""
     n = out["images"]
     reasons = out["missing"]
-    out.update(fid=None, fid_stderr=None, fid_jackknife=None, sfid=None)
+    names = ("fid", "fid_stderr", "fid_jackknife", "sfid")
+    out.update(dict.fromkeys(names))
     if n < 2:
-        reasons.update(dict.fromkeys(["fid", "fid_stderr", "sfid"], "a covariance takes 2 images"))
+        reasons.update(dict.fromkeys(names, "a covariance takes 2 images"))
         return
-    moments = [Moments() for _ in range(groups)]
-    for group, rows in parts(batches, "pooled", n, groups):
+    groups, reason = _groups(n, *jackknife)
+    moments = [Moments() for _ in range(groups + 1)]  # the last of images in no group
+    for group, rows in dealt(batches, "pooled", n, groups, jackknife[1]):
         moments[group].update(rows)
     out["fid"] = _distance(moments, reference.pooled)
-    if n < 2 * groups:
-        reasons["fid_stderr"] = f"{groups} groups of at least 2 take more than {n} images"
+    if reason:
+        reasons.update(dict.fromkeys(names[1:3], reason))
     else:
         out["fid_jackknife"] = [
             _distance(moments[:g] + moments[g + 1 :], reference.pooled) for g in range(groups)
@@ -182,6 +187,54 @@ def _frechet(
         out["sfid"] = _distance([spatial], reference.spatial)
 
 
+def _groups(n: int, most: int, period: int) -> tuple[int, str]:
+    """Return the number of the jackknife's groups, and why there are none where it is 1."""
+    if n < 2 * most:
+        return 1, f"{most} groups of at least 2 take more than {n} images"
+    rounds = n // period
+    if rounds < 2:
+        return 1, (
+            f"{n:,} images hold only {rounds} whole rounds of {period:,} classes; a standard error "
+            f"takes at least 2, {2 * period:,} images"
+        )
+    for groups in range(min(most, rounds), 1, -1):
+        if 10 * (n % (groups * period)) <= n:
+            return groups, ""
+    return 1, (
+        f"{n:,} images hold only {rounds} whole rounds of {period:,} classes and a part of one; a "
+        f"standard error takes whole ones, {rounds * period:,} or {(rounds + 1) * period:,} images"
+    )
+
+
+def _of_real_images(
+    out: dict[str, Any],
+    batches: Batches,
+    reference: Reference,
+    nearest: int,
+    manifold_images: int,
+    seed: int,
+) -> None:
+    """Fill in KID and the manifold figures, which take rows of real images."""
+    n, reasons = out["images"], out["missing"]
+    out.update(dict.fromkeys([*_KID, *_MANIFOLD]))
+    if reference.batches is None or reference.n is None:
+        reason = "the reference holds statistics alone, and no images"
+        reasons.update(dict.fromkeys([*_KID, *_MANIFOLD], reason))
+        return
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left out, and said
+            out["kid"], out["kid_std"] = kid(batches, n, reference.batches, reference.n, seed)
+    except TooFewError as error:
+        reasons.update(dict.fromkeys(_KID, str(error)))
+    size = min(n, reference.n, manifold_images)
+    try:
+        chosen = drawn(n, size, seed, 0), drawn(reference.n, size, seed, 1)
+        out.update(manifold_metrics(batches, reference.batches, *chosen, nearest))
+        out["manifold_images"] = size
+    except TooFewError as error:
+        reasons.update(dict.fromkeys(_MANIFOLD, str(error)))
+
+
 def _distance(moments: list[Moments], reference: Gaussian) -> float:
     together = Moments()
     for part in moments:
@@ -189,17 +242,32 @@ def _distance(moments: list[Moments], reference: Gaussian) -> float:
     return Gaussian.of(together.mean, together.cov).distance(reference)
 
 
-def _warn_if_few(out: dict[str, Any], found: dict[str, tuple[int, int]]) -> None:
-    n = out["images"]
-    short = [
-        f"the {found[rows][1]:,} dimensions of {name}'s features"
-        for name, rows in (("fid", "pooled"), ("sfid", "spatial"))
-        if out[name] is not None and n <= found[rows][1]
-    ]
+def _leave_out_what_overflowed(out: dict[str, Any]) -> None:
+    for name, value in out.items():
+        if name != "missing" and value is not None and not np.isfinite(value).all():
+            out[name] = None
+            out["missing"][name] = "the features are too large to compute with"
+
+
+def _warn_if_few(
+    out: dict[str, Any], reference: Reference, found: dict[str, tuple[int, int]]
+) -> None:
+    sides = [("the generated", out["images"])]
+    if reference.kind == "images" and reference.n is not None:  # statistics are of a whole data set
+        sides.append(("the reference's", reference.n))
+    short = []
+    for side, n in sides:
+        names = [
+            f"the {found[rows][1]:,} dimensions of {name}'s features"
+            for name, rows in (("fid", "pooled"), ("sfid", "spatial"))
+            if out[name] is not None and n <= found[rows][1]
+        ]
+        if names:
+            short.append(f"{side} {n:,} images are too few for {' and '.join(names)}")
     if short:
         warnings.warn(
-            f"{n:,} images are too few for {' and '.join(short)}: rows of one table of equal N "
-            "may be compared, not with published figures",
+            f"{', '.join(short)}: rows of one table of equal N may be compared, not with published "
+            "figures",
             AccelkitWarning,
             stacklevel=3,
         )

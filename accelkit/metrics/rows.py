@@ -76,19 +76,53 @@ def blocks(batches: Batches, name: str, chosen: np.ndarray | None = None) -> Ite
         yield np.concatenate(held)
 
 
-def parts(batches: Batches, name: str, n: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield rows in order, each with the part it belongs to: ``count`` equal runs of ``n`` rows.
+def parts(
+    batches: Batches, name: str, n: int, count: int, period: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield rows in order, each with the part it belongs to: ``count`` runs of ``n`` rows.
 
-    A part is a run, not every tenth row: labels go round the classes, and every tenth image of ten
-    classes is of one class.
+    Labels go round the classes, so a run is of consecutive rows and starts where a round does: the
+    runs have as many whole rounds each, or one more, and the last has what is left of a round.
+
+    Args:
+        batches: where the rows come from.
+        name: of the rows.
+        n: rows there are, at least ``count * period`` where ``count`` is above 1.
+        count: of runs.
+        period: rows in a round.
     """
-    edges = [i * n // count for i in range(count + 1)]
+    edges = [i * (n // period) // count * period for i in range(count)] + [n]
     start = 0
     for rows in blocks(batches, name):
         for part in range(count):
             low, high = max(edges[part], start), min(edges[part + 1], start + len(rows))
             if low < high:
                 yield part, rows[low - start : high - start]
+        start += len(rows)
+
+
+def dealt(
+    batches: Batches, name: str, n: int, count: int, period: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield rows with the group that their round is dealt to: row i to ``(i // period) % count``.
+
+    Groups have equally many whole rounds, as a jackknife needs. Rows after these are of group
+    ``count``, which is none of them.
+
+    Args:
+        batches: where the rows come from.
+        name: of the rows.
+        n: rows there are.
+        count: of groups.
+        period: rows in a round.
+    """
+    end = n // (count * period) * count * period
+    start = 0
+    for rows in blocks(batches, name):
+        places = np.arange(start, start + len(rows))
+        groups = np.where(places < end, places // period % count, count)
+        for group in np.unique(groups):
+            yield int(group), rows[groups == group]
         start += len(rows)
 
 

@@ -12,6 +12,7 @@ from accelkit.errors import AccelkitError
 from accelkit.metrics.features import (
     FeatureExtractor,
     check_images,
+    check_recorded,
     file_hash,
     in_batches,
     to_channels_first,
@@ -35,20 +36,29 @@ class TorchScriptFeatures(FeatureExtractor):
         path: of the file.
         image_size: pixels a side of the images to come: the file is tried with one of them.
         device: where it runs.
+        sha256: of the file, in hex, compared before it is loaded; None to take any.
 
     Raises:
-        AccelkitError: the file is missing, is no TorchScript, or does not map images to features.
+        AccelkitError: the file is missing, has another hash, is no TorchScript, or does not map
+            images to features.
     """
 
     resize = "in the TorchScript file"
 
-    def __init__(self, path: Path, image_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_size: int,
+        device: torch.device | str = "cpu",
+        sha256: str | None = None,
+    ) -> None:
         if not path.is_file():
             raise AccelkitError(
                 f"no feature extractor is called {str(path)!r} and no file lies there; choose one "
                 "of: digits, torch-fidelity, the path of a TorchScript file"
             )
         self.sha256 = file_hash(path)
+        check_recorded(path.stem, self.sha256, sha256)
         try:
             self._model = torch.jit.load(str(path), map_location=device).eval()
             arguments = {argument.name for argument in self._model.forward.schema.arguments}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
+from accelkit.metrics import features as features_module
 from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
 from accelkit.metrics.features import DigitFeatures, open_extractor
 from accelkit.metrics.frechet import Moments, frechet_distance
@@ -189,6 +190,15 @@ def test_another_hash_than_the_recorded_is_refused():
         "dim": 64,
         "resize": "none",
     }
+
+
+def test_weights_of_another_hash_are_not_loaded(monkeypatch):
+    def load():
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(features_module, "_digits", load)
+    with pytest.raises(AccelkitError, match=r"those recorded 0{12}…"):
+        open_extractor("digits", "0" * 64)
 
 
 def test_damaged_and_missing_weights_are_refused(tmp_path):

@@ -136,6 +136,18 @@ def test_weights_that_are_damaged_or_hold_more_than_weights_are_refused(installe
         open_extractor("torch-fidelity")
 
 
+def test_weights_of_another_hash_are_not_loaded(installed, monkeypatch):
+    _, sha256 = installed
+    assert open_extractor("torch-fidelity", sha256.upper()).sha256 == sha256
+
+    def load(*arguments, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(AccelkitError, match=r"weights of torch-fidelity .* recorded 0{12}…"):
+        open_extractor("torch-fidelity", "0" * 64)
+
+
 def test_weights_are_read_as_weights_only(installed, monkeypatch, tmp_path):
     weights, _ = installed
     torch.save({"weight": tmp_path}, weights)  # a path is no tensor

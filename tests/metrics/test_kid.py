@@ -59,6 +59,13 @@ def test_batches_do_not_change_a_bit():
     assert distance(x, y, sizes=(1,)) == distance(x, y, sizes=(150,))
 
 
+def test_half_precision_is_multiplied_in_single():
+    """Products of float16 end at 65,504: 300 features of 20 are 120,000."""
+    x = (20 + np.random.default_rng(4).normal(size=(2, 40, 300))).astype(np.float16)
+    found = distance(x[0], x[1])
+    assert found == pytest.approx(distance(*x.astype(np.float64)), rel=0.01)
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(TooFewError, match="4 images a side, got 3 and 50"):
         distance(np.ones((3, 2)), np.ones((50, 2)))

@@ -85,6 +85,11 @@ def test_copies_lie_in_balls_of_no_radius():
     assert (squared_distances(x[:5], x[:5]) == 0).all()
 
 
+def test_a_common_offset_changes_nothing():
+    x, y = np.random.default_rng(5).normal(size=(2, 200, 3))
+    assert metrics(x + 2.0**26, y + 2.0**26) == metrics(x, y)
+
+
 def test_batches_change_nothing():
     x, y = np.random.default_rng(4).normal(size=(2, 300, 3)).astype(np.float32)
     assert metrics(x, y, sizes=(1,)) == metrics(x, y, sizes=(300,))

@@ -1,7 +1,9 @@
 import json
+import re
 import subprocess
 import sys
-from itertools import pairwise
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,7 +49,8 @@ def test_every_figure_is_there_and_plain(sets):
     generated, pooled, spatial = sets
     found = measure(batches_of(**generated), reference_of(pooled, spatial))
     assert set(found) == FIGURES
-    assert found["missing"] == {}
+    assert set(found["missing"]) == {"inception_score_std"}
+    assert "1,234 images make one run" in found["missing"]["inception_score_std"]
     assert found["images"] == 1234
     assert found["manifold_images"] == 700
     assert json.loads(json.dumps(found)) == found
@@ -100,18 +103,48 @@ def test_the_seed_draws_subsets_and_manifold_images(sets):
     assert found[0]["manifold_images"] == 100
 
 
-def test_jackknife_leaves_out_runs_of_images(sets):
+@pytest.mark.parametrize(("period", "rounds"), [(1, 1232), (7, 176), (300, 4)])
+def test_jackknife_leaves_out_rounds_of_images(sets, period, rounds):
+    """Of 1,234 images all but the last few are in one of four groups."""
     generated, pooled, _ = sets
     x = generated["pooled"]
-    found = measure(batches_of(pooled=x), reference_of(pooled), groups=4)
-    edges = [0, 308, 617, 925, 1234]
-    without = [
-        by_square_root(np.delete(x, slice(a, b), axis=0), pooled) for a, b in pairwise(edges)
-    ]
+    found = measure(batches_of(pooled=x), reference_of(pooled), groups=4, period=period)
+    groups = np.arange(1234) // period % 4
+    groups[rounds * period :] = 4
+    without = [by_square_root(x[groups != g], pooled) for g in range(4)]
     assert found["fid_jackknife"] == pytest.approx(without, abs=1e-6)
+    assert found["fid"] == pytest.approx(by_square_root(x, pooled), abs=1e-6)
     deviations = np.array(without) - np.mean(without)
     expected = np.sqrt(3 / 4 * (deviations**2).sum())
     assert found["fid_stderr"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "period", "groups"),
+    [(5000, 1000, 5), (50_000, 1000, 10), (500, 10, 10), (500, 1, 10), (1300, 100, 6), (25, 1, 8)],
+)
+def test_groups_are_of_whole_rounds_and_hold_nine_images_of_ten(n, period, groups):
+    x = np.random.default_rng(n).normal(size=(n, 2))
+    found = measure(batches_of(pooled=x), _statistics(2), period=period)
+    assert len(found["fid_jackknife"]) == groups
+
+
+@pytest.mark.parametrize(
+    ("n", "period", "words"),
+    [
+        (500, 1000, r"^500 images hold only 0 whole rounds of 1,000 classes; .* 2,000 images$"),
+        (1999, 1000, r"^1,999 images hold only 1 whole rounds of 1,000 classes"),
+        (2999, 1000, r"^2,999 images .* 2 whole rounds .* a part of one; .* 2,000 or 3,000 images"),
+        (19, 1, r"^10 groups of at least 2 take more than 19 images$"),
+    ],
+)
+def test_too_few_rounds_have_no_standard_error(n, period, words):
+    x = np.random.default_rng(n).normal(size=(n, 2))
+    found = measure(batches_of(pooled=x), _statistics(2), period=period)
+    assert found["fid_stderr"] is found["fid_jackknife"] is None
+    for name in ("fid_stderr", "fid_jackknife"):
+        assert re.search(words, found["missing"][name])
+    assert not distinguishable(found, found)
 
 
 def test_jackknife_error_of_a_mean_is_its_standard_error():
@@ -135,9 +168,30 @@ def test_classes_going_round_do_not_inflate_the_error():
     draws = [np.tile(centres, (40, 1)) + rng.normal(size=(400, 3)) for _ in range(30)]
     reference = reference_of(np.tile(centres, (400, 1)) + rng.normal(size=(4000, 3)))
     statistics = Reference("s", "0", "statistics", None, reference.pooled, None, None)
-    found = [measure(batches_of(pooled=x), statistics) for x in draws]
+    found = [measure(batches_of(pooled=x), statistics, period=10) for x in draws]
     spread = np.std([f["fid"] for f in found], ddof=1)
     assert np.mean([f["fid_stderr"] for f in found]) == pytest.approx(spread, rel=0.5)
+
+
+@pytest.mark.parametrize("n", [500, 1000])
+def test_the_error_of_many_classes_is_the_spread_over_seeds(n):
+    """100 classes, far apart, in ten groups or in the five that 500 images have rounds for."""
+    rng = np.random.default_rng(4)
+    centres = 5 * rng.normal(size=(100, 4))
+    real = centres[np.arange(20_000) % 100] + rng.normal(size=(20_000, 4))
+    statistics = Reference("s", "0", "statistics", None, gaussian_of(real), None, None)
+    found = [
+        measure(
+            batches_of(pooled=centres[np.arange(n) % 100] + 0.3 + 1.5 * rng.normal(size=(n, 4))),
+            statistics,
+            period=100,
+        )
+        for _ in range(60)
+    ]
+    spread = np.std([f["fid"] for f in found], ddof=1)
+    errors = np.array([f["fid_stderr"] for f in found])
+    assert {len(f["fid_jackknife"]) for f in found} == {n // 100}
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(spread, rel=0.3)
 
 
 def test_damaged_digits_are_worse_in_every_figure(tmp_path):
@@ -150,7 +204,7 @@ def test_damaged_digits_are_worse_in_every_figure(tmp_path):
         measure(batches_of(**extractor.extract(x)), reference, manifold_images=400)
         for x in (images[:600], damaged[:600], images[labels < 3])
     )
-    assert good["missing"] == {}
+    assert set(good["missing"]) == {"inception_score_std"}
     for name, factor in (("fid", 20), ("sfid", 2), ("kid", 20)):
         assert bad[name] > factor * abs(good[name])
     for name in ("inception_score", "precision", "density", "coverage"):
@@ -195,13 +249,69 @@ def test_fewer_images_than_features_warn_with_the_numbers(sets):
     assert found["fid"] == pytest.approx(by_square_root(few["pooled"], pooled), abs=1e-4)
 
 
+def test_a_reference_of_few_images_warns_with_its_number(sets):
+    generated, pooled, spatial = sets
+    reference = reference_of(pooled[:6], spatial[:6])
+    words = (
+        r"^the reference's 6 images are too few for the 6 dimensions of fid's features and the 9 "
+        r"dimensions of sfid's features: rows"
+    )
+    with pytest.warns(AccelkitWarning, match=words):
+        measure(batches_of(**generated), reference)
+    few = {name: rows[:8] for name, rows in generated.items()}
+    with pytest.warns(AccelkitWarning, match=r"8 images .* of sfid's features, the ref.* 6 images"):
+        measure(batches_of(**few), reference)
+    # ADM's batches hold statistics of a whole data set and some of its images
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(batches_of(**generated), replace(reference, kind="statistics"))
+
+
+@pytest.mark.filterwarnings("ignore::accelkit.errors.AccelkitWarning")
+@pytest.mark.parametrize("kind", [
+    "plain", "copies", "constant", "offset", "float16", "large float16", "singular", "overflow",
+])  # fmt: skip
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 20, 45])
+def test_every_figure_is_finite_or_null_with_a_reason(kind, n):
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(2, max(n, 2), 5)).astype(np.float32)
+    if kind == "copies":
+        x[:] = x[:, :1]
+    elif kind == "constant":
+        x[:] = 0.1
+    elif kind == "offset":
+        x = x.astype(np.float64) + 1e9
+    elif kind == "float16":
+        x = x.astype(np.float16)
+    elif kind == "large float16":
+        x = (3e4 + 100 * x).astype(np.float16)
+    elif kind == "singular":
+        x[..., 1:] = x[..., :1]
+    elif kind == "overflow":
+        x *= 1e30
+    probabilities = np.eye(3, dtype=x.dtype)[np.arange(n) % 3]
+    batches = batches_of(pooled=x[0, :n], spatial=x[0, :n, :3], probabilities=probabilities)
+    found = measure(batches, reference_of(x[1].astype(np.float64), x[1, :, :3].astype(np.float64)))
+    assert set(found) == FIGURES
+    assert {name for name in found if found[name] is None} == set(found["missing"])
+    assert all(found["missing"].values())
+    values = [found[name] for name in FIGURES - {"missing"} if found[name] is not None]
+    assert np.isfinite(np.hstack(values)).all()
+    assert ("fid" in found["missing"]) == (n == 1)
+    if kind in ("copies", "constant") and n > 3:
+        assert found["fid"] == pytest.approx(np.square(x[0, 0] - x[1, 0]).sum(), rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::accelkit.errors.AccelkitWarning")
 def test_what_cannot_be_had_is_null_and_says_why(sets):
     generated, pooled, spatial = sets
     statistics = Reference("s", "0", "statistics", None, gaussian_of(pooled), None, None)
     found = measure(batches_of(**generated), statistics)
     assert set(found) == FIGURES
-    assert set(found["missing"]) == {"sfid", "kid", "precision", "recall", "density", "coverage"}
+    assert set(found["missing"]) == {
+        "sfid", "inception_score_std", "kid", "kid_std", "precision", "recall", "density",
+        "coverage", "manifold_images",
+    }  # fmt: skip
     assert found["missing"]["kid"] == "the reference holds statistics alone, and no images"
     assert found["kid"] is found["kid_std"] is found["precision"] is found["sfid"] is None
     assert found["fid"] > 0
@@ -217,7 +327,7 @@ def test_what_cannot_be_had_is_null_and_says_why(sets):
 
     few = {name: rows[:19] for name, rows in generated.items() if name != "spatial"}
     found = measure(batches_of(**few), reference_of(pooled, spatial), missing=reasons)
-    assert set(found["missing"]) == {"fid_stderr", "sfid"}
+    assert set(found["missing"]) == {"fid_stderr", "fid_jackknife", "sfid", "inception_score_std"}
     assert found["missing"]["sfid"] == "flat"
     assert found["fid_jackknife"] is None
     assert found["manifold_images"] == 19
@@ -231,6 +341,8 @@ def test_features_of_another_extractor_are_refused(sets):
         measure(lambda: iter(()), reference_of(pooled))
     with pytest.raises(AccelkitError, match="at least 2 groups, got 1"):
         measure(batches_of(pooled=pooled), reference_of(pooled), groups=1)
+    with pytest.raises(AccelkitError, match="at least 1 image, got a period of 0"):
+        measure(batches_of(pooled=pooled), reference_of(pooled), period=0)
 
 
 MEMORY = """

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelkit.errors import AccelkitError
-from accelkit.metrics.rows import BLOCK, blocks, drawn, parts, shapes
+from accelkit.metrics.rows import BLOCK, blocks, dealt, drawn, parts, shapes
 
 
 @settings(max_examples=40, deadline=None)
@@ -26,15 +26,33 @@ def test_blocks_hold_the_chosen_rows_in_order_however_they_come(n, sizes, share)
         np.testing.assert_array_equal(np.concatenate([*found, rows[:0]]), wanted)
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 2 * BLOCK + 3), count=st.integers(1, 12))
-def test_parts_are_equal_runs(n, count):
-    found = [np.zeros(0, dtype=int) for _ in range(count)]
-    for part, rows in parts(batches_of(pooled=np.arange(n)[:, None]), "pooled", n, count):
+def gathered(cut, n, count, period, parts_):
+    found = [np.zeros(0, dtype=int) for _ in range(parts_)]
+    for part, rows in cut(batches_of(pooled=np.arange(n)[:, None]), "pooled", n, count, period):
         found[part] = np.concatenate([found[part], rows[:, 0]])
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 2 * BLOCK + 3), count=st.integers(1, 12), period=st.integers(1, 150))
+def test_parts_are_equal_runs_of_whole_rounds(n, count, period):
+    found = gathered(parts, n, count, period, count)
     np.testing.assert_array_equal(np.concatenate(found), np.arange(n))
-    sizes = [len(f) for f in found]
-    assert max(sizes) - min(sizes) <= 1
+    assert all(f[0] % period == 0 for f in found if len(f))
+    rounds = [len(f) // period for f in found]
+    assert max(rounds) - min(rounds) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 2 * BLOCK + 3), count=st.integers(1, 12), period=st.integers(1, 150))
+def test_rounds_are_dealt_to_groups_of_equally_many_of_each_class(n, count, period):
+    *groups, rest = gathered(dealt, n, count, period, count + 1)
+    np.testing.assert_array_equal(np.sort(np.concatenate([*groups, rest])), np.arange(n))
+    assert len(rest) < count * period
+    for i, group in enumerate(groups):
+        assert (group // period % count == i).all()
+        classes = np.bincount(group % period, minlength=period)
+        assert (classes == n // (count * period)).all()
 
 
 def test_draws_differ_repeat_and_take_no_row_twice():

@@ -133,6 +133,21 @@ def test_another_hash_than_the_recorded_is_refused(scripted):
         open_extractor(path, "0" * 64)
 
 
+def test_a_file_of_another_hash_is_not_loaded(tmp_path, scripted, monkeypatch):
+    """A TorchScript file is a program: it is not for loading before it is known."""
+    path = tmp_path / "text.pt"
+    path.write_text("no network")
+    with pytest.raises(AccelkitError, match=r"weights of text have SHA-256"):
+        open_extractor(path, "0" * 64)
+
+    def load(*arguments, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    with pytest.raises(AccelkitError, match=r"those recorded 0000"):
+        open_extractor(scripted(Plain)[1], "0" * 64)
+
+
 def test_wrong_images_are_refused(scripted, images):
     extractor = open_extractor(scripted(Plain)[1])
     with pytest.raises(TypeError, match="expected uint8"):
