@@ -282,4 +282,5 @@ def judge_variant(
         )
     if not world.main:
         return None
-    return measure(shards.batches, judge.reference, missing=judge.extractor.missing)
+    period, missing = len(work.items), judge.extractor.missing
+    return measure(shards.batches, judge.reference, period=period, missing=missing)

@@ -95,7 +95,7 @@ def test_it_fine_tunes_each_schedule_and_compares_all(table3, model, data, bench
     assert published == publication("ase-table3").published()
     assert plan.methods == "full,D1,D4"
     assert plan.samplers == ("ddpm:50", "ddim:50", "ddim:25")
-    assert (plan.images, plan.batch_size, plan.timing_batch_size, plan.rounds) == (500, 250, 32, 3)
+    assert (plan.images, plan.batch_size, plan.timing_batch_size, plan.rounds) == (500, 250, 32, 7)
     assert (plan.guidance, plan.guidance_channels, plan.kernels) == (1.0, None, "off")
     assert (plan.features, plan.features_sha256) == ("digits", "abc")
     assert plan.reference == "statistics.npz"
