@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from accelkit.bench.findings import FULL, Findings, Row, label
+from accelkit.bench.findings import FULL, Findings, Row, at_full_depth, group, in_other_steps, label
+from accelkit.bench.formats import percent
+from accelkit.bench.listings import counted
 from accelkit.bench.plots import (
     COLORS,
     MARKERS,
     MUTED,
     RULE,
+    SIZES,
     Panel,
     Plot,
     Point,
@@ -18,16 +21,23 @@ from accelkit.bench.plots import (
     readable_axis,
 )
 
+PLOTS = ("pareto", "saving", "depths")
+"""The names of all that there may be."""
+_LOWEST = -0.5  # of the time saved: below it a plot would be of what costs time alone
+_ASIDE = 0.4  # of the way from one number of steps to the next
+
 
 def styles_of(rows: list[Row]) -> dict[str, Style]:
     """Return how each method is drawn, by its label; on tuned weights its marker is filled."""
-    markers: dict[str, str] = {}
+    places: dict[str, int] = {}
     styles = {}
     for row in rows:
         name = label(row)
-        marker = markers.setdefault(row["method"], MARKERS[len(markers) % len(MARKERS)])
+        method = FULL if at_full_depth(row) else row["method"]
+        place = places.setdefault(method, len(places))
         filled = row["weights"] == "tuned" or name == FULL
-        styles[name] = Style(name, row["kind"], marker, filled)
+        size = SIZES[place // len(MARKERS) % len(SIZES)]
+        styles[name] = Style(name, group(row), MARKERS[place % len(MARKERS)], filled, size)
     return styles
 
 
@@ -51,9 +61,10 @@ def pareto(findings: Findings, styles: dict[str, Style]) -> Plot | None:
     names = dict.fromkeys(label(row) for row in shown)
     caption = (
         "Lower is better and further left is faster. Vertical bars are one standard error, "
-        "horizontal ones the quartiles of the time. The stepped line is the Pareto front: no row "
-        "is both faster and of lower FID than one that lies on it. Thin lines join one method over "
-        "its numbers of steps, which are written beside full depth."
+        f"horizontal ones what the {findings.interval} of the time saved leaves open. The stepped "
+        "line is the Pareto front: no row is both faster and of lower FID than one that lies on "
+        "it. Thin lines join one method over its numbers of steps, which are written beside full "
+        "depth."
         if shown
         else "Median time of an image; shorter is faster. There is no FID to draw it against."
     )
@@ -69,7 +80,7 @@ def saving(findings: Findings, styles: dict[str, Style]) -> Plot | None:
             row
             for steps in counts
             for row in findings.at(sampler, steps)
-            if row["saving"] is not None and label(row) != FULL
+            if row["saving"] is not None and not at_full_depth(row) and not in_other_steps(row)
         ]
         if len({row["steps"] for row in rows}) > 1:
             draw = partial(_draw_saving, styles, rows)
@@ -79,8 +90,10 @@ def saving(findings: Findings, styles: dict[str, Style]) -> Plot | None:
         return None
     caption = (
         "Share of full depth's time saved at the same number of steps; higher is faster. "
-        "Bars are 95% intervals."
+        f"Bars are {findings.interval}s."
     )
+    if any(row["saving"] < _LOWEST for row in shown):
+        caption += f" What costs more than {-_LOWEST:.0%} is drawn there, with its figure."
     names = dict.fromkeys(label(row) for row in shown)
     return Plot("saving", caption, panels, [styles[name] for name in names])
 
@@ -92,15 +105,17 @@ def depths(measured: list[dict[str, Any]]) -> Plot:
     alt = (
         f"Time of a network call of {high['batch_size']} samples by blocks run: "
         f"{1e3 * low['seconds']:.3g} ms at depth {low['depth']}, "
-        f"{1e3 * high['seconds']:.3g} ms at depth {high['depth']}; by multiply-adds "
-        f"{1e3 * _predicted(low, high):.3g} ms at depth {low['depth']}."
+        f"{1e3 * high['seconds']:.3g} ms at depth {high['depth']}"
     )
-    caption = (
-        "Time of one network call by the number of blocks run, with quartiles. The line is the "
-        "deepest call's time scaled by multiply-adds: what lies above it costs time that a "
-        "schedule does not save."
-    )
-    return Plot("depths", caption, [Panel("", alt, partial(_draw_depths, measured))], [])
+    caption = "Time of one network call by the number of blocks run, with quartiles."
+    if counted(measured):
+        predicted = 1e3 * _predicted(low, high)
+        alt += f"; by multiply-adds {predicted:.3g} ms at depth {low['depth']}"
+        caption += (
+            " The line is the deepest call's time scaled by multiply-adds: what lies above it "
+            "costs time that a schedule does not save."
+        )
+    return Plot("depths", caption, [Panel("", f"{alt}.", partial(_draw_depths, measured))], [])
 
 
 def _draw_pareto(
@@ -124,9 +139,7 @@ def _draw_pareto(
             if row["fid_stderr"]:
                 error = min(row["fid_stderr"], 0.9 * y)  # a logarithm ends above 0
                 axes.errorbar(x, y, [[error], [row["fid_stderr"]]], color=style.color, lw=1)
-            if row["seconds_quartiles"]:
-                scale = x / row["seconds"] if row["seconds"] else 0
-                ends = [scale * end for end in row["seconds_quartiles"]]
+            if ends := findings.seconds_interval(row):
                 axes.plot(ends, [y, y], color=style.color, lw=1, zorder=2)
             _mark(axes, x, y, style)
     axes.set(xlabel="seconds per image", ylabel="FID")
@@ -146,7 +159,7 @@ def _point_label(row: Row, first: bool) -> str:
 def _draw_bars(findings: Findings, rows: list[Row], axes: Any) -> list[Point]:
     names = [f"{label(row)}, {row['steps']} steps" for row in rows]
     bars = [findings.seconds(row) for row in rows]
-    colors = [COLORS[row["kind"]] for row in rows]
+    colors = [COLORS[group(row)] for row in rows]
     axes.barh(range(len(rows)), bars, color=colors, height=0.6)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
@@ -161,34 +174,43 @@ def _draw_saving(styles: dict[str, Style], rows: list[Row], axes: Any) -> list[P
     from matplotlib.ticker import PercentFormatter
 
     counts = sorted({row["steps"] for row in rows})
+    names = list(dict.fromkeys(label(row) for row in rows))
     axes.axhline(0, color=MUTED, lw=0.8)
-    for name in dict.fromkeys(label(row) for row in rows):
+    clipped = []
+    for index, name in enumerate(names):
         style = styles[name]
         curve = [row for row in rows if label(row) == name]
-        places = [(counts.index(row["steps"]), row["saving"]) for row in curve]
+        aside = _ASIDE * ((index + 0.5) / len(names) - 0.5)  # so that bars do not hide each other
+        xs = [counts.index(row["steps"]) + aside for row in curve]
+        places = [(x, max(row["saving"], _LOWEST)) for x, row in zip(xs, curve, strict=True)]
         axes.plot(*zip(*places, strict=True), color=style.color, lw=1, alpha=0.5, zorder=2)
         for (x, y), row in zip(places, curve, strict=True):
             if row["saving_interval"]:
-                axes.plot([x, x], row["saving_interval"], color=style.color, lw=1)
+                ends = [max(end, _LOWEST) for end in row["saving_interval"]]
+                axes.plot([x, x], ends, color=style.color, lw=1)
             _mark(axes, x, y, style)
+            if row["saving"] < _LOWEST:
+                clipped.append((x, y, f"↓ {percent(row['saving'])}"))
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     axes.margins(0.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel="steps", ylabel="time saved")
-    return []
+    return clipped
 
 
 def _draw_depths(measured: list[dict[str, Any]], axes: Any) -> list[Point]:
     high = measured[-1]
     at = [row["depth"] for row in measured]
-    predicted = [1e3 * _predicted(row, high) for row in measured]
+    predicted = [1e3 * _predicted(row, high) for row in measured if counted(measured)]
     times = [1e3 * row["seconds"] for row in measured]
-    axes.plot(at, predicted, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+    if predicted:
+        axes.plot(at, predicted, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
     for row in measured:
         ends = [1e3 * end for end in row["seconds_quartiles"]]
         axes.plot([row["depth"]] * 2, ends, color=COLORS["schedule"], lw=1)
     axes.plot(at, times, "o", color=COLORS["schedule"], ms=6, zorder=3)
-    axes.set_ylim(0, 1.1 * max([*predicted, *times]))
+    highest = max(1e3 * end for row in measured for end in row["seconds_quartiles"])
+    axes.set_ylim(0, 1.05 * max([*predicted, *times, highest]))
     axes.set(xlabel="blocks run", ylabel="milliseconds per call")
     return []
 
@@ -199,7 +221,9 @@ def _predicted(row: dict[str, Any], full: dict[str, Any]) -> float:
 
 
 def _mark(axes: Any, x: float, y: float, style: Style) -> None:
-    axes.plot(x, y, style.marker, color=style.color, mfc=style.face, ms=7, mew=1.3, zorder=3)
+    axes.plot(
+        x, y, style.marker, color=style.color, mfc=style.face, ms=style.size, mew=1.3, zorder=3
+    )
 
 
 def _pareto_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
@@ -220,6 +244,6 @@ def _bars_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
 
 def _saving_alt(sampler: str, rows: list[Row]) -> str:
     savings = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {row['saving']:.1%}" for row in rows
+        f"{label(row)} in {row['steps']} steps, {percent(row['saving'])}" for row in rows
     )
     return f"Time saved by the number of steps of {sampler.upper()}: {savings}."

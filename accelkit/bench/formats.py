@@ -10,7 +10,7 @@ MINUS = "−"
 
 def fixed(value: float, decimals: int) -> str:
     """Return ``value`` with so many decimals, thousands set apart."""
-    return f"{value:,.{decimals}f}".replace("-", MINUS)
+    return f"{value:z,.{decimals}f}".replace("-", MINUS)  # z: no minus before a zero
 
 
 def percent(share: float) -> str:

@@ -57,12 +57,13 @@ def _embedded(picture: Picture) -> tuple[str, int, int, bool]:
         data = picture.path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
+            image.load()  # a browser would show what is cut off, and say nothing
             form = "png"
             if len(data) > _EMBEDDED:
                 held = io.BytesIO()
                 image.convert("RGB").save(held, "JPEG", quality=92)
                 data, form = held.getvalue(), "jpeg"
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of what is no picture
         raise AccelkitError(
             f"cannot read the samples in {picture.path} ({error}); remove them from results.json "
             "or put the picture there again"

@@ -31,12 +31,13 @@ _QUALITY = [
     _Measure("fid", "FID ± SE", spread="fid_stderr"),
     _Measure("sfid", "sFID"),
     _Measure("inception_score", "IS ± SD", spread="inception_score_std"),
-    _Measure("kid", "KID × 1000 ± SD", scale=1e3, spread="kid_std"),
+    _Measure("kid", "KID ± SD", spread="kid_std"),
     _Measure("precision", "Precision"),
     _Measure("recall", "Recall"),
     _Measure("density", "Density"),
     _Measure("coverage", "Coverage"),
 ]
+_KID_OF_1000 = _Measure("kid", "KID × 1000 ± SD", scale=1e3, spread="kid_std")
 _TIMES = [
     _Measure("seconds", "Seconds per batch", interval="seconds_quartiles"),
     _Measure("denoiser_seconds", "in denoising"),
@@ -55,17 +56,33 @@ _SHARES = ("precision", "recall", "density", "coverage")
 
 def quality(results: dict[str, Any]) -> Table | Paragraph:
     """All quality figures of all rows."""
-    return _all_rows("Quality figures", _QUALITY, results)
+    known = [abs(row["kid"]) for row in results["rows"] if row["kid"] is not None]
+    small = bool(known) and max(known) < 1  # as of Inception's features, and not of raw ones
+    measures = [_KID_OF_1000 if m.key == "kid" and small else m for m in _QUALITY]
+    return _all_rows("Quality figures", measures, results)
 
 
 def times(results: dict[str, Any]) -> Table | Paragraph:
     """Time and work of all rows."""
-    return _all_rows("Time and multiply-adds", _TIMES, results)
+    made = _all_rows("Time and multiply-adds", _TIMES, results)
+    if isinstance(made, Table) and any(row["saving"] is not None for row in results["rows"]):
+        made.notes.append(
+            "Seconds are each row's own median; the time saved is of paired rounds, and is what "
+            "rows are compared by."
+        )
+    return made
 
 
 def costs(results: dict[str, Any]) -> Table | Paragraph:
     """What all rows cost beside the time of a batch."""
-    return _all_rows("First batch, memory and energy", _COSTS, results)
+    made = _all_rows("First batch, memory and energy", _COSTS, results)
+    known = any(row["peak_memory_bytes"] is not None for row in results["rows"])
+    if isinstance(made, Table) and known and results["protocol"]["machine"]["gpu"] is None:
+        made.notes.append(
+            "Peak memory without a GPU is the process's resident memory: all that it holds, and "
+            "not what a method needs."
+        )
+    return made
 
 
 def depths(measured: list[dict[str, Any]]) -> Table:
@@ -73,21 +90,30 @@ def depths(measured: list[dict[str, Any]]) -> Table:
     measured = sorted(measured, key=lambda row: -row["depth"])
     deepest = measured[0]
     digits = decimals(1e3 * row["seconds"] for row in measured)
-    macs = decimals(1e-9 * row["macs"] for row in measured)
     body = [
         [
             Cell(str(row["depth"])),
             Cell(fixed(1e3 * row["seconds"], digits)),
             Cell("–".join(fixed(1e3 * end, digits) for end in row["seconds_quartiles"])),
             Cell(percent(row["seconds"] / deepest["seconds"])) if deepest["seconds"] else _NONE,
-            Cell(fixed(1e-9 * row["macs"], macs)),
-            Cell(percent(row["macs"] / deepest["macs"])) if deepest["macs"] else _NONE,
         ]
         for row in measured
     ]
-    headings = ("Blocks run", "ms per call", "quartiles", "of full time", "GMACs", "of full MACs")
+    headings = ["Blocks run", "ms per call", "quartiles", "of full time"]
+    if counted(measured):
+        headings += ["GMACs", "of full MACs"]
+        macs = decimals(1e-9 * row["macs"] for row in measured)
+        for cells, row in zip(body, measured, strict=True):
+            cells.append(Cell(fixed(1e-9 * row["macs"], macs)))
+            full = deepest["macs"]
+            cells.append(Cell(percent(row["macs"] / full)) if full else _NONE)
     caption = f"One network call of {deepest['batch_size']} samples by depth"
     return Table(caption, [Column(heading) for heading in headings], body)
+
+
+def counted(measured: list[dict[str, Any]]) -> bool:
+    """Return whether the multiply-adds of calls by depth are known."""
+    return all(row["macs"] is not None for row in measured)
 
 
 def throughput(measured: list[dict[str, Any]]) -> Table:

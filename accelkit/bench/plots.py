@@ -25,6 +25,8 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
 FOLDER = "plots"
 """Where the files lie, beside the report."""
 MARKERS = "so^DvPXph<>*d8"
+SIZES = (7, 4.5, 9.5)
+"""Of markers, in points: of another size they are used again."""
 
 _OFFSETS = [(7, 3), (7, -3), (-7, 3), (-7, -3), (0, 7), (0, -7), (9, 12), (-9, 12), (9, -12)]
 _WIDTH, _TEXT = 380, 11  # of a panel, in points; a page takes them for pixels
@@ -62,6 +64,7 @@ class Style:
     kind: str
     marker: str
     filled: bool
+    size: float = 7
 
     @property
     def color(self) -> str:
@@ -73,12 +76,13 @@ class Style:
         """What the marker is filled with; hollow ones hide the lines behind them."""
         return self.color if self.filled else PAPER
 
-    def path(self, size: float = 10) -> str:
-        """Return the marker as the path data of an SVG, ``size`` wide around the origin."""
+    def path(self) -> str:
+        """Return the marker as the path data of an SVG, around the origin, larger than plotted."""
         from matplotlib.markers import MarkerStyle
 
         style = MarkerStyle(self.marker)
         outline = style.get_path().transformed(style.get_transform())
+        size = self.size * 10 / SIZES[0]
         points = np.asarray(outline.to_polygons(closed_only=False)[0]) * (size, -size)
         return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points) + "Z"
 
@@ -209,7 +213,14 @@ def _handle(style: Style) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D(
-        [], [], ls="", marker=style.marker, color=style.color, mfc=style.face, label=style.name
+        [],
+        [],
+        ls="",
+        marker=style.marker,
+        color=style.color,
+        mfc=style.face,
+        ms=style.size,
+        label=style.name,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelkit.bench.document import Document
+from accelkit.bench.figures import PLOTS
 from accelkit.bench.html import html
 from accelkit.bench.markdown import markdown
 from accelkit.bench.plots import FOLDER, Plot, png, svg
@@ -34,7 +36,14 @@ def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
     (directory / FOLDER).mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         _write(path, content)
+    for path in _files_of_plots(directory, PLOTS):
+        if path not in files:  # of an earlier run
+            path.unlink(missing_ok=True)
     return list(files)
+
+
+def _files_of_plots(directory: Path, names: Iterable[str]) -> list[Path]:
+    return [directory / FOLDER / f"{name}.{form}" for name in names for form in ("png", "svg")]
 
 
 def _plots(made: Document) -> list[Plot]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelkit.bench import figures, listings, tables
+from accelkit.bench import figures, listings, quoted, tables
 from accelkit.bench.document import (
     Block,
     Document,
@@ -16,9 +16,11 @@ from accelkit.bench.document import (
     Points,
     Section,
 )
-from accelkit.bench.findings import Findings, label, setting
+from accelkit.bench.findings import ASSURED, Findings, Row, label, setting
 from accelkit.bench.formats import counted, listed
 from accelkit.bench.summary import standings, summary
+from accelkit.metrics.inception_score import SPLITS
+from accelkit.metrics.kid import SUBSET_IMAGES, SUBSETS
 
 
 def document(directory: Path, results: dict[str, Any]) -> Document:
@@ -38,7 +40,11 @@ def document(directory: Path, results: dict[str, Any]) -> Document:
             "pareto", "Quality against time", [*_present(plots[0]), *_points(standings(findings))]
         ),
         Section("samples", "Samples", _samples(directory, results)),
-        Section("table", "FID and time saved", [tables.papers(results, findings)]),
+        Section(
+            "table",
+            "FID and time saved",
+            [tables.papers(results, findings), *_present(quoted.elsewhere(results, findings))],
+        ),
         Section("where", "Who wins where", _standings(findings)),
         Section("saving", "Saving by steps", _present(plots[1])),
         Section("quality", "Quality of all rows", [listings.quality(results)]),
@@ -58,9 +64,14 @@ def _lead(results: dict[str, Any], findings: Findings) -> str:
     names = dict.fromkeys(label(row) for row in results["rows"])
     samplers = listed([f"{name.upper()} {steps}" for name, steps in findings.settings])
     machine = protocol["machine"]
+    if protocol["extractor"] is None:
+        size = counted(protocol["timing"]["batch_size"], "image")
+        made = f"batches of {size} per row, timed without quality figures,"
+    else:
+        made = f"{counted(protocol['images'], 'image')} per row"
     return (
-        f"{counted(len(names), 'method')} with {samplers}, {counted(protocol['images'], 'image')} "
-        f"per row at equal seeds, on {machine['gpu'] or machine['processor']}, "
+        f"{counted(len(names), 'method')} with {samplers}, {made} "
+        f"at equal seeds, on {machine['gpu'] or machine['processor']}, "
         f"{protocol['created'][:10]}."
     )
 
@@ -113,16 +124,19 @@ def _protocol(results: dict[str, Any], settings: list[tuple[str, int]]) -> list[
         "Tuned weights": _tuned(protocol),
         "Data": _described(protocol["data"], "none named"),
         "Samplers": listed([f"{name.upper()} in {steps} steps" for name, steps in settings]),
-        "Images": f"{protocol['images']:,} per row in batches of {protocol['batch_size']:,}; the "
+        "Images": f"{_made(protocol)}; the "
         f"first has seed {protocol['seed']}, every next one's is one more, the same in every row",
-        "Labels": f"{protocol['classes']:,} classes or prompts, {protocol['labels']}",
+        "Labels": f"{protocol['classes']:,} classes or prompts, {protocol['labels']}"
+        if protocol["classes"] != 1
+        else "the same for all images: none, or one class or prompt",
         "Guidance": f"{protocol['guidance']:g}{of_channels}",
-        "Kernels": protocol["kernels"],
+        "Kernels": _kernels(protocol["kernels"]),
         "Bytes": protocol["rounding"],
         "Feature extractor": _extractor(protocol["extractor"]),
         "Reference": _described(protocol["reference"], "none: no quality figures"),
+        "Statistics": _statistics(results["rows"]),
         "Timing": f"{counted(timing['rounds'], 'round')} of a batch of {timing['batch_size']:,}, "
-        f"{timing['order']}; {timing['clock']}; warm-up: {timing['warmup']}",
+        f"{timing['order']}; {timing['clock']}; warm-up: {timing['warmup']}. {_saving(timing)}",
         "Processor": f"{machine['processor']}, {machine['threads']} threads"
         + (f" on {counted(machine['cores'], 'core')}" if machine["cores"] else ""),
         "GPU": _gpu(machine),
@@ -130,6 +144,56 @@ def _protocol(results: dict[str, Any], settings: list[tuple[str, int]]) -> list[
         "Packages": ", ".join(packages) + (f"; without {listed(without)}" if without else ""),
     }
     return [Facts(list(facts.items()))]
+
+
+def _made(protocol: dict[str, Any]) -> str:
+    if protocol["extractor"] is None:
+        size = protocol["timing"]["batch_size"]
+        return f"none for quality figures; batches of {size:,} were timed"
+    return f"{protocol['images']:,} per row in batches of {protocol['batch_size']:,}"
+
+
+def _kernels(kernels: str) -> str:
+    if kernels == "off":
+        return "off: all rows run the model's own modules"
+    return (
+        f"{kernels}: full depth in any number of steps and schedules run fused forwards where "
+        "there are some; caches, token merging and torch.compile run the model's own modules. "
+        "Their time saved is against fused full depth, and so is without what fusion would save"
+    )
+
+
+def _saving(timing: dict[str, Any]) -> str:
+    """How the interval of a saving is found."""
+    text = "Time saved: 1 less the median over rounds of the ratio to full depth's time"
+    kind = "95%" if timing["rounds"] >= ASSURED else "range, of too few rounds for 95%,"
+    return f"{text}; its interval: {kind} by the bootstrap of that median"
+
+
+def _statistics(rows: list[Row]) -> str:
+    """How figures of quality are found, and when two differ."""
+    groups = [len(row["fid_jackknife"]) for row in rows if row["fid_jackknife"]]
+    texts = []
+    if groups:
+        texts.append(
+            "two FIDs are distinguishable if they differ at 95% confidence by the paired jackknife "
+            f"over {max(groups)} groups of images, with Student's t; a FID's SE is by the same "
+            "groups. FIDs without it, or of different numbers of images, differ if not equal"
+        )
+    used = sorted({row["manifold_images"] for row in rows if row["manifold_images"]})
+    if used:
+        texts.append(
+            "precision, recall, density and coverage by the 3 nearest neighbours among "
+            f"{listed([f'{n:,}' for n in used])} images on either side"
+        )
+    if any(row["kid"] is not None for row in rows):
+        texts.append(
+            f"KID: mean and SD over {SUBSETS} random subsets of {SUBSET_IMAGES:,} images, or of "
+            "half the images of the smaller side if these are fewer"
+        )
+    if any(row["inception_score"] is not None for row in rows):
+        texts.append(f"Inception Score: mean and SD over {SPLITS} splits")
+    return "; ".join(texts) or "none: no quality figures"
 
 
 def _tuned(protocol: dict[str, Any]) -> str:

@@ -6,12 +6,19 @@ from itertools import combinations
 from typing import Any
 
 from accelkit.bench.findings import (
+    BEHIND,
+    EQUAL,
+    EQUAL_TIME,
+    FRONT,
     FULL,
     HIGHER,
     LOWER,
+    NOISE,
     SAME,
+    TIMING,
     Findings,
     Row,
+    group,
     grouped,
     label,
     setting,
@@ -27,14 +34,16 @@ _KINDS = {
     "baseline": "Caches, other baselines",
     "combination": "Combinations",
 }
-_PLACES = (
-    "On the Pareto front of time and FID",
-    "Behind it, but within the noise",
-    "Behind it",
-)
-_EQUAL_TIME = {
+_PLACES = {
+    FRONT: "On the Pareto front of time and FID",
+    NOISE: "Behind it, but within the noise",
+    TIMING: "Within the timing noise of it",
+    BEHIND: "Behind it",
+}
+_VERDICTS = {
     LOWER: "Better than fewer steps",
     SAME: "As good as fewer steps",
+    EQUAL: "As good as fewer steps",
     HIGHER: "Worse than fewer steps",
 }
 
@@ -60,42 +69,66 @@ def _best_saving(findings: Findings, sampler: str, steps: int) -> list[Point]:
     full = findings.full(sampler, steps)
     if full is None or not full["seconds"] or len(findings.of(sampler)) == 1:
         return []
-    if full["fid"] is None:
-        rows, without = [r for r in findings.at(sampler, steps) if r["seconds"] is not None], ""
-    else:
-        rows = [row for row in findings.scored(sampler) if verdict(row, full) != HIGHER]
-        without = " without a distinguishable loss of FID"
     about = f"{sampler.upper()} {steps}"
-    best = max(rows, key=lambda row: _saved(row, full))
-    if _saved(best, full) <= 0:
-        return [(about, f"Nothing saves time against full depth{without}.")]
+    if full["fid"] is None:
+        rows, without = [r for r in findings.of(sampler) if r["seconds"] is not None], ""
+        rows = [row for row in rows if findings.base(row) is full]
+    else:
+        rows, without = findings.scored(sampler), " without a distinguishable loss of FID"
+    rows = [row for row in rows if _surely_saves(findings, row, full)]
+    kept = [r for r in rows if full["fid"] is None or verdict(r, full) != HIGHER]
+    if not kept:
+        text = f"Nothing saves time against full depth{without}."
+        return [(about, text + (_cheapest_loss(findings, rows, full) if rows else ""))]
+    best = max(kept, key=lambda row: findings.saved(row, full))
     named = label(best) + (f" in {best['steps']} steps" if best["steps"] != steps else "")
-    text = f"{named} saves most{without}: {percent(_saved(best, full))} of the time"
+    text = f"{named} saves most{without}: {_said(findings, best, full, ' of the time')}"
     if full["fid"] is None:
         return [(about, f"{text}. Quality was not measured.")]
-    how = {LOWER: "lower than", SAME: "not distinguishable from"}[verdict(best, full)]
+    how = {LOWER: "lower than", SAME: "not distinguishable from", EQUAL: "equal to"}
     fids = significant(best["fid"]), significant(full["fid"])
-    return [(about, f"{text}, at a FID of {fids[0]}, {how} full depth's {fids[1]}.")]
+    which = how[verdict(best, full)]
+    return [(about, f"{text}, at a FID of {fids[0]}, {which} full depth's {fids[1]}.")]
 
 
-def _saved(row: Row, full: Row) -> float:
-    """Share of full depth's time saved: of paired rounds where there are any, as tables show it."""
-    if row["steps"] == full["steps"] and row["saving"] is not None:
-        return row["saving"]
-    return 1 - row["seconds"] / full["seconds"]
+def _surely_saves(findings: Findings, row: Row, full: Row) -> bool:
+    """Whether time is saved beyond the noise, where that is known."""
+    paired = findings.base(row) is full and row["saving_interval"] is not None
+    return (row["saving_interval"][0] if paired else findings.saved(row, full)) > 0
+
+
+def _said(findings: Findings, row: Row, full: Row, of: str = "") -> str:
+    text = f"{percent(findings.saved(row, full))}{of}"
+    if findings.base(row) is not full or row["saving_interval"] is None:
+        return text
+    low, high = map(percent, row["saving_interval"])
+    return f"{text} ({findings.interval} {low} to {high})"
+
+
+def _cheapest_loss(findings: Findings, rows: list[Row], full: Row) -> str:
+    """What loses least for the time it saves: of the smallest product of time and FID."""
+    best = min(rows, key=lambda row: findings.seconds(row) * row["fid"])
+    named = f"{best['steps']} steps" if label(best) == FULL else label(best)
+    if label(best) != FULL and best["steps"] != full["steps"]:
+        named += f" in {best['steps']} steps"
+    saves = "save" if label(best) == FULL and best["steps"] > 1 else "saves"
+    return (
+        f" The cheapest loss, by time times FID: {named} {saves} {_said(findings, best, full)} "
+        f"at FID {significant(best['fid'])} against {significant(full['fid'])}."
+    )
 
 
 def _fewer_steps(findings: Findings) -> list[Point]:
-    found: dict[str, list[Row]] = {which: [] for which in _EQUAL_TIME}
+    found: dict[str, list[Row]] = {about: [] for about in _VERDICTS.values()}
     for sampler in findings.samplers:
         for row in findings.scored(sampler):
             other = findings.fewer_steps(row) if label(row) != FULL else None
             if other is not None:
-                found[verdict(row, other)].append(row)
+                found[_VERDICTS[verdict(row, other)]].append(row)
     return [
-        (about, f"At equal time, by FID: {grouped(found[which])}.")
-        for which, about in _EQUAL_TIME.items()
-        if found[which]
+        (about, f"At equal time (within {EQUAL_TIME:.0%}), by FID: {grouped(rows)}.")
+        for about, rows in found.items()
+        if rows
     ]
 
 
@@ -104,13 +137,11 @@ def _fronts(findings: Findings) -> list[Point]:
     scored = [row for sampler in findings.samplers for row in findings.scored(sampler)]
     points = []
     for kind, about in _KINDS.items():
-        rows = [row for row in scored if row["kind"] == kind]
         places: dict[str, list[Row]] = {where: [] for where in _PLACES}
-        for row in rows:
-            rival = findings.beaten_by(row)
-            noise = rival is not None and verdict(rival, row) == SAME
-            places[_PLACES[0] if rival is None else _PLACES[1] if noise else _PLACES[2]].append(row)
-        texts = [f"{where}: {grouped(found)}." for where, found in places.items() if found]
+        for row in scored:
+            if group(row) == kind:
+                places[findings.place(row)].append(row)
+        texts = [f"{_PLACES[where]}: {grouped(rows)}." for where, rows in places.items() if rows]
         if texts:
             points.append((about, " ".join(texts)))
     return points if len(scored) > 1 else []

@@ -5,10 +5,36 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from accelkit.bench import quoted
 from accelkit.bench.document import MISSING, Cell, Column, Table
-from accelkit.bench.findings import FULL, LOWER, Findings, Row, grouped, label, setting, verdict
+from accelkit.bench.findings import (
+    BEHIND,
+    EQUAL_TIME,
+    FRONT,
+    FULL,
+    NOISE,
+    TIMING,
+    Findings,
+    Row,
+    grouped,
+    in_other_steps,
+    label,
+    setting,
+    verdict,
+)
 from accelkit.bench.formats import decimals, fixed, percent
 from accelkit.bench.listings import why_missing
+
+_PLACES = {
+    FRONT: "on the front",
+    NOISE: "behind, within the noise",
+    TIMING: "within the timing noise",
+    BEHIND: "behind",
+}
+TIME = (
+    "A row's time is full depth's median at the setting that it was timed beside, less the share "
+    "saved of it, which is of paired rounds; where there is no saving, the row's own median."
+)
 
 
 def papers(results: dict[str, Any], findings: Findings) -> Table:
@@ -19,32 +45,40 @@ def papers(results: dict[str, Any], findings: Findings) -> Table:
         columns.append(Column(_heading(at)))
         if published[at]:
             columns.append(Column(f"{_heading(at)}, published"))
-    rows = [row for row in results["rows"] if _at(row) in findings.settings]
-    quoted = [entry for entries in published.values() for entry in entries]
+    rows = [row for row in results["rows"] if _at(row) in findings.settings and _asked_for(row)]
+    entries = [entry for of_it in published.values() for entry in of_it]
     names = dict.fromkeys(label(row) for row in rows)
-    names |= dict.fromkeys(_beside(entry, names) for entry in quoted)
-    digits = decimals(row["fid"] for row in rows)
+    names |= dict.fromkeys(_beside(entry, names) for entry in entries)
+    digits = min(decimals(row["fid"] for row in rows), 3)
+    shown = quoted.as_printed(results["published"])
     body = []
     for name in names:
-        cells = [Cell(name)]
-        for at in findings.settings:
-            row = next((r for r in rows if label(r) == name and _at(r) == at), None)
-            cells.append(_figure(row, results, findings, min(digits, 3)))
-            if published[at]:
-                cells.append(_quoted([p for p in published[at] if _beside(p, names) == name]))
-        body.append(cells)
+        ran = [row for row in rows if label(row) == name]
+        of_it = [entry for entry in entries if _beside(entry, names) == name]
+        several = quoted.several(of_it)
+        for training in [None, *several]:
+            cells = [Cell(name if training is None else f"{name}, {several[training]}")]
+            for at in findings.settings:
+                row = next((r for r in ran if _at(r) == at), None)
+                cells.append(
+                    _figure(row, results, findings, digits)
+                    if training is None
+                    else Cell(MISSING, "published alone")
+                )
+                if published[at]:
+                    found = [p for p in of_it if _at(p) == at]
+                    if several:
+                        found = [p for p in found if p["setting"] == training]
+                    none = "of several trainings, below" if several else "not published"
+                    cells.append(
+                        Cell("; ".join(shown(p) for p in found)) if found else Cell(MISSING, none)
+                    )
+            body.append(cells)
     notes = [
         "FID ± standard error, and in brackets the time saved against full depth of the same "
         "sampler and steps. Bold: on the Pareto front of seconds and FID.",
     ]
-    for text in dict.fromkeys(f"{p['source']} ({p['setting']})" for p in quoted):
-        notes.append(f"Published: {text}.")
-    if quoted:
-        notes.append(
-            "A FID falls with the number of images and depends on extractor and reference: compare "
-            "a column with another only where these are the same."
-        )
-    return Table("Methods by samplers", columns, body, notes)
+    return Table("Methods by samplers", columns, body, notes + quoted.notes(entries))
 
 
 def where_each_wins(findings: Findings) -> Table | None:
@@ -55,10 +89,12 @@ def where_each_wins(findings: Findings) -> Table | None:
     if not any(findings.scored(sampler) for sampler in findings.samplers):
         return None
     body = []
-    for name in dict.fromkeys(label(row) for row in findings.rows):
+    names = [label(r) for r in findings.rows if _asked_for(r) and _at(r) in findings.settings]
+    for name in dict.fromkeys(names):
         cells = [Cell(name)]
         for at in findings.settings:
-            row = next((r for r in findings.at(*at) if label(r) == name), None)
+            at_it = [r for r in findings.at(*at) if _asked_for(r)]
+            row = next((r for r in at_it if label(r) == name), None)
             cells.append(_standing(row, findings))
         body.append(cells)
     fewer = [_fewer(findings, at) for at in findings.settings]
@@ -67,8 +103,10 @@ def where_each_wins(findings: Findings) -> Table | None:
     columns = [Column("Method", False)]
     columns += [Column(_heading(at), False, prose=True) for at in findings.settings]
     notes = [
-        "Behind: the row named takes no longer and has the lower FID. Rows of a sampler are held "
-        "against each other over all numbers of steps."
+        "Behind: the row named takes no longer and has no higher FID. Within the timing noise: "
+        f"it does, but the {findings.interval}s of the two times overlap. Rows of a sampler are "
+        "held against each other over all numbers of steps.",
+        TIME,
     ]
     return Table("On the Pareto front of time and FID, or behind what", columns, body, notes)
 
@@ -105,9 +143,15 @@ def equal_time(findings: Findings) -> Table | None:
     columns = [Column("Method", False), Column("Setting", False), Column("s per image")]
     columns += [Column("FID"), Column("Steps of full depth"), Column("its s per image")]
     columns += [Column("its FID"), Column("The method's FID is", False)]
-    notes = []
+    notes = [
+        f"Equal time: within {EQUAL_TIME:.0%}; of several the nearest that is no faster than the "
+        "method, if there is one.",
+        TIME,
+    ]
     if alone:
-        notes.append(f"No full depth in fewer steps takes within 15% of: {grouped(alone)}.")
+        notes.append(
+            f"No full depth in fewer steps takes within {EQUAL_TIME:.0%} of: {grouped(alone)}."
+        )
     return Table("Each method beside fewer steps that take the same time", columns, body, notes)
 
 
@@ -157,6 +201,11 @@ def _fid(row: Row, digits: int) -> Cell:
     return Cell(fixed(row["fid"], digits))
 
 
+def _asked_for(row: Row) -> bool:
+    """Whether a row runs in the sampler's steps, which its saving is then against."""
+    return not in_other_steps(row)
+
+
 def _at(row: dict[str, Any]) -> tuple[str, int]:
     return row["sampler"], row["steps"]
 
@@ -174,7 +223,8 @@ def _beside(entry: dict[str, Any], names: dict[str, None]) -> str:
 def _figure(row: Row | None, results: dict[str, Any], findings: Findings, digits: int) -> Cell:
     if row is None:
         return Cell(MISSING, "not among the rows")
-    unsaved = row["saving"] is None or (label(row) == FULL and row["saving"] == 0)
+    itself = row["method"] == "full" and row["saving"] == 0
+    unsaved = row["saving"] is None or itself
     saved = "" if unsaved else f" ({percent(row['saving'])})"
     if row["skipped"] is not None:
         return Cell(MISSING, why_missing(row, "fid", results))
@@ -185,17 +235,6 @@ def _figure(row: Row | None, results: dict[str, Any], findings: Findings, digits
     return Cell(fixed(row["fid"], digits) + spread + saved, strong=findings.on_front(row))
 
 
-def _quoted(entries: list[dict[str, Any]]) -> Cell:
-    """Published figures, as many digits as they were published with."""
-    texts = []
-    for entry in entries:
-        fid = MISSING if entry["fid"] is None else f"{entry['fid']:g}"
-        spread = "" if entry["fid_std"] is None else f" ± {entry['fid_std']:g}"
-        saved = "" if entry["saving"] is None else f" ({100 * entry['saving']:.4g}%)"
-        texts.append(fid + spread + saved)
-    return Cell("; ".join(texts)) if texts else Cell(MISSING, "not published")
-
-
 def _standing(row: Row | None, findings: Findings) -> Cell:
     if row is None:
         return Cell(MISSING, "not among the rows that ran")
@@ -204,8 +243,11 @@ def _standing(row: Row | None, findings: Findings) -> Cell:
     rival = findings.beaten_by(row)
     if rival is None:
         return Cell("on the front", strong=True)
-    doubt = "" if verdict(rival, row) == LOWER else ", within the noise"
-    return Cell(f"behind {label(rival)}, {rival['steps']} steps{doubt}")
+    named = f"{label(rival)}, {rival['steps']} steps"
+    place = findings.place(row)
+    if place == TIMING:
+        return Cell(f"within the timing noise of {named}")
+    return Cell(f"behind {named}{', within the noise' if place == NOISE else ''}")
 
 
 def _fewer(findings: Findings, at: tuple[str, int]) -> Cell:
@@ -219,8 +261,8 @@ def _fewer(findings: Findings, at: tuple[str, int]) -> Cell:
     ]
     if not rows:
         return Cell(MISSING, "not among the rows that ran")
-    on = [str(row["steps"]) for row in rows if findings.on_front(row)]
-    behind = [str(row["steps"]) for row in rows if not findings.on_front(row)]
-    parts = [f"on the front: {', '.join(on)}"] * bool(on)
-    parts += [f"behind: {', '.join(behind)}"] * bool(behind)
-    return Cell("; ".join(parts), strong=bool(on))
+    places: dict[str, list[str]] = {place: [] for place in _PLACES}
+    for row in rows:
+        places[findings.place(row)].append(str(row["steps"]))
+    parts = [f"{_PLACES[place]}: {', '.join(found)}" for place, found in places.items() if found]
+    return Cell("; ".join(parts), strong=bool(places[FRONT]))

@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measured import measured, one_row
 
-from accelkit.bench.findings import Findings, grouped, label, verdict
+from accelkit.bench.figures import saving, styles_of
+from accelkit.bench.findings import Findings, group, grouped, label, verdict
+from accelkit.bench.plots import MARKERS, SIZES
+from accelkit.bench.summary import standings, summary
+from accelkit.bench.tables import papers, where_each_wins
 
 
 def comparison(*rows, samplers=("ddim:50",)):
@@ -18,6 +22,25 @@ def comparison(*rows, samplers=("ddim:50",)):
     ]
     results["protocol"] = {**results["protocol"], "samplers": list(samplers)}
     return Findings(results)
+
+
+def full(steps, seconds, **fields):
+    fields = {"saving": 0.0, "saving_interval": [0.0, 0.0], "ideal_saving": 0.0, **fields}
+    return {"method": "full", "kind": "full", "steps": steps, "seconds": seconds, **fields}
+
+
+def fewer(steps, asked, saving, half=0.01, **fields):
+    """Full depth in other steps as a benchmark has it."""
+    row = {"method": f"steps:{steps}", "kind": "baseline", "steps": steps, "saving": saving}
+    row |= {"saving_interval": [saving - half, saving + half], "ideal_saving": 1 - steps / asked}
+    return {**row, **fields}
+
+
+def said(held, *, rounds=20, of=summary):
+    results = one_row()
+    results["protocol"]["timing"]["rounds"] = rounds
+    points = of(results, held) if of is summary else of(held)
+    return " ".join(f"{about}: {text}" for about, text in points)
 
 
 figure = st.integers(1, 6).map(float)
@@ -54,10 +77,19 @@ def test_what_rows_share_is_no_noise_between_them():
     assert verdict(b, a) == "higher"
 
 
-@pytest.mark.parametrize(("fid", "said"), [(2.0, "higher"), (0.5, "lower"), (1.0, "not dist")])
+@pytest.mark.parametrize(("fid", "said"), [(2.0, "higher"), (0.5, "lower"), (1.0, "equal")])
 def test_without_a_jackknife_any_difference_counts(fid, said):
     a, b = {"fid": fid, "fid_jackknife": None}, {"fid": 1.0, "fid_jackknife": [1.0, 1.0]}
-    assert verdict(a, b).startswith(said)
+    assert verdict(a, b) == said
+
+
+def test_jackknives_of_different_numbers_of_images_tell_no_noise():
+    noisy = [1.0, 9.0] * 5
+    a = {"fid": 2.0, "fid_jackknife": noisy, "images": 100}
+    b = {"fid": 2.1, "fid_jackknife": noisy[::-1], "images": 100}
+    assert verdict(a, b) == "not distinguishable"
+    assert verdict(a, {**b, "images": 1000}) == "lower"
+    assert verdict(a, {**b, "fid_jackknife": noisy[:8]}) == "lower"
 
 
 def test_fewer_steps_are_of_full_depth_and_take_about_the_time():
@@ -90,3 +122,154 @@ def test_names_say_weights_and_settings():
     assert label({"method": "steps", "weights": "original"}) == "full depth"
     tuned = [row for row in rows if label(row) == "D4 tuned"]
     assert grouped(tuned) == "D4 tuned (DDPM 250, DDIM 50 and DDIM 25)"
+
+
+def test_fewer_steps_are_full_depth_in_group_colour_and_marker():
+    rows = [full(50, 9.0), fewer(40, 50, 0.2), fewer(30, 50, 0.4), {"method": "pab"}]
+    held = comparison(*[{"kind": "baseline", **row} for row in rows])
+    assert [group(row) for row in held.rows] == ["full", "full", "full", "baseline"]
+    styles = styles_of(held.rows)
+    assert {name: (s.kind, s.marker) for name, s in styles.items()} == {
+        "full depth": ("full", MARKERS[0]),
+        "pab": ("baseline", MARKERS[1]),
+    }
+    assert label({"method": "steps:20+compile", "weights": "original"}) == "steps:20+compile"
+
+
+def test_no_two_of_many_methods_look_the_same():
+    held = comparison(*({} for _ in range(2 * len(MARKERS) + 3)))
+    styles = styles_of(held.rows).values()
+    looks = {(s.marker, s.size) for s in styles}
+    assert len(looks) == len(styles) > len(MARKERS)
+    assert {s.size for s in styles} == set(SIZES)
+
+
+SAME_STEPS = [
+    fewer(25, 50, 0.48, seconds=5.3, fid=3.0),
+    full(50, 10.0, fid=2.0),
+    full(25, 5.0, fid=3.0),
+    {"method": "D4+steps:25", "kind": "combination", "steps": 25, "saving": 0.6, "seconds": 4.0},
+    {"method": "D4", "steps": 25, "saving": 0.2, "seconds": 4.0, "fid": 4.0},
+    {"method": "D4", "steps": 50, "saving": 0.2, "seconds": 8.0, "fid": 4.0},
+]
+
+
+def test_fewer_steps_are_not_the_full_depth_of_a_setting_with_as_many():
+    held = comparison(*SAME_STEPS, samplers=("ddim:50", "ddim:25"))
+    steps, of_50, of_25, both, cheap, _ = held.rows
+    assert held.full("ddim", 25) is of_25
+    assert held.base(steps) is of_50
+    assert held.base(both) is of_50
+    assert held.base(cheap) is held.base(of_25) is of_25
+    assert held.parts(both) is None  # D4's saving is against 25 steps
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in _papers(held)}
+    assert cells == {
+        "full depth": ["2.00", "3.00"],
+        "D4": ["4.00 (20.0%)", "4.00 (20.0%)"],
+    }
+    drawn = saving(held, styles_of(held.rows))
+    assert [style.name for style in drawn.legend] == ["D4"]
+    assert "combination" not in said(held, of=standings).lower()
+
+
+def _papers(held):
+    results = {**one_row(), "rows": held.rows}
+    return papers(results, held).rows
+
+
+def test_the_setting_of_fewer_steps_that_cannot_be_counted_is_the_next_above():
+    held = comparison(
+        full(50, 9.0), full(25, 5.0), fewer(20, 50, 0.4, ideal_saving=None),
+        fewer(30, 50, 0.4, ideal_saving=None), fewer(25, 50, 0.4, ideal_saving=None),
+        samplers=("ddim:50", "ddim:25"),
+    )  # fmt: skip
+    assert [held.base(row)["steps"] for row in held.rows[2:]] == [25, 50, 50]
+
+
+def test_a_row_has_one_time_and_it_is_of_paired_rounds():
+    held = comparison(
+        full(50, 2.0, fid=2.0),
+        fewer(43, 50, 0.19, seconds=1.442, fid=2.69, half=0.05),
+        fewer(39, 50, 0.307, seconds=1.497, fid=2.73, half=0.05),  # slower by its own median
+        {"saving": None, "seconds": 1.5, "fid": 9.0},
+    )
+    seconds = [held.seconds(row) * 50 for row in held.rows]
+    assert seconds == pytest.approx([2.0, 1.62, 1.386, 1.5])
+    assert held.on_front(held.rows[2])
+    assert held.front("ddim") == [held.rows[2], held.rows[1], held.rows[0]]
+    assert "saved of it, which is of paired rounds" in " ".join(where_each_wins(held).notes)
+
+
+def test_what_times_do_not_tell_apart_is_not_behind():
+    def of(half):
+        rows = [full(50, 2.0, fid=2.0), fewer(40, 50, 0.2, fid=2.1, seconds=1.6, half=half)]
+        rows.append({"saving": 0.19, "saving_interval": [0.18, 0.2], "seconds": 1.7, "fid": 3.0})
+        held = comparison(*rows)
+        cell = next(r for r in where_each_wins(held).rows if r[0].text == "m2")[1].text
+        return held.place(held.rows[2]), cell, said(held, of=standings)
+
+    place, cell, text = of(0.05)
+    assert place == "timing noise"
+    assert cell == "within the timing noise of full depth, 40 steps"
+    assert "Schedules: Within the timing noise of it: m2 (DDIM 50)." in text
+    assert of(0.0)[0] == "timing noise"  # they touch
+
+
+def test_a_sure_lead_goes_before_a_better_one_within_the_noise():
+    held = comparison(
+        full(50, 2.0, fid=1.0),
+        fewer(40, 50, 0.2, fid=2.0, seconds=1.6, half=0.05),
+        fewer(30, 50, 0.4, fid=2.5, seconds=1.2),
+        {"saving": 0.19, "saving_interval": [0.17, 0.21], "seconds": 1.6, "fid": 3.0},
+    )
+    assert held.beaten_by(held.rows[3]) is held.rows[2]
+    assert held.place(held.rows[3]) == "behind"
+
+
+def test_a_saving_that_may_be_none_saves_nothing():
+    def of(low):
+        row = {"saving": 0.05, "saving_interval": [low, 0.1], "seconds": 1.9, "fid": 2.0}
+        return said(comparison(full(50, 2.0, fid=2.0), row))
+
+    assert "m1 saves most" in of(0.01)
+    assert "(95% interval 1.0% to 10.0%), at a FID of 2.00, equal to full depth's" in of(0.01)
+    assert "Nothing saves time against full depth" in of(-0.01)
+
+
+def test_few_rounds_give_a_range():
+    results = one_row()
+    results["protocol"]["timing"]["rounds"] = 5
+    assert Findings(results).interval == "range"
+    results["protocol"]["timing"]["rounds"] = 6
+    assert Findings(results).interval == "95% interval"
+
+
+def test_where_all_that_saves_loses_the_cheapest_loss_is_named():
+    held = comparison(
+        full(50, 1.913, fid=2.664),
+        fewer(43, 50, 0.191, fid=2.689, seconds=1.4),
+        fewer(31, 50, 0.405, fid=2.786, seconds=1.1),
+        {"saving": 0.334, "saving_interval": [0.2, 0.4], "seconds": 1.3, "fid": 40.0},
+    )
+    text = said(held)
+    assert "Nothing saves time against full depth without a distinguishable loss of FID." in text
+    assert "31 steps save 40.5% (95% interval 39.5% to 41.5%) at FID 2.79 against 2.66" in text
+
+
+def test_equal_images_are_not_too_few():
+    same = {"fid": 2.0, "fid_jackknife": [1.9, 2.0, 2.1], "images": 9, "seconds": 1.0}
+    near = {**same, "fid": 2.001, "fid_jackknife": [2.1, 2.0, 1.9]}
+    results = {**one_row(), "rows": comparison(same, same, near).rows}
+    results["protocol"]["extractor"] = {"dim": 2}
+    text = dict(summary(results, Findings(results)))["Caution"]
+    assert "to tell 2 of 3 pairs of methods apart" in text  # the equal pair is not among them
+
+
+def test_fewer_steps_beside_a_method_are_rather_no_faster():
+    steps = [
+        {"method": "full", "kind": "full", "steps": n, "seconds": s, "fid": 3.0}
+        for n, s in ((50, 20.0), (40, 11.2), (30, 9.9))
+    ]
+    held = comparison(*steps, {"seconds": 10.0, "fid": 2.0}, {"seconds": 11.3, "fid": 2.0})
+    assert held.fewer_steps(held.rows[3])["steps"] == 40
+    assert held.fewer_steps(held.rows[4])["steps"] == 40  # the nearest, as none is slower

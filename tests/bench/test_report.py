@@ -9,9 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from measured import measured, one_row, published, with_samples
 from PIL import Image
 
+from accelkit.bench.figures import depths as depths_plot
+from accelkit.bench.figures import saving as saving_plot
+from accelkit.bench.figures import styles_of
+from accelkit.bench.findings import Findings
+from accelkit.bench.formats import percent
 from accelkit.bench.report import write_report
 from accelkit.errors import AccelkitError
 
@@ -77,7 +83,7 @@ def without_quality():
         row |= {
             key: None for key in row if isinstance(row[key], float) and not key.startswith(times)
         }
-        row["fid_jackknife"] = None
+        row |= {"fid_jackknife": None, "images": None, "manifold_images": None}
     results["protocol"] |= {"extractor": None, "reference": None}
     return results
 
@@ -210,7 +216,7 @@ def test_published_figures_stand_beside_measured_ones(whole):
     assert cells["D4 tuned"][1] == "8.679 ± 0.07 (30.46%)"
     assert cells["D4"][1].startswith("–")
     assert cells["D6"][0].startswith("–")
-    assert cells["D6"][3] == "8.9 ± 0.1 (37%)"
+    assert cells["D6"][3] == "8.900 ± 0.10 (37.00%)"
     measured_row = next(r for r in measured()["rows"] if r["weights"] == "tuned")
     expected = f"{measured_row['fid']:.2f} ± {measured_row['fid_stderr']:.2f} "
     assert cells["D4 tuned"][0] == expected + f"({100 * measured_row['saving']:.1f}%)"
@@ -220,8 +226,9 @@ def test_published_figures_stand_beside_measured_ones(whole):
 def test_the_summary_says_who_wins_and_who_does_not(whole):
     text = " ".join(whole[2].text.split())
     assert "D4 tuned saves most without a distinguishable loss of FID: 27.4% of the time" in text
-    assert re.search(r"Better than fewer steps At equal time, by FID: D4 tuned", text)
-    assert re.search(r"Worse than fewer steps At equal time, by FID: D1 \(DDIM 50\), D4", text)
+    equal = r"At equal time \(within 15%\), by FID:"
+    assert re.search(rf"Better than fewer steps {equal} D4 tuned", text)
+    assert re.search(rf"Worse than fewer steps {equal} D1 \(DDIM 50\), D4", text)
     assert "Caches, other baselines On the Pareto front of time and FID: first_block_cache" in text
     assert "41.9% saved with DDIM 50, alone D4 27.4% and pab 22.0%" in text
     assert "taylorseer (DDPM 250, DDIM 50 and DDIM 25): cache-dit is not installed" in text
@@ -297,6 +304,15 @@ def test_a_broken_picture_is_an_error_that_names_it(tmp_path):
         write_report(tmp_path, results)
 
 
+def test_a_picture_that_is_cut_off_is_an_error_however_small(tmp_path):
+    results = with_samples(measured(), tmp_path)
+    path = tmp_path / results["samples"][1]["file"]
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(AccelkitError, match=r"1\.png"):
+        write_report(tmp_path, results)
+
+
 def test_a_plot_without_quality_shows_time(tmp_path):
     write_report(tmp_path, without_quality())
     text = (tmp_path / "report.html").read_text()
@@ -325,3 +341,150 @@ def test_fewer_steps_count_among_what_saves_time(tmp_path):
     write_report(tmp_path, {**results, "rows": rows})
     said = "full depth in 40 steps saves most without a distinguishable loss of FID: 20.0% of"
     assert said in (tmp_path / "report.md").read_text()
+
+
+def report(tmp_path, results):
+    write_report(tmp_path, results)
+    return (tmp_path / "report.md").read_text()
+
+
+def test_fewer_steps_stand_with_full_depth(whole):
+    text = " ".join(whole[2].text.split())
+    assert re.search(r"Full depth, fewer steps On the Pareto[^:]*: full depth \(.*DDIM 44", text)
+    assert not re.search(r"Caches, other baselines [^A-Z]*On the [^.]*full depth \(DDIM 44", text)
+    assert "steps:44" not in text
+
+
+def test_the_protocol_says_how_figures_are_found(whole, tmp_path):
+    text = " ".join(whole[2].text.split())
+    assert "the paired jackknife over 10 groups of images, with Student's t" in text
+    assert "by the 3 nearest neighbours among 1,000 images on either side" in text
+    assert "over 100 random subsets of 1,000 images" in text
+    assert "mean and SD over 10 splits" in text
+    assert "full depth in any number of steps and schedules run fused forwards" in text
+    results = measured()
+    results["protocol"]["kernels"] = "off"
+    assert "off: all rows run the model's own modules" in report(tmp_path, results)
+    assert "Statistics:** none" in report(tmp_path, without_quality())
+
+
+def test_calls_that_cannot_be_counted_have_no_multiply_adds(tmp_path):
+    results = measured()
+    for row in results["depths"]:
+        row["macs"] = None
+    text = report(tmp_path, results)
+    assert "| Blocks run | ms per call | quartiles | of full time |\n" in text
+    assert "scaled by multiply-adds" not in text
+    assert drawn(depths_plot(results["depths"])).lines[0].get_linestyle() != "--"
+    assert drawn(depths_plot(measured()["depths"])).lines[0].get_linestyle() == "--"
+
+
+def drawn(plot):
+    """The axes of a plot's first panel."""
+    axes = Figure().subplots()
+    axes.labels = plot.panels[0].draw(axes)
+    return axes
+
+
+def test_quartiles_of_calls_are_not_cut_off():
+    measurements = measured()["depths"]
+    measurements[-1]["seconds_quartiles"][1] *= 3
+    axes = drawn(depths_plot(measurements))
+    assert axes.get_ylim()[1] > 1e3 * measurements[-1]["seconds_quartiles"][1]
+
+
+def test_savings_are_beside_each_other_and_far_losses_are_marked():
+    results = measured()
+    for row in results["rows"]:
+        if row["method"] == "tome:0.3":
+            row |= {"saving": -1.435, "saving_interval": [-1.7, -1.1]}
+    held = Findings(results)
+    plot = saving_plot(held, styles_of(held.rows))
+    axes = drawn(plot)
+    marks = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
+    places = [float(line.get_xdata()[0]) for line in marks]
+    assert len(set(places)) == len(places)
+    assert axes.get_ylim()[0] > -0.8
+    assert {text for _, _, text in axes.labels} == {"↓ −143.5%"}
+    assert "−143.5%" in plot.alt
+    assert "What costs more than 50% is drawn there" in plot.caption
+
+
+def test_published_figures_of_settings_that_were_not_run_are_shown(tmp_path):
+    results = {**measured(), "published": published()}
+    for entry in results["published"]:
+        entry["sampler"] = "flow"
+    results["published"][1]["saving"] = -0.12
+    text = report(tmp_path, results)
+    assert "**Published for settings that were not run**" in text
+    assert "| full depth | FLOW 250 | 9.078 ± 0.05 | DiT-XL/2, ImageNet 256 |" in text
+    assert "| full depth | FLOW 50 | 9.120 | DiT-XL/2, ImageNet 256 |" in text
+    assert "| D4 | FLOW 250 | 8.679 ± 0.07 (−12%) |" in text
+    assert text.count("Moon et al. 2024, table 3 (DiT") == 1
+
+
+def test_several_trainings_of_a_method_have_a_row_each(tmp_path):
+    results = {**measured(), "published": published()}
+    base = results["published"][1]
+    base["setting"] += ", 1,300,000 steps"
+    other = {**base, "fid": 5.0, "setting": "DiT-XL/2, ImageNet 256, 2,500,000 steps"}
+    results["published"].append(other)
+    write_report(tmp_path, results)
+    page = Page((tmp_path / "report.html").read_text())
+    cells = {row[0]: row[2] for row in table(page, "DDPM 250, published", 2)}
+    assert cells["D4 tuned, 1,300,000 steps"] == "8.679 ± 0.07 (30.46%)"
+    assert cells["D4 tuned, 2,500,000 steps"] == "5.000 ± 0.07 (30.46%)"
+    assert cells["D4 tuned"].startswith("–")
+
+
+def test_the_table_of_times_says_which_time_rows_are_compared_by(whole):
+    text = " ".join(whole[2].text.split())
+    assert "Seconds are each row's own median; the time saved is of paired rounds" in text
+
+
+def test_the_lead_says_what_was_made(tmp_path, whole):
+    assert "1,000 images per row at equal seeds" in " ".join(whole[2].text.split())
+    text = report(tmp_path, without_quality())
+    assert "1,000 images" not in text
+    assert "batches of 50 images per row, timed without quality figures, at equal seeds" in text
+
+
+def test_one_label_is_not_called_balanced(tmp_path):
+    results = measured()
+    results["protocol"]["classes"] = 1
+    assert "**Labels:** the same for all images" in report(tmp_path, results)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(-0.0003, "0.0%"), (-0.0006, "−0.1%"), (0.5, "50.0%"), (0, "0.0%")]
+)
+def test_nothing_is_no_less_than_nothing(share, text):
+    assert percent(share) == text
+
+
+def test_the_scale_of_kid_follows_its_size(tmp_path, whole):
+    assert "KID × 1000 ± SD" in whole[2].text
+    results = measured()
+    for row in results["rows"]:
+        if row["kid"] is not None:
+            row["kid"] *= 1e4
+    text = report(tmp_path, results)
+    assert "| KID ± SD |" in text
+    assert "KID × 1000" not in text
+
+
+def test_memory_without_a_gpu_is_the_process_s(tmp_path, whole):
+    note = "Peak memory without a GPU is the process's resident memory"
+    assert note in " ".join(whole[2].text.split())
+    results = measured()
+    results["protocol"]["machine"]["gpu"] = "H100"
+    assert note not in report(tmp_path, results)
+
+
+def test_plots_of_an_earlier_run_are_removed(tmp_path):
+    (tmp_path / "plots").mkdir()
+    for name in ("saving.png", "saving.svg", "mine.png"):
+        (tmp_path / "plots" / name).write_bytes(b"old")
+    write_report(tmp_path, one_row(seconds=2.0, fid=3.0))
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {"mine.png", "pareto.png", "pareto.svg"}

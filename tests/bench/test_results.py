@@ -92,7 +92,7 @@ def test_the_reader_knows_every_word_of_the_schema():
 
 def test_another_version_of_the_schema_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "protocol": {}, "rows": []}))
-    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*bench again"):
+    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure anew"):
         read_results(tmp_path)
 
 
@@ -117,6 +117,12 @@ def test_what_holds_no_results_is_refused(text, words, tmp_path):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(AccelkitError, match=words):
         read_results(tmp_path)
+
+
+def test_calls_need_not_be_counted(tmp_path):
+    results = {**SMALL, "depths": [{**SMALL["depths"][0], "macs": None}]}
+    VALIDATOR.validate(results)
+    assert read_results(write_results(tmp_path, results)) == results
 
 
 def test_a_missing_file_is_named(tmp_path):
