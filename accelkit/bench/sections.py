@@ -19,7 +19,7 @@ from accelkit.bench.document import (
 from accelkit.bench.findings import ASSURED, Findings, Row, label, setting
 from accelkit.bench.formats import counted, listed
 from accelkit.bench.summary import standings, summary
-from accelkit.metrics.inception_score import SPLITS
+from accelkit.metrics.inception_score import SPLIT_IMAGES
 from accelkit.metrics.kid import SUBSET_IMAGES, SUBSETS
 
 
@@ -192,7 +192,9 @@ def _statistics(rows: list[Row]) -> str:
             "half the images of the smaller side if these are fewer"
         )
     if any(row["inception_score"] is not None for row in rows):
-        texts.append(f"Inception Score: mean and SD over {SPLITS} splits")
+        texts.append(
+            f"Inception Score: mean and SD over runs of {SPLIT_IMAGES:,} images, or of all if fewer"
+        )
     return "; ".join(texts) or "none: no quality figures"
 
 
