@@ -18,7 +18,8 @@ from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item
 from accelkit.bench import harness
 from accelkit.bench.cells import Cells
-from accelkit.bench.harness import Judge, Variant
+from accelkit.bench.harness import Run, Variant
+from accelkit.bench.judging import Judge, judge_variant
 from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_steps, parse_methods
 from accelkit.bench.plan import Plan
 from accelkit.bench.results import blank_row, identity, installed, machine
@@ -82,22 +83,24 @@ class Comparison:
         Raises:
             AccelkitError: the disk is full.
         """
-        rows: list[dict[str, Any]] = []
-        samples: list[dict[str, Any]] = []
-        throughput: list[dict[str, Any]] = []
+        able: list[Run] = []
+        skipped: list[tuple[Run, str]] = []
         for work in self._works:
-            # fewer steps of one sampler may be those of another
-            variants, skipped = self._able(work, but=[identity(row) for row in rows])
-            times = self._times(variants, work)
-            for variant, time in zip(variants, times, strict=True):
-                costs = harness.cost(variant, work.sampling)
-                quality = self._quality(variant, work)
-                rows.append({**_row(variant, work.sampling), **costs, **time, **quality})
-                samples.append(self._samples(variant, work))
-            rows += [{**_row(v, work.sampling), "skipped": reason} for v, reason in skipped]
-            if work is min(self._works, key=lambda work: work.sampling.steps):
-                throughput = self._throughput(variants, work)
+            for run, reason in self._told(work, but=[_key(run) for run in able]):
+                if reason:
+                    skipped.append((run, reason))
+                else:
+                    able.append(run)
+        times = self._times(able)
+        fewest = min(self._works, key=lambda work: work.sampling.steps)
+        throughput = self._throughput([v for v, work in able if work is fewest], fewest)
         depths = self._depths(self._works[0])
+        rows, samples = [], []
+        for (variant, work), time in zip(able, times, strict=True):
+            costs, quality = harness.cost(variant, work.sampling), self._quality(variant, work)
+            rows.append({**_row(variant, work.sampling), **costs, **time, **quality})
+            samples.append(self._samples(variant, work))
+        rows += [{**_row(v, work.sampling), "skipped": why} for (v, work), why in skipped]
         return {"rows": rows, "depths": depths, "throughput": throughput, "samples": samples}
 
     # what there is to measure
@@ -125,19 +128,16 @@ class Comparison:
             variants += [Variant(pipe, method, tuned=True) for method in of_it]
         return variants
 
-    def _able(
-        self, work: Work, but: Sequence[tuple[Any, ...]] = ()
-    ) -> tuple[list[Variant], list[tuple[Variant, str]]]:
-        """Return the variants that can run, and those that cannot with the reasons.
+    def _told(self, work: Work, but: Sequence[tuple[Any, ...]]) -> list[tuple[Run, str]]:
+        """Return what is to be run of a sampler, each with why it cannot, "" if it can.
 
         The main process finds out: what is installed there holds for all, or they would not meet.
+        ``but`` are left out: fewer steps of one sampler may be those of another.
         """
-        variants = self._variants(work)
-        variants = [v for v in variants if identity(v.identity(work.sampling)) not in but]
-        reasons = [self._reason(v, work) for v in variants] if self.world.main else None
-        told = list(zip(variants, self.world.told(reasons), strict=True))
-        skipped = [(variant, reason) for variant, reason in told if reason]
-        return [variant for variant, reason in told if not reason], skipped
+        runs = [(variant, work) for variant in self._variants(work)]
+        runs = [run for run in runs if _key(run) not in but]
+        reasons = [self._reason(*run) for run in runs] if self.world.main else None
+        return list(zip(runs, self.world.told(reasons), strict=True))
 
     def _reason(self, variant: Variant, work: Work) -> str:
         """Return why a variant cannot run with what is installed here, "" if it can."""
@@ -150,16 +150,16 @@ class Comparison:
                 return str(error)
             return ""
 
-        settings = self._settings([variant], work.sampling, kind="check", machine=machine())
+        settings = self._settings([(variant, work)], kind="check", machine=machine())
         return self.cells.made(settings, make)
 
     # what is measured, unless it was
 
-    def _settings(self, variants: Sequence[Variant], of: Sampling, **more: Any) -> dict[str, Any]:
-        """What a measurement of ``variants`` with a sampler depends on."""
+    def _settings(self, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
+        """What a measurement of runs depends on."""
         return {
             "accelkit": __version__,
-            "variants": [self._described(variant, of) for variant in variants],
+            "runs": [self._described(variant, work.sampling) for variant, work in runs],
             "seed": self.plan.seed,
             "items": hashlib.sha256(json.dumps(self.items).encode()).hexdigest(),
             "kernels": self.plan.kernels,
@@ -178,22 +178,24 @@ class Comparison:
 
     def _timed(self, kind: str, make: Callable[[], Any], settings: dict[str, Any]) -> Any:
         """Return what the main process timed, on this machine."""
-        if not self.world.main:
-            return []
-        return self.cells.made({"kind": kind, "machine": machine(), **settings}, make)
+        return self.cells.made(self._here(kind, settings), make) if self.world.main else []
+
+    def _here(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": kind, "machine": machine(), **settings}
 
     def _on(self, task: str) -> Callable[[int, int], None]:
         return lambda done, total: self._advance(task, done, total)
 
-    def _times(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
+    def _times(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         plan, size = self.plan, self.plan.timing_batch_size
-        settings = self._settings(variants, work.sampling, rounds=plan.rounds, batch_size=size)
+        settings = self._settings(runs, rounds=plan.rounds, batch_size=size)
 
         def make() -> list[dict[str, Any]]:
-            on_run = self._on(f"timing {_worded(work.sampling)}")
-            return harness.time_variants(variants, work, size, plan.rounds, plan.kernels, on_run)
+            kept = self.cells.path(self._here("times", settings)) / "rounds.jsonl"
+            on_run = self._on("timing")
+            return harness.time_runs(runs, size, plan.rounds, plan.kernels, kept, on_run)
 
-        return self._timed("times", make, settings) or [{} for _ in variants]
+        return self._timed("times", make, settings) or [{} for _ in runs]
 
     def _throughput(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
         sizes = self.plan.throughput
@@ -202,7 +204,7 @@ class Comparison:
             on_run = self._on("throughput")
             return harness.throughput(variants, work, sizes, self.plan.kernels, on_run)
 
-        settings = self._settings(variants, work.sampling, batch_sizes=sizes)
+        settings = self._settings([(v, work) for v in variants], batch_sizes=sizes)
         return self._timed("throughput", make, settings) if sizes else []
 
     def _depths(self, work: Work) -> list[dict[str, Any]]:
@@ -214,8 +216,8 @@ class Comparison:
             on_run = self._on("timing by depth")
             return harness.time_depths(self.pipe, depths, work, size, self.plan.kernels, on_run)
 
-        full = self._variants(work)[:1]
-        settings = self._settings(full, work.sampling, depths=depths, batch_size=size)
+        full = (self._variants(work)[0], work)
+        settings = self._settings([full], depths=depths, batch_size=size)
         return self._timed("depths", make, settings)
 
     def _quality(self, variant: Variant, work: Work) -> dict[str, Any]:
@@ -225,8 +227,7 @@ class Comparison:
         # a cache may decide for a batch as a whole, so that its images depend on what is in it
         batch = self.plan.batch_size if variant.method.baseline else None
         settings = self._settings(
-            [variant],
-            work.sampling,
+            [(variant, work)],
             kind="quality",
             images=work.images,
             extractor=[self.judge.extractor.name, self.judge.extractor.sha256],
@@ -236,7 +237,7 @@ class Comparison:
         found = self.world.told(self.cells.get(settings) if self.world.main else None)
         if found is not None:
             return found
-        found = harness.judge_variant(
+        found = judge_variant(
             variant,
             work,
             self.plan.batch_size,
@@ -253,7 +254,7 @@ class Comparison:
 
     def _samples(self, variant: Variant, work: Work) -> dict[str, Any]:
         """Leave a row's first images as a picture, the same items and seeds for all rows."""
-        settings = self._settings([variant], work.sampling, kind="samples", images=_IN_A_PICTURE)
+        settings = self._settings([(variant, work)], kind="samples", images=_IN_A_PICTURE)
         named, how = variant.identity(work.sampling), variant.sampling(work.sampling)
         path = self.cells.path(settings) / "samples.png"
         file = f"samples/{_slug(named)}.png"
@@ -286,6 +287,11 @@ def _slug(named: dict[str, Any]) -> str:
     if len(slug) <= 80:
         return slug
     return f"{slug[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    variant, work = run
+    return identity(variant.identity(work.sampling))
 
 
 def _row(variant: Variant, sampling: Sampling) -> dict[str, Any]:

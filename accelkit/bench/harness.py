@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,11 @@ from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError
-from accelkit.metrics.features import FeatureExtractor
-from accelkit.metrics.quality import measure
-from accelkit.metrics.references import Reference
+from accelkit.files import AGAIN, explain_full_disk
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, decode, generate_latents
 from accelkit.sample.samplers import make_sampler
-from accelkit.sample.scale import RowShards, Work, World, generate_shards
+from accelkit.sample.scale import Work
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
 
@@ -70,14 +69,6 @@ class Variant:
         }
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What images are judged by: features, and real images in the same."""
-
-    extractor: FeatureExtractor
-    reference: Reference
-
-
 @torch.no_grad()
 def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> dict[str, Any]:
     """Make the first ``size`` images; return seconds, peak memory and energy of the whole call.
@@ -109,32 +100,68 @@ def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> di
         }
 
 
-def time_variants(
-    variants: Sequence[Variant],
-    work: Work,
+Run = tuple[Variant, Work]
+"""What is timed: a variant, and what it is asked to make."""
+
+
+def time_runs(
+    runs: Sequence[Run],
     size: int,
     rounds: int,
     kernels: str,
+    kept: Path | None = None,
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Time whole calls, noise to bytes, of ``size`` images; return the time's fields of a row each.
 
-    Rounds are interleaved, A B C A B C, so that a drift of the machine's speed hits all alike; one
-    before them, which warms up, gives the first call's seconds. The saving is 1 less the median
-    over rounds of the ratio to the base, null without one. All runs have the same items and seeds.
+    Rounds are interleaved, A B C A B C, over all samplers, so that a drift of the machine's speed
+    hits all alike; one before them, which warms up, gives the first call's seconds. The saving is 1
+    less the median over rounds of the ratio to the base of the same work, null without one.
+
+    Args:
+        runs: what to time.
+        size: images of a call.
+        rounds: that are counted.
+        kernels: as :func:`accelkit.enable` takes it.
+        kept: a file of a line of JSON for each round; those that it holds are not run again.
+        on_run: called with the runs done and their total.
     """
-    found: list[list[dict[str, Any]]] = [[] for _ in variants]
-    for done in range((rounds + 1) * len(variants)):
-        place = done % len(variants)
-        cold = done < len(variants)
-        found[place].append(run(variants[place], work, size, kernels, cold))
-        on_run(done + 1, (rounds + 1) * len(variants))
-    base = next((rows for v, rows in zip(variants, found, strict=True) if v.base), None)
-    return [_times(rows, base) for rows in found]
+    found = _read_rounds(kept)
+    resumed = len(found)
+    for index in range(resumed, rounds + 1):
+        if index and index == resumed:  # what an earlier process has warmed up is cold again
+            for variant, work in runs:
+                run(variant, work, size, kernels, cold=True)
+        row = []
+        for place, (variant, work) in enumerate(runs):
+            row.append(run(variant, work, size, kernels, cold=index == 0))
+            on_run(index * len(runs) + place + 1, (rounds + 1) * len(runs))
+        found.append(row)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with explain_full_disk(kept, AGAIN), kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    bases = {work: place for place, (variant, work) in enumerate(runs) if variant.base}
+    by_run = list(zip(*found, strict=True))
+    return [
+        _times(by_run[place], by_run[bases[work]] if work in bases else None)
+        for place, (_, work) in enumerate(runs)
+    ]
 
 
-def _times(runs: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> dict[str, Any]:
-    def of(rows: list[dict[str, Any]], name: str) -> list[Any]:
+def _read_rounds(kept: Path | None) -> list[list[dict[str, Any]]]:
+    """Return the rounds that a file holds, without one cut off when its process was killed."""
+    if kept is None or not kept.exists():
+        return []
+    lines = kept.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        kept.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _times(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    def of(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
         return [row[name] for row in rows[1:]]
 
     ratio, interval = (None, None)
@@ -165,14 +192,15 @@ def throughput(
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Return the images per second of each variant at each batch size, sizes within variants."""
+    runs = [(variant, work) for variant in variants]
     timed = []
     for place, size in enumerate(sizes):
-        of_size = len(variants) * (THROUGHPUT_ROUNDS + 1)
+        of_size = len(runs) * (THROUGHPUT_ROUNDS + 1)
 
         def note(done: int, _: int, before: int = place * of_size, all_: int = of_size) -> None:
             on_run(before + done, all_ * len(sizes))
 
-        times = time_variants(variants, work, size, THROUGHPUT_ROUNDS, kernels, note)
+        times = time_runs(runs, size, THROUGHPUT_ROUNDS, kernels, on_run=note)
         timed.append([size / row["seconds"] for row in times])
     return [
         {
@@ -252,35 +280,3 @@ def _counted(pipe: Any, schedule: Schedule, levels: Any) -> float | None:
         return schedule.mean(cost_of(denoiser_of(pipe)), levels)
     except AccelkitError:  # a network that needs its weights to be called
         return None
-
-
-def judge_variant(
-    variant: Variant,
-    work: Work,
-    batch_size: int,
-    kernels: str,
-    judge: Judge,
-    folder: Path,
-    world: World,
-    on_images: OnRun = lambda done, total: None,
-) -> dict[str, Any] | None:
-    """Make a variant's images with all processes; return the quality's fields on the main one.
-
-    Features are streamed into ``folder``; a run that was killed goes on with what is there.
-    """
-    how = replace(work, sampling=variant.sampling(work.sampling))
-    shards = RowShards(folder)
-    with applied(variant.pipe, variant.method, how.sampling, kernels):
-        generate_shards(
-            variant.pipe,
-            how,
-            batch_size,
-            lambda _, images: judge.extractor.extract(images),
-            shards,
-            world,
-            on_images,
-        )
-    if not world.main:
-        return None
-    period, missing = len(work.items), judge.extractor.missing
-    return measure(shards.batches, judge.reference, period=period, missing=missing)

@@ -18,7 +18,7 @@ from accelkit import __version__, artifact
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.comparison import Comparison
-from accelkit.bench.harness import Judge
+from accelkit.bench.judging import Judge
 from accelkit.bench.plan import Plan
 from accelkit.bench.report import write_report
 from accelkit.bench.results import RESULTS, SCHEMA, machine, read_results, write_results

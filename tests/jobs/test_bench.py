@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.bench import harness
+from accelkit.bench import harness, judging
 from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
@@ -90,8 +90,8 @@ def test_methods_times_samplers(bench, ran):
     kinds = ["full", "schedule", "combination", "baseline"]
     assert [row["kind"] for row in results["rows"]] == kinds * 2
     # interleaved: a cold round, then two timed ones in which a brief call goes before each
-    spelled = ["6@1", "3@1", "3+tome:0.5@1", "6+tome:0.5@1"]
-    assert ran[: 4 * 5] == spelled + [s for s in spelled for _ in (1, 2)] * 2
+    spelled = ["6@1", "3@1", "3+tome:0.5@1", "6+tome:0.5@1"] * 2
+    assert ran[: 8 * 5] == spelled + [s for s in spelled for _ in (1, 2)] * 2
     for row in results["rows"]:
         assert row["skipped"] is None
         assert row["seconds"] > row["denoiser_seconds"] > 0
@@ -145,6 +145,35 @@ def test_nothing_is_measured_twice(bench, ran, tmp_path):
     assert "uniform:2" in [row["method"] for row in more["rows"]]
     bench("--schedules", "uniform:3", "--overwrite")
     assert len(ran) > 0
+
+
+def test_timing_goes_on_with_the_round_it_was_killed_in(bench, ran, tmp_path, monkeypatch):
+    options = ("--schedules", "uniform:3", "--baselines", "", "--rounds", "3")
+    real, made = harness.run, []
+
+    def killed(*args, **kwargs):
+        if len(made) == 4 * 2 + 1:  # in the second counted round of four runs
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench(*options)
+    (kept,) = (tmp_path / "run").rglob("rounds.jsonl")
+    rounds = kept.read_text()
+    assert rounds.count("\n") == 2
+    kept.write_text(rounds + '[{"seconds":')  # cut off
+    made.clear()
+    monkeypatch.setattr(harness, "run", lambda *a, **k: (made.append(1), real(*a, **k))[1])
+    results = bench(*options, "--throughput", "")
+    assert len(made) == 4 * 3  # two rounds, and one to warm up
+    assert kept.read_text().startswith(rounds)
+    assert kept.read_text().count("\n") == 4
+    first = [json.loads(line)[0]["seconds"] for line in kept.read_text().splitlines()]
+    assert results["rows"][0]["first_call_seconds"] == first[0]
+    assert results["rows"][0]["seconds"] == np.median(first[1:])
 
 
 def test_other_weights_are_other_measurements(bench, make_pipe, model, ran):
@@ -310,14 +339,14 @@ def test_a_killed_bench_goes_on(tmp_path):
     assert not (tmp_path / "killed" / "results.json").exists()
 
     made = []
-    real = harness.generate_shards
+    real = judging.generate_shards
 
     def counted(pipe, work, batch, rows_of, shards, *more):
         made.append(sum(map(len, shards.missing(work.images, batch))))
         return real(pipe, work, batch, rows_of, shards, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "generate_shards", counted)
+        patch.setattr(judging, "generate_shards", counted)
         cli(*options, "-o", tmp_path / "killed")
     assert made[0] <= 384 - 64 * len(left)
     cli(*options, "-o", tmp_path / "whole")
