@@ -45,19 +45,19 @@ def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
     batch, size = len(sample), tokens * hidden
     if sample.is_cuda:
         return batch, 1
-    threads = torch.get_num_threads()
+    threads = 1 if torch.compiler.is_compiling() or _looked_at() else torch.get_num_threads()
+    # fewer shares than threads would leave some with nothing to do
     busy = batch * size >= threads * _LEAST and (batch % threads == 0 or batch >= 4 * threads)
-    if (
-        not busy  # fewer shares than threads would leave some with nothing to do
-        or torch.compiler.is_compiling()
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    ):
-        threads = 1
+    threads = threads if busy else 1
     most = _MOST // size if _MOST // size >= _FEW else batch
     rounds = -(-batch // (threads * most))
     return -(-batch // (threads * rounds)), threads
+
+
+def _looked_at() -> bool:
+    """Whether something looks at this thread's operators, and would miss those of others."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch.autograd._profiler_enabled()
 
 
 def each(run: Callable[[T], Tensor], parts: Iterable[T], threads: int) -> list[Tensor]:

@@ -360,7 +360,7 @@ def test_the_protocol_says_how_figures_are_found(whole, tmp_path):
     assert "the paired jackknife over 10 groups of images, with Student's t" in text
     assert "by the 3 nearest neighbours among 1,000 images on either side" in text
     assert "over 100 random subsets of 1,000 images" in text
-    assert "mean and SD over 10 splits" in text
+    assert "mean and SD over runs of 5,000 images" in text
     assert "full depth in any number of steps and schedules run fused forwards" in text
     results = measured()
     results["protocol"]["kernels"] = "off"

@@ -153,13 +153,13 @@ def test_timing_goes_on_with_the_round_it_was_killed_in(bench, ran, tmp_path, mo
 
     def killed(*args, **kwargs):
         if len(made) == 4 * 2 + 1:  # in the second counted round of four runs
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         made.append(1)
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match="killed"):
             bench(*options)
     (kept,) = (tmp_path / "run").rglob("rounds.jsonl")
     rounds = kept.read_text()
