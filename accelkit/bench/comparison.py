@@ -76,6 +76,14 @@ class Comparison:
             for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
                 make_sampler(how.sampler, pipe.scheduler, how.steps)
         self._weights = {id(p): _fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
+        self._machine = machine()
+        self._common = {  # what all measurements depend on
+            "accelkit": __version__,
+            "seed": plan.seed,
+            "items": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
+            "kernels": plan.kernels,
+            "packages": {name: installed(name) for name in _PACKAGES},
+        }
 
     def run(self) -> dict[str, Any]:
         """Return ``rows``, ``depths``, ``throughput`` and ``samples`` as the results have them.
@@ -86,7 +94,8 @@ class Comparison:
         able: list[Run] = []
         skipped: list[tuple[Run, str]] = []
         for work in self._works:
-            for run, reason in self._told(work, but=[_key(run) for run in able]):
+            before = [_key(run) for run in (*able, *(run for run, _ in skipped))]
+            for run, reason in self._told(work, but=before):
                 if reason:
                     skipped.append((run, reason))
                 else:
@@ -97,6 +106,9 @@ class Comparison:
         depths = self._depths(self._works[0])
         rows, samples = [], []
         for (variant, work), time in zip(able, times, strict=True):
+            if "skipped" in time:
+                skipped.append(((variant, work), time["skipped"]))
+                continue
             costs, quality = harness.cost(variant, work.sampling), self._quality(variant, work)
             rows.append({**_row(variant, work.sampling), **costs, **time, **quality})
             samples.append(self._samples(variant, work))
@@ -150,27 +162,20 @@ class Comparison:
                 return str(error)
             return ""
 
-        settings = self._settings([(variant, work)], kind="check", machine=machine())
+        settings = self._settings([(variant, work)], kind="check", machine=self._machine)
         return self.cells.made(settings, make)
 
     # what is measured, unless it was
 
     def _settings(self, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
         """What a measurement of runs depends on."""
-        return {
-            "accelkit": __version__,
-            "runs": [self._described(variant, work.sampling) for variant, work in runs],
-            "seed": self.plan.seed,
-            "items": hashlib.sha256(json.dumps(self.items).encode()).hexdigest(),
-            "kernels": self.plan.kernels,
-            "packages": {name: installed(name) for name in _PACKAGES},
-            **more,
-        }
+        described = [self._described(variant, work.sampling) for variant, work in runs]
+        return {**self._common, "runs": described, **more}
 
     def _described(self, variant: Variant, of: Sampling) -> dict[str, Any]:
         method, how = variant.method, variant.sampling(of)
         return {
-            **{name: getattr(method, name) for name in ("baseline", "options", "compile")},
+            **{name: getattr(method, name) for name in ("baseline", "options", "compile", "eager")},
             "schedule": [method.schedule.layers, method.schedule.to_dict()["intervals"]],
             "sampling": asdict(how),
             "weights": self._weights[id(variant.pipe)],
@@ -181,7 +186,7 @@ class Comparison:
         return self.cells.made(self._here(kind, settings), make) if self.world.main else []
 
     def _here(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-        return {"kind": kind, "machine": machine(), **settings}
+        return {"kind": kind, "machine": self._machine, **settings}
 
     def _on(self, task: str) -> Callable[[int, int], None]:
         return lambda done, total: self._advance(task, done, total)

@@ -100,6 +100,15 @@ def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> di
         }
 
 
+def _run_if_there_is_room(*arguments: Any) -> dict[str, Any] | None:
+    """Return what :func:`run` does, None if the GPU's memory does not suffice."""
+    try:
+        return run(*arguments)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
 Run = tuple[Variant, Work]
 """What is timed: a variant, and what it is asked to make."""
 
@@ -116,7 +125,8 @@ def time_runs(
 
     Rounds are interleaved, A B C A B C, over all samplers, so that a drift of the machine's speed
     hits all alike; one before them, which warms up, gives the first call's seconds. The saving is 1
-    less the median over rounds of the ratio to the base of the same work, null without one.
+    less the median over rounds of the ratio to the base of the same work, null without one. A row
+    that the GPU's memory does not suffice for has ``skipped`` alone, which says so.
 
     Args:
         runs: what to time.
@@ -131,10 +141,10 @@ def time_runs(
     for index in range(resumed, rounds + 1):
         if index and index == resumed:  # what an earlier process has warmed up is cold again
             for variant, work in runs:
-                run(variant, work, size, kernels, cold=True)
+                _run_if_there_is_room(variant, work, size, kernels, True)
         row = []
         for place, (variant, work) in enumerate(runs):
-            row.append(run(variant, work, size, kernels, cold=index == 0))
+            row.append(_run_if_there_is_room(variant, work, size, kernels, index == 0))
             on_run(index * len(runs) + place + 1, (rounds + 1) * len(runs))
         found.append(row)
         if kept is not None:
@@ -142,14 +152,23 @@ def time_runs(
             with explain_full_disk(kept, AGAIN), kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     bases = {work: place for place, (variant, work) in enumerate(runs) if variant.base}
-    by_run = list(zip(*found, strict=True))
+    no_room = {"skipped": f"there is no room for {size} images at a time in the GPU's memory"}
+    by_run = [_whole(column) for column in zip(*found, strict=True)]
     return [
-        _times(by_run[place], by_run[bases[work]] if work in bases else None)
-        for place, (_, work) in enumerate(runs)
+        no_room
+        if measured is None
+        else _times(measured, by_run[bases[work]] if work in bases else None)
+        for measured, (_, work) in zip(by_run, runs, strict=True)
     ]
 
 
-def _read_rounds(kept: Path | None) -> list[list[dict[str, Any]]]:
+def _whole(runs: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]] | None:
+    """Return a row's rounds, None if there was no room for one."""
+    made = [run for run in runs if run is not None]
+    return made if len(made) == len(runs) else None
+
+
+def _read_rounds(kept: Path | None) -> list[list[dict[str, Any] | None]]:
     """Return the rounds that a file holds, without one cut off when its process was killed."""
     if kept is None or not kept.exists():
         return []
@@ -191,7 +210,10 @@ def throughput(
     kernels: str,
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Return the images per second of each variant at each batch size, sizes within variants."""
+    """Return the images per second of each variant at each batch size, sizes within variants.
+
+    A size that the GPU's memory does not suffice for is left out.
+    """
     runs = [(variant, work) for variant in variants]
     timed = []
     for place, size in enumerate(sizes):
@@ -201,15 +223,16 @@ def throughput(
             on_run(before + done, all_ * len(sizes))
 
         times = time_runs(runs, size, THROUGHPUT_ROUNDS, kernels, on_run=note)
-        timed.append([size / row["seconds"] for row in times])
+        timed.append(times)
     return [
         {
             **variant.identity(work.sampling),
             "batch_size": size,
-            "images_per_second": timed[i][place],
+            "images_per_second": size / times[place]["seconds"],
         }
         for place, variant in enumerate(variants)
-        for i, size in enumerate(sizes)
+        for size, times in zip(sizes, timed, strict=True)
+        if "skipped" not in times[place]
     ]
 
 

@@ -6,12 +6,14 @@ A method is spelled in parts between ``+``, in any order::
     tome:0.3              token merging, at full depth
     first_block_cache     a cache (accelkit.bench.baselines.BASELINES), its options behind colons
     compile               torch.compile; compile:BACKEND, or compile:graphs for CUDA graphs
+    eager                 the model's own modules, where full depth runs fused kernels
     steps:20              full depth in another number of steps
     steps                 full depth in as many steps as cost what each of the schedules does
     D4+pab:3+compile      and so on
 
 Full depth and schedules run as :func:`accelkit.enable` runs them, by fused kernels where there are
-some; caches and torch.compile run the model's own modules. With ``kernels="off"`` all do.
+some; caches and torch.compile run the model's own modules, and so does ``eager``, which is what
+they compare with. With ``kernels="off"`` all do.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class Method:
         baseline: a key of :data:`accelkit.bench.baselines.BASELINES`, None for no cache.
         options: all options of the baseline.
         compile: ``graphs`` or a backend of torch.compile's, None for neither.
+        eager: whether it runs the model's own modules; False where a cache or torch.compile does.
         steps: sampling steps; None for the sampler's own, :data:`FEWER` for ``steps``.
     """
 
@@ -64,12 +67,14 @@ class Method:
     baseline: str | None = None
     options: dict[str, Value] = field(default_factory=dict)
     compile: str | None = None
+    eager: bool = False
     steps: int | None = None
 
     @property
     def kind(self) -> str:
         """``full``, ``schedule``, ``baseline``, or ``combination`` of several."""
-        beside = [self.schedule.merges, self.baseline, self.compile, self.steps is not None]
+        fewer = self.steps is not None
+        beside = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
         count = sum(map(bool, beside))
         if self.schedule.depths[0] < self.schedule.layers:
             return "combination" if count else "schedule"
@@ -196,6 +201,7 @@ def _compiled(pipe: Any, method: Method, sampling: Sampling, kernels: str) -> nn
         str(method.schedule),
         method.baseline and (method.baseline, *method.options.items(), sampling),
         method.compile,
+        method.eager,
         kernels,
     )
     kept = _kept.setdefault(model, {})
@@ -215,9 +221,10 @@ def _compiled(pipe: Any, method: Method, sampling: Sampling, kernels: str) -> nn
 def _put_on(stack: ExitStack, pipe: Any, method: Method, sampling: Sampling, kernels: str) -> None:
     """Put schedule and cache on a pipeline's network until ``stack`` is closed."""
     schedule, by_torch = method.schedule, method.compile not in (None, GRAPHS)
+    kernels = "off" if by_torch or method.eager else kernels
     try:
         if not schedule.full or not (by_torch or method.baseline):
-            stack.enter_context(enable(pipe, schedule, kernels="off" if by_torch else kernels))
+            stack.enter_context(enable(pipe, schedule, kernels=kernels))
         if method.compile == GRAPHS:
             graphs.compile(pipe)
         if method.baseline is not None:
@@ -233,17 +240,20 @@ def _put_on(stack: ExitStack, pipe: Any, method: Method, sampling: Sampling, ker
 
 
 def _read(name: str, backbone: Backbone) -> Method:
-    """Read one method; what is no cache, compile or steps is the schedule."""
+    """Read one method; what is no cache, compile, eager or steps is the schedule."""
     baseline: str | None = None
     backend: str | None = None
     steps: int | None = None
     options: dict[str, Value] = {}
     schedule: list[str] = []
+    eager = False
     for part in name.split("+"):
         head, *rest = part.strip().split(":")
         head = head.lower()
         taken: Value | None = {"compile": backend, "steps": steps}.get(head, baseline)
-        if head not in (*BASELINES, "compile", "steps"):
+        if part.strip().lower() == "eager":
+            eager = True
+        elif head not in (*BASELINES, "compile", "steps"):
             schedule.append(part.strip())
         elif taken is not None:
             raise AccelkitError(f"{name!r} has {taken} and {part}; a method has one of a kind")
@@ -253,7 +263,9 @@ def _read(name: str, backbone: Backbone) -> Method:
             backend = _backend(":".join(rest) or "inductor")
         else:
             steps = _steps(":".join(rest), name)
-    return Method(name, _schedule(schedule, name, backbone), baseline, options, backend, steps)
+    eager = eager and baseline is None and backend in (None, GRAPHS)  # the others are, anyway
+    parsed = _schedule(schedule, name, backbone)
+    return Method(name, parsed, baseline, options, backend, eager, steps)
 
 
 def _schedule(parts: list[str], name: str, backbone: Backbone) -> Schedule:
@@ -275,7 +287,7 @@ def _schedule(parts: list[str], name: str, backbone: Backbone) -> Schedule:
 
 def _check_name(part: str, backbone: Backbone) -> None:
     presets = (*preset_names(backbone.family), *common_presets())
-    known = [*presets, "full", "uniform:K", "tome:RATIO", *BASELINES, "compile", "steps:K"]
+    known = [*presets, "full", "uniform:K", "tome:RATIO", *BASELINES, "compile", "eager", "steps:K"]
     word = part.partition(":")[0].lower()
     if word not in {name.partition(":")[0].lower() for name in known}:
         raise AccelkitError(f"unknown method {part!r}; nearest first: {_nearest(word, known)}")

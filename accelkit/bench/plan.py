@@ -38,8 +38,8 @@ class Plan:
         AccelkitError: a number is too small.
     """
 
-    methods: str = "full,D1,D3,D4,D6,tome:0.3,steps"
-    samplers: tuple[str, ...] = ("ddim:50", "ddim:10")
+    methods: str
+    samplers: tuple[str, ...]
     images: int = 5000
     batch_size: int = 32
     seed: int = 0

@@ -47,7 +47,8 @@ Baselines = Annotated[
     typer.Option(
         help="Alternatives to compare with: tome:RATIO[:B4] (token merging), steps (fewer, at "
         "equal cost), first_block_cache, faster_cache, pab, taylorseer, mag_cache, cache-dit, "
-        "compile; with a schedule and a plus in front, both. Commas between several."
+        "compile, eager (no fused kernels); with a schedule and a plus in front, both. Commas "
+        "between several."
     ),
 ]
 Kernels = Annotated[

@@ -114,7 +114,9 @@ def finetune(
     report_to: ReportTo = None,
     baselines: Baselines = "",
     eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
-    eval_batch_size: Annotated[int, typer.Option()] = 250,
+    eval_batch_size: Annotated[
+        int, typer.Option(help="Of these; of a timed call, no more than 32.")
+    ] = 250,
     sampler: Sampler = "auto",
     sampling_steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
     guidance: Guidance = 1.0,
@@ -164,6 +166,7 @@ def finetune(
         samplers=(f"{settings['sampler']}:{settings['sampling_steps']}",),
         images=settings["eval_images"],
         batch_size=settings["eval_batch_size"],
+        timing_batch_size=min(32, settings["eval_batch_size"]),  # more may not fit
         guidance=settings["guidance"],
         guidance_channels=settings["guidance_channels"] or None,
         throughput=(),

@@ -289,7 +289,7 @@ def _protocol(
             "batch_size": plan.timing_batch_size,
             "order": "interleaved, A B C A B C",
             "clock": Stopwatch(model.device).clock,
-            "warmup": "one whole call of each",
+            "warmup": "one whole call of each, and two steps before every counted one",
         },
         "machine": machine(),
     }

@@ -146,11 +146,6 @@ def open_extractor(
     return TorchScriptFeatures(Path(spec), image_size, device, sha256)
 
 
-def extractor(name: str = "digits") -> FeatureExtractor:
-    """Return the feature extractor that :func:`open_extractor` knows as ``name``."""
-    return open_extractor(name)
-
-
 @cache
 def _digits() -> DigitFeatures:
     return DigitFeatures()

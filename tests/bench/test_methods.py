@@ -64,6 +64,10 @@ def one(text, model) -> Method:
         ("compile", "baseline", "full", {"compile": "inductor"}),
         ("compile:aot_eager+D4", "combination", "D4", {"compile": "aot_eager"}),
         ("compile:graphs", "baseline", "full", {"compile": "graphs"}),
+        ("eager", "baseline", "full", {"eager": True}),
+        ("D4+Eager", "combination", "D4", {"eager": True}),
+        ("eager+pab", "baseline", "full", {"baseline": "pab", "options": {"interval": 2}}),
+        ("eager+compile", "baseline", "full", {"compile": "inductor"}),
         ("steps:20", "baseline", "full", {"steps": 20}),
         ("steps", "baseline", "full", {"steps": FEWER}),
         ("steps:7 + pab + compile:eager", "combination", "full",
@@ -196,6 +200,15 @@ def test_schedules_run_as_enable_runs_them(pipe, text, kernels):
         assert enabled_on(pipe).kernels == kernels
         assert torch.equal(sample(pipe), expected)
     check(pipe, method, TEN, kernels)
+    assert enabled_on(pipe) is None
+
+
+@pytest.mark.parametrize("text", ["eager", f"{LADDER}+eager"])
+def test_eager_runs_the_models_own_modules(pipe, text):
+    method = one(text, pipe.transformer)
+    with applied(pipe, method, TEN):
+        state = enabled_on(pipe)
+        assert (state.kernels, state.schedule) == ("off", method.schedule)
     assert enabled_on(pipe) is None
 
 

@@ -27,17 +27,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(make_pipe, tmp_path):
-    make_pipe().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.fixture
 def data(tmp_path):
     draw = np.random.default_rng(0)
@@ -131,6 +120,25 @@ def test_time_by_depth_and_batch(bench):
     sizes = [(row["method"], row["batch_size"]) for row in results["throughput"]]
     methods = dict.fromkeys(row["method"] for row in results["rows"] if row["steps"] == 3)
     assert sizes == [(method, size) for method in methods for size in (1, 3)]
+
+
+def test_what_has_no_room_is_a_row_that_says_so(bench, monkeypatch):
+    real = harness.generate_latents
+
+    def short_of(pipe, items, *args):
+        if enabled_on(pipe).schedule.depths[-1] == 3 or len(items) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pipe, items, *args)
+
+    monkeypatch.setattr(harness, "generate_latents", short_of)
+    results = bench("--schedules", "uniform:3,uniform:2", "--throughput", "2,4")
+    reasons = {row["method"]: row["skipped"] for row in results["rows"]}
+    assert reasons["full"] is reasons["uniform:2"] is None
+    assert reasons["uniform:3"] == "there is no room for 2 images at a time in the GPU's memory"
+    sizes = [(row["method"], row["batch_size"]) for row in results["throughput"]]
+    assert ("full", 2) in sizes
+    assert ("uniform:3", 2) not in sizes
+    assert all(size == 2 for _, size in sizes)
 
 
 def test_nothing_is_measured_twice(bench, ran, tmp_path):
@@ -324,6 +332,8 @@ def test_a_killed_bench_goes_on(tmp_path):
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "accelkit", *options, "-o", str(tmp_path / "killed")],
+        # as many threads as here: their number rounds the images otherwise
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

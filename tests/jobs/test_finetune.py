@@ -26,17 +26,6 @@ SCHEDULE = "6@0.5,3@1"
 SMALL = ["--eval-images", "4", "--eval-batch-size", "2", "--sampling-steps", "2"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(make_pipe, tmp_path):
-    make_pipe().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.fixture
 def data(tmp_path):
     draw = np.random.default_rng(0)

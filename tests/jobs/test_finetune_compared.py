@@ -12,17 +12,6 @@ from accelkit.train import loop
 SMALL = ["--sampling-steps", "2", "--eval-images", "2", "--eval-batch-size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(make_pipe, tmp_path):
-    make_pipe().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.fixture
 def data(tmp_path):
     for name in ("ant", "bee"):

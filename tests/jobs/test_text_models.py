@@ -20,11 +20,6 @@ from accelkit.switch import enabled_on
 SMALL = ["--eval-images", "2", "--eval-batch-size", "2", "--sampling-steps", "2"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories of pipelines, by family."""
