@@ -69,7 +69,8 @@ class Distinct:
             The third is (B,), int64; None where all samples have the same pair.
         """
         self.repeated = False
-        if len(timestep) == 1 or not any(timestep.stride()):
+        # the former without waiting for a GPU; telling pairs apart would wait, too
+        if not any(timestep.stride()) or _one(timestep):
             values, index = self._labels(labels)
             return timestep[:1].expand(len(values)), values, index if len(values) > 1 else None
         pairs = torch.stack([timestep.double(), labels.expand(len(timestep)).double()], dim=1)
@@ -91,3 +92,7 @@ class Distinct:
         if not self.repeated:
             self._found = found
         return self._found  # type: ignore[return-value]
+
+
+def _one(timestep: Tensor) -> bool:
+    return len(timestep) == 1 or (len(timestep) > 0 and bool((timestep == timestep[0]).all()))

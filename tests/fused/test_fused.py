@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from small_models import DiT, Flux, PixArt, UViT, seeded
 
 import accelkit
+from accelkit.backbones import dit
 from accelkit.errors import AccelkitError
 from accelkit.fused import base, ops, threads
 from accelkit.switch import disable, enable, enabled_on
@@ -246,6 +247,19 @@ def test_embedders_that_differ_are_each_asked():
         apart = model(**call).sample
         assert relative(apart, shared) > 1e-4
         assert relative(apart, run_own(model, call, family.schedule)) < 1e-6
+
+
+@pytest.mark.parametrize("times", [[500] * 4, [500, 500, 500, 400]])
+def test_embedders_are_compared_once_for_the_same_labels_and_one_timestep(monkeypatch, times):
+    compared = []
+    real = dit.DiT.embedders_equal
+    spied = property(lambda self: compared.append(self) or real.fget(self))
+    monkeypatch.setattr(dit.DiT, "embedders_equal", spied)
+    model = DiT().make()
+    with enable(model, "full"), torch.no_grad():
+        for _ in range(3):
+            model(**mixed(DiT(), times))
+    assert len(compared) == (1 if len(set(times)) == 1 else 3)
 
 
 def run_own(model, call, schedule):
