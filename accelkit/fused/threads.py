@@ -80,6 +80,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             before, ready = torch.get_num_threads(), Barrier(threads + 1)
 
             def begin() -> None:
+                torch.get_num_threads()  # else a thread's first operator takes those of the process
                 torch.set_num_threads(1)
                 ready.wait()
 

@@ -84,6 +84,14 @@ def test_the_number_of_threads_stays(dit, two_threads):
     assert later == [2]
 
 
+def test_operators_of_a_share_take_one_thread(two_threads):
+    def taken(_):
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        return torch.get_num_threads()
+
+    assert set(threads._pool(2).map(taken, range(8))) == {1}
+
+
 @pytest.mark.parametrize("inference", [True, False])
 def test_results_can_be_used_as_those_of_the_whole(dit, two_threads, seen, inference):
     latents, how = batch(128)
