@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -43,14 +44,24 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, An
 def record(
     module: str, protocol: dict[str, Any], results: dict[str, Any], path: str | None
 ) -> None:
-    """Print results as JSON and, given a path, write them there with command and machine."""
+    """Print results as JSON and, given a path, write them there with what they depend on."""
     print(json.dumps(results, indent=2))
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python -m", module, *sys.argv[1:]])
         content = {"command": command, "protocol": protocol, "results": results}
-        write_json(target, {**content, "machine": machine()})
+        write_json(target, {**content, "machine": machine(), "commit": _commit()})
+
+
+def _commit() -> str | None:
+    """Return the commit of this tree, ``-dirty`` behind it if it was changed; None outside git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        told = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
