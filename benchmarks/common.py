@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelkit.bench.results import machine
+from accelkit.bench.results import commit, machine
 from accelkit.files import write_json
 
 
@@ -51,17 +50,7 @@ def record(
         target.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python -m", module, *sys.argv[1:]])
         content = {"command": command, "protocol": protocol, "results": results}
-        write_json(target, {**content, "machine": machine(), "commit": _commit()})
-
-
-def _commit() -> str | None:
-    """Return the commit of this tree, ``-dirty`` behind it if it was changed; None outside git."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        told = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return told.stdout.strip() or None
+        write_json(target, {**content, "machine": machine(), "commit": commit()})
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -110,6 +111,19 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in _PACKAGES},
     }
+
+
+def commit() -> str | None:
+    """Return the commit of the sources, ``-dirty`` behind it if changed; None outside git."""
+    sources = Path(__file__).parents[2]
+    if not (sources / ".git").exists():  # installed, perhaps within a repository of the user's
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        told = subprocess.run(describe, cwd=sources, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
 
 
 def violations(value: Any, schema: dict[str, Any] | None = None, at: str = "") -> Iterator[str]:

@@ -115,9 +115,10 @@ def _protocol(results: dict[str, Any], settings: list[tuple[str, int]]) -> list[
     of_channels = f" on the first {channels} channels" if channels is not None else ""
     packages = [f"{name} {version}" for name, version in machine["packages"].items() if version]
     without = [name for name, version in machine["packages"].items() if not version]
+    commit = f", commit {protocol['commit']}" if protocol.get("commit") else ""
     facts = {
         "Command": protocol["command"],
-        "Run": f"{protocol['created']}, accelkit {protocol['accelkit']}",
+        "Run": f"{protocol['created']}, accelkit {protocol['accelkit']}{commit}",
         "Model": f"{model['name']}{revision}: {model['class']}, "
         f"{counted(model['blocks'], 'block')}, {model['parameters']:,} parameters, "
         f"{model['dtype']}",

@@ -21,7 +21,7 @@ from accelkit.bench.comparison import Comparison
 from accelkit.bench.judging import Judge
 from accelkit.bench.plan import Plan
 from accelkit.bench.report import write_report
-from accelkit.bench.results import RESULTS, SCHEMA, machine, read_results, write_results
+from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_results, write_results
 from accelkit.bench.timing import Stopwatch
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
@@ -260,6 +260,7 @@ def _protocol(
         "command": shlex.join(["accelkit", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "accelkit": __version__,
+        "commit": commit(),
         "model": {
             "name": source.model,
             "revision": source.revision,

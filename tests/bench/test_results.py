@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ from accelkit.bench import results as module
 from accelkit.bench.results import (
     SCHEMA_FILE,
     blank_row,
+    commit,
     machine,
     read_results,
     violations,
@@ -145,3 +147,29 @@ def test_the_machine_is_described_as_the_schema_says():
     told = SCHEMA["properties"]["protocol"]["properties"]["machine"]
     jsonschema.validate(machine(), told)
     assert machine()["packages"]["numpy"]
+
+
+def test_the_commit_is_that_of_a_checkout_alone(tmp_path, monkeypatch):
+    def git(*arguments):
+        named = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *named, *arguments], capture_output=True, text=True, check=True
+        ).stdout
+
+    file = tmp_path / "site-packages" / "accelkit" / "bench" / "results.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a user's own repository")
+    monkeypatch.setattr(module, "__file__", str(file))
+    assert commit() is None
+    (tmp_path / "site-packages").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "accelkit").rename(tmp_path / "accelkit")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "accelkit" / "bench" / "results.py"))
+    git("add", ".")
+    git("commit", "-qm", "a checkout")
+    head = git("rev-parse", "HEAD").strip()
+    assert commit() == head
+    (tmp_path / "accelkit" / "bench" / "results.py").write_text("changed")
+    assert commit() == f"{head}-dirty"
