@@ -148,12 +148,15 @@ class FusedDiT(FusedForward):
             return None
         if timestep.ndim != 1 or labels.ndim != 1 or call.get("cross_attention_kwargs") is not None:
             return None
-        if labels.is_floating_point():
+        if labels.dtype not in (torch.int64, torch.int32):
             return None  # for the model to refuse
         if self.model.training or sample.shape[-1] != sample.shape[-2]:
             return None  # labels are dropped at random; diffusers takes a map for a square one
-        if not {len(timestep), len(labels)} <= {1, len(sample)}:
+        if not {len(timestep), len(labels)} <= {1, len(sample)} or not sample.numel():
             return None  # for the model to refuse
+        patches = self.model.pos_embed.proj.weight  # (D, C, P, P)
+        if (sample.shape[1], sample.dtype) != (patches.shape[1], patches.dtype):
+            return None  # too
         modulations = self.modulations(plan.depth, timestep, labels, sample.dtype)
         if self.graphs is not None:  # whose sizes are not to depend on how many labels differ
             modulations = modulations.of_each(len(sample))

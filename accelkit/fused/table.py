@@ -17,7 +17,8 @@ class StepTable:
 
     A run is known by its timesteps and labels being the same tensors as before. One who calls a
     model with labels made anew each time, or with other weights, never pays for a table. Weights
-    written to through ``.data`` in the middle of a run count from the next run on.
+    written to through ``.data`` in the middle of a run count from the next run on, or where the
+    step under way is asked for again, which is worked out by itself.
 
     Attributes:
         bytes: that the table takes, 0 without one.
@@ -33,7 +34,7 @@ class StepTable:
     def at(
         self, run: tuple[Any, ...], versions: Any, place: int, size: int, make: Callable[[], Tensor]
     ) -> Tensor | None:
-        """Return what a step has of a run's table; None at its first step, or if it is too large.
+        """Return what a step has of a run's table; None at its first, or if it is too large.
 
         Args:
             run: objects whose identity tells the run.
@@ -44,11 +45,11 @@ class StepTable:
         """
         same = len(run) == len(self._run) and all(map(_is, run, self._run))
         same = same and place >= self._place  # or it has begun again
-        self._place = place
+        again, self._place = place == self._place, place
         if not same or versions != self._versions:
             self._run, self._versions, self._table, self.bytes = run, versions, None, 0
             return None
-        if size > LIMIT:
+        if again or size > LIMIT:
             return None
         if self._table is None:
             self._table, self.bytes = make(), size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Lock
+from threading import Lock, Thread
 from typing import TypeVar
 
 import torch
@@ -25,9 +25,8 @@ _MOST, _FEW, _LEAST = 1 << 19, 32, 1 << 17
 
 T = TypeVar("T")
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_lock = Lock()
-os.register_at_fork(after_in_child=_pools.clear)  # a child has none of the threads
+_pools: dict[int, ThreadPoolExecutor] = {}  # by the number of threads: one, the last that was used
+_lock, _beginning = Lock(), Lock()
 
 
 def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
@@ -43,7 +42,7 @@ def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
         hidden: features of the largest tensor.
     """
     batch, size = len(sample), tokens * hidden
-    if sample.is_cuda:
+    if not sample.is_cpu or not batch * size:
         return batch, 1
     threads = 1 if torch.compiler.is_compiling() or _looked_at() else torch.get_num_threads()
     # fewer shares than threads would leave some with nothing to do
@@ -61,7 +60,11 @@ def _looked_at() -> bool:
 
 
 def each(run: Callable[[T], Tensor], parts: Iterable[T], threads: int) -> list[Tensor]:
-    """Return what ``run`` makes of each part, so many at a time, without gradients."""
+    """Return what ``run`` makes of each part, so many at a time, without gradients.
+
+    One after the other where no thread can be had: there are too many, or the interpreter ends.
+    """
+    parts = list(parts)
     if threads == 1:
         return list(map(run, parts))
     inference = torch.is_inference_mode_enabled()
@@ -70,23 +73,43 @@ def each(run: Callable[[T], Tensor], parts: Iterable[T], threads: int) -> list[T
         with torch.inference_mode() if inference else torch.no_grad():
             return run(part)
 
-    return list(_pool(threads).map(alone, parts))
+    try:
+        pool = _pool(threads)
+        made = [pool.submit(alone, part) for part in parts]
+    except RuntimeError:
+        return list(map(run, parts))
+    return [future.result() for future in made]
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return threads whose operators run on nothing but themselves."""
     with _lock:
         if threads not in _pools:
-            before, ready = torch.get_num_threads(), Barrier(threads + 1)
-
-            def begin() -> None:
-                torch.get_num_threads()  # else a thread's first operator takes those of the process
-                torch.set_num_threads(1)
-                ready.wait()
-
-            _pools[threads] = ThreadPoolExecutor(threads, "accelkit", begin)
-            for _ in range(threads):
-                _pools[threads].submit(int)
-            ready.wait()
-            torch.set_num_threads(before)  # which each of them set for threads to come, too
+            for other in _pools.values():
+                other.shutdown(wait=False)
+            _pools.clear()
+            _pools[threads] = ThreadPoolExecutor(threads, "accelkit", _begin)
         return _pools[threads]
+
+
+def _begin() -> None:
+    """Give this thread's operators one thread, and leave the number of all others as it is."""
+    with _beginning:
+        of_process = torch.get_num_threads()  # without asking, its first operator would take them
+        torch.set_num_threads(1)  # of this thread, and of those whose first operator is to come
+        restore = Thread(target=torch.set_num_threads, args=(of_process,))
+        try:
+            restore.start()
+            restore.join()
+        except RuntimeError:  # one thread more cannot be had: then this one is like the others
+            torch.set_num_threads(of_process)
+
+
+def _forget() -> None:
+    """Begin anew in a forked child, which has none of the threads."""
+    global _lock, _beginning
+    _pools.clear()
+    _lock, _beginning = Lock(), Lock()
+
+
+os.register_at_fork(after_in_child=_forget)

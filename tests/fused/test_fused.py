@@ -262,6 +262,33 @@ def test_embedders_are_compared_once_for_the_same_labels_and_one_timestep(monkey
     assert len(compared) == (1 if len(set(times)) == 1 else 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_labels_of_a_type_that_is_refused_leave_no_trace(dtype):
+    model, call = DiT().make(), mixed(DiT(), [500, 500])
+    with enable(model, "full"), torch.no_grad():
+        expected = model(**call).sample
+        for _ in range(2):
+            with pytest.raises((RuntimeError, IndexError), match="Expected tensor for argument"):
+                model(**call | {"class_labels": call["class_labels"].to(dtype)})
+            assert torch.equal(model(**call).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"hidden_states": torch.zeros(2, 3, 8, 8)}, {"hidden_states": torch.zeros(0, 4, 8, 8)},
+            {"hidden_states": torch.zeros(2, 4, 8, 8, dtype=torch.float64)},
+            {"hidden_states": torch.zeros(2, 4, 1, 1)}],
+    ids=["channels", "none", "dtype", "size"],
+)  # fmt: skip
+def test_an_input_that_does_not_fit_is_refused_as_by_the_own_modules(odd):
+    model, call = DiT().make(), mixed(DiT(), [500, 500]) | odd
+    said = []
+    for kernels in ("off", "auto"):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the model says
+            run(model, call, "full", kernels)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 def run_own(model, call, schedule):
     """What a copy of an enabled model gives by its own modules."""
     twin = copy.deepcopy(model)

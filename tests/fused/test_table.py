@@ -7,7 +7,7 @@ from small_models import DiT
 from test_fused import mixed, relative
 
 from accelkit.fused import table
-from accelkit.switch import enable
+from accelkit.switch import disable, enable
 
 SCHEDULE = DiT.schedule
 
@@ -94,6 +94,19 @@ def test_weights_written_to_make_it_anew(part):
     with torch.no_grad():
         model.transformer_blocks[1].get_parameter(part).mul_(1.5)
     check(model, each)
+
+
+def test_a_step_that_is_asked_again_sees_weights_written_through_data():
+    model = DiT().make()
+    run_of = Run(model)
+    for place in (0, 1, 2, 2):
+        run_of.at(place)
+    assert run_of.bytes > 0
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    found = run_of.at(2)
+    disable(model)
+    assert relative(found, Run(model, kernels="off").at(2)) < 1e-5
 
 
 def test_another_run_makes_its_own():

@@ -1,6 +1,8 @@
 """Shares of a batch on a thread each: the same results, and nothing left behind."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -155,3 +157,66 @@ def test_no_thread_is_left_without_work(monkeypatch, threads_there, samples):
     assert used in (1, threads_there)
     shares = -(-samples // count)
     assert used == 1 or shares / (used * -(-shares // used)) > 0.75
+
+
+def test_the_number_of_a_thread_to_come_stays(two_threads):
+    threads._pool(2).submit(int).result()
+    threads._pool(3).submit(int).result()
+    assert list(threads._pools) == [3]
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [torch.get_num_threads()] == [2]
+
+
+AT_THE_END = """
+import atexit, sys, threading, time, torch
+sys.path.insert(0, "tests")
+from small_models import DiT
+from accelkit.switch import enable
+torch.set_num_threads(2)
+model, call = DiT().make(), DiT().call(100)
+call = {k: v[:1].repeat(600, *[1] * (v.ndim - 1)) for k, v in call.items()}
+enable(model, "full")
+
+@torch.no_grad()
+def sample(times):
+    for _ in range(times):
+        result = model(**call).sample
+    print("made", len(result), flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", [
+    "sample(1); atexit.register(sample, 2)",
+    "threading.Thread(target=sample, args=(30,)).start(); time.sleep(0.01)",
+])  # fmt: skip
+def test_an_interpreter_that_ends_makes_what_was_begun(end):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END + end], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {"made 600"}, done.stderr
+    assert not done.stderr
+
+
+def test_where_no_thread_can_be_had_one_does_all(dit, two_threads, monkeypatch):
+    latents, how = batch(128)
+    with enable(dit, "full"), torch.no_grad():
+        expected = dit(latents, **how).sample
+    monkeypatch.setattr(threads, "_pools", {})
+    start, left = threading.Thread.start, [1]
+
+    def scarce(self):
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    with enable(dit, "full"), torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(dit(latents, **how).sample, expected)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == 2
