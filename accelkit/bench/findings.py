@@ -69,11 +69,16 @@ def verdict(row: Row, other: Row) -> str:
     Any difference counts where the noise is unknown, and where it is not of the same images: a
     loss must not pass for none.
     """
-    if row["fid"] == other["fid"]:
+    if _compared(row) == _compared(other):
         return EQUAL
     if _paired(row, other) and not distinguishable(row, other):
         return SAME
     return LOWER if row["fid"] < other["fid"] else HIGHER
+
+
+def _compared(row: Row) -> float:
+    """Return a FID to four digits: the same images by other operators differ in later ones."""
+    return float(f"{row['fid']:.4g}")
 
 
 def _paired(row: Row, other: Row) -> bool:
@@ -235,8 +240,9 @@ class Findings:
 
     def _dominates(self, a: Row, b: Row) -> bool:
         times = self.seconds(a), self.seconds(b)
-        no_worse = times[0] <= times[1] and a["fid"] <= b["fid"]
-        return no_worse and (times[0] < times[1] or a["fid"] < b["fid"])
+        fids = _compared(a), _compared(b)
+        no_worse = times[0] <= times[1] and fids[0] <= fids[1]
+        return no_worse and (times[0] < times[1] or fids[0] < fids[1])
 
     def _lead(self, rival: Row, row: Row) -> str:
         """How sure it is that a row is behind one that is no slower and no worse."""

@@ -89,7 +89,11 @@ def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
     table = Table(title=f"results in {output}", title_justify="left")
     words = ("method", "weights", "sampler")
     for heading in (*words, "FID", "seconds per batch", "time saved", "ideal saving"):
-        table.add_column(heading, justify="left" if heading in words else "right")
+        table.add_column(
+            heading,
+            justify="left" if heading in words else "right",
+            overflow="fold",  # a method's name is not to be cut
+        )
     for row in rows:
         table.add_row(
             row["method"],

@@ -57,6 +57,13 @@ def test_the_front_is_what_nothing_beats(points):
         assert held.on_front(row) == (held.beaten_by(row) is None)
 
 
+def test_the_same_images_by_slower_operators_are_behind():
+    held = comparison(full(50, 1.0, fid=2.663892), {"method": "eager", "steps": 50, "seconds": 2.0,
+                                                    "fid": 2.663890})  # fmt: skip
+    assert [row["method"] for row in held.front("ddim")] == ["full"]
+    assert verdict(held.rows[1], held.rows[0]) == "equal"
+
+
 def test_rows_without_a_figure_are_on_no_front():
     held = comparison({"seconds": 1.0}, {"fid": 1.0}, {"seconds": 2.0, "fid": 2.0})
     assert [row["method"] for row in held.front("ddim")] == ["m2"]
