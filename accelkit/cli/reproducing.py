@@ -49,8 +49,14 @@ def reproduce(
     reference: Annotated[
         str | None, typer.Option(help="Images or .npz statistics to compare with.")
     ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of trainings and images; another one is another repetition.")
+    ] = 0,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: runs/reproduce/NAME-SCALE.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Default: runs/reproduce/NAME-SCALE, -seedN behind it if not 0."
+        ),
     ] = None,
     kernels: Kernels = "auto",
     dry_run: Annotated[
@@ -88,13 +94,14 @@ def reproduce(
     from accelkit.jobs.reproduce import Given
     from accelkit.jobs.reproduce import reproduce as job
 
-    place = output or Path("runs") / "reproduce" / f"{name}-{scale}"
+    folder = f"{name}-{scale}" + (f"-seed{seed}" if seed else "")
+    place = output or Path("runs") / "reproduce" / folder
     with reporter() as report:
         results = job(
             table,
             scale,
             Source(model or "", data or "", revision, vae, num_heads or None, skip_bad),
-            Given(brought, kernels, features, features_sha256, reference),
+            Given(brought, kernels, features, features_sha256, reference, seed),
             place,
             report,
         )

@@ -18,6 +18,7 @@ from accelkit.jobs.fresh import ModelConfig
 from accelkit.jobs.scratch import PIPELINE, scratch
 from accelkit.loading import open_pipeline
 from accelkit.published import Experiment, Publication
+from accelkit.sample.generate import check_seed
 from accelkit.sample.scale import World
 from accelkit.switch import enable
 from accelkit.train.autoencoder import AutoencoderConfig
@@ -37,6 +38,7 @@ class Given:
             trained.
         kernels: as :func:`accelkit.enable` takes it.
         features, features_sha256, reference: as of :class:`accelkit.bench.plan.Plan`.
+        seed: of all trainings; its images have seeds that no other's have.
     """
 
     tuned: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Given:
     features: str | None = None
     features_sha256: str | None = None
     reference: str | None = None
+    seed: int = 0
 
 
 def reproduce(
@@ -76,7 +79,8 @@ def reproduce(
     World.launched()
     experiment = publication.experiment(scale)
     source = _named(publication, experiment, source, given)
-    work = _Work(publication, experiment, source, output, reporter)
+    plan = _plan(experiment, given)
+    work = _Work(publication, experiment, source, given.seed, output, reporter)
     try:
         base = work.base()
         results = {}
@@ -89,7 +93,7 @@ def reproduce(
             World.launched().meet()  # for the main process, which writes
             results[variant] = bench(
                 base,
-                _plan(experiment, given),
+                plan,
                 output / variant,
                 reporter,
                 tuned=tuned,
@@ -144,6 +148,7 @@ class _Work:
     publication: Publication
     experiment: Experiment
     source: Source
+    seed: int
     output: Path
     reporter: Reporter
 
@@ -155,7 +160,7 @@ class _Work:
         if self.experiment.from_scratch:  # as the others, but at full depth all along
             change = {**self.experiment.training, "intermediate_weight": 0.0, **change}
         folder = self.output / BASE
-        self._scratch("full", TrainConfig.from_dict(change), folder)
+        self._scratch("full", self._config(change), folder)
         place = folder / PIPELINE
         if self.experiment.process == "vp-sde":
             place = folder / CONTINUOUS
@@ -166,7 +171,7 @@ class _Work:
 
     def train(self, base: Source, schedule: str, change: Mapping[str, Any], folder: Path) -> None:
         """Leave in ``folder`` an artifact with weights for ``schedule``."""
-        config = TrainConfig.from_dict({**self.experiment.training, **change})
+        config = self._config({**self.experiment.training, **change})
         self.reporter.say(f"weights for {schedule}, in {folder}")
         if not self.experiment.from_scratch:
             if not _finished(folder, folder / artifact.CONFIG, config):
@@ -178,6 +183,9 @@ class _Work:
             enable(pipe, schedule)
             training = {"data": base.data, "flip": base.flip, **config.to_dict()}
             artifact.save(pipe, folder, base_model=base.model, training=training)
+
+    def _config(self, settings: Mapping[str, Any]) -> TrainConfig:
+        return TrainConfig.from_dict({**settings, "seed": self.seed})
 
     def _scratch(self, schedule: str, config: TrainConfig, folder: Path) -> None:
         if _finished(folder, folder / PIPELINE, config):
@@ -212,11 +220,15 @@ def _continuous(trained: Path, target: Path) -> None:
 
 
 def _plan(experiment: Experiment, given: Given) -> Plan:
+    first = given.seed * experiment.images
+    for seed in (first, first + experiment.images - 1):
+        check_seed(seed)
     return Plan(
         methods=",".join(experiment.methods),
         samplers=experiment.samplers,
         images=experiment.images,
         batch_size=experiment.batch_size,
+        seed=first,
         guidance=experiment.guidance,
         guidance_channels=experiment.guidance_channels or None,
         kernels=given.kernels,

@@ -56,7 +56,9 @@ def test_what_is_given_goes_to_the_job(main, monkeypatch):
     )
     assert (source.model, source.data, source.vae, source.num_heads) == ("m", "d", "v", 2)
     assert given.tuned == {"D4": "runs/d4", "D6": "runs/d6"}
-    assert (given.kernels, given.reference) == ("off", "r.npz")
+    assert (given.kernels, given.reference, given.seed) == ("off", "r.npz", 0)
+    main("reproduce", "ase-table3", *options, "--seed", "2")
+    assert (calls[1][3].seed, calls[1][4].name) == (2, "ase-table3-full-seed2")
 
 
 @pytest.mark.parametrize(

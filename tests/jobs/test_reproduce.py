@@ -151,6 +151,33 @@ def test_weights_that_there_are_are_taken(table3, model, data, benched, tmp_path
     assert benched[0][3] == {"D4": "elsewhere/d4", "D1": str(tmp_path / "out" / "D1")}
 
 
+def test_another_seed_is_another_repetition(table3, model, data, benched, tmp_path):
+    seeds = {}
+    for seed in (0, 3):
+        out = tmp_path / str(seed)
+        run(table3, Source(model, data), out, Given(seed=seed))
+        seeds[seed] = json.loads((out / "D1" / "run.json").read_text())["train"]["seed"]
+    assert seeds == {0: 0, 3: 3}
+    (_, first, *_), (_, other, *_) = benched
+    assert (first.seed, other.seed) == (0, 3 * first.images)  # no image in both
+    assert replace(first, seed=other.seed) == other
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**31])
+def test_a_seed_without_numbers_for_all_images_is_refused(seed, benched, tmp_path):
+    with pytest.raises(AccelkitError, match="a seed lies in"):
+        reproduce(
+            publication("ase-table3"),
+            "digits",
+            Source("", ""),
+            Given(seed=seed),
+            tmp_path / "out",
+            Said(),
+        )
+    assert benched == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_trainings_from_scratch_with_and_without_supervision(data, benched, tmp_path):
     six = small(
         "dvd-table6",
