@@ -10,6 +10,7 @@ because they run in its own forward: once more for each exit, around no block at
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,14 @@ class Tap:
     output: Tensor
 
 
+Heads = Callable[[int], AbstractContextManager[None]]
+
+
+def one_head(depth: int) -> AbstractContextManager[None]:
+    """Use the network's head at every exit."""
+    return nullcontext()
+
+
 def check(backbone: Backbone, schedule: Schedule) -> None:
     """Raise AccelkitError for a schedule of one depth, or a model whose exit is not known."""
     if len(schedule.depths) < 2:
@@ -62,6 +71,7 @@ class Taps:
 
     Args:
         enabled: what :func:`accelkit.enable` returned for the model.
+        heads: entered around the exit of a depth, to use another head than the network's there.
 
     Attributes:
         depths: those of the exits that deeper samples pass by, rising.
@@ -70,9 +80,9 @@ class Taps:
         AccelkitError: as :func:`check`.
     """
 
-    def __init__(self, enabled: Enabled) -> None:
+    def __init__(self, enabled: Enabled, heads: Heads = one_head) -> None:
         check(enabled.backbone, enabled.schedule)
-        self._router, self._backbone = enabled._router, enabled.backbone
+        self._router, self._backbone, self._heads = enabled._router, enabled.backbone, heads
         self.depths = enabled.schedule.depths[:-1]
         self._seen: list[tuple[Plan, int, dict[str, Any]]] = []
         self._taken: list[Tap] = []
@@ -129,7 +139,8 @@ class Taps:
                 self._leaving = torch.cat([hidden for hidden, _ in parts])
                 where = torch.cat([index for _, index in parts])
                 try:
-                    output = run(where)
+                    with self._heads(depth):
+                        output = run(where)
                 finally:
                     self._leaving = None
                 output = output if isinstance(output, Tensor) else output[0]

@@ -10,6 +10,7 @@ from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule
 from accelkit.switch import disable, enable
 from accelkit.taps import Taps
+from accelkit.train.heads import OwnHeads
 
 # Levels of the timesteps below: 0.1, 0.5, 0.7 and 0.95 run 4, 3, 2 and 1 blocks, of U-ViT's
 # decoder 4, 3, 1 and 0.
@@ -281,6 +282,33 @@ def test_an_exits_loss_reaches_the_blocks_before_it_alone(family):
             else:  # a dropped block of a U-ViT keeps its skip projection
                 assert {n.split(".")[0] for n in moved} <= {"skip_linear"}
                 assert bool(moved) == case.decoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_with_heads_of_their_own(family):
+    """Copies to begin with; an exit's loss trains its own one, and leaves the network's alone."""
+    case = Case(family)
+    keys = case.model.state_dict().keys()
+    with case.on() as enabled:
+        with Taps(enabled) as taps:
+            case.model(**case.call)
+            expected = taps.pop()
+        heads = OwnHeads(enabled.backbone, case.schedule.depths[:-1])
+        with Taps(enabled, heads.used) as taps:
+            output = case.model(**case.call).sample
+            taken = taps.pop()
+    assert case.model.state_dict().keys() == keys
+    assert len(taken) == len(expected) > 1
+    for one, other in zip(taken, expected, strict=True):
+        assert torch.equal(one.output, other.output)
+    weighted(taken[0].output, taken[0].rows, 1).backward(retain_graph=True)
+    own = gradients(heads)
+    assert {n.split(".")[1] for n in own} == {str(taken[0].depth)}
+    assert any(gradient.any() for gradient in own.values())
+    head = enabled.backbone.head
+    assert not any(n.startswith(head) for n in gradients(case.model))
+    weighted(output, torch.arange(len(output)), 0).backward()
+    assert any(n.startswith(head) for n in gradients(case.model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -36,6 +36,9 @@ class Backbone(ABC):
         layout: in which order the sample has its axes: batch, channels, frames, height, width, or
             batch, tokens (N), channels.
         timestep_scale: what the model's timestep is of the scheduler's.
+        head: names of the parameters, or of modules that hold them, which make the last hidden
+            states a prediction, of which a model may lack some. By them training can give earlier
+            exits heads of their own (:mod:`accelkit.train.heads`).
         tokens_protected: how many tokens stand before the map in self-attention (:meth:`grid`) and
             are never merged, e.g. one for the time.
     """
@@ -46,6 +49,7 @@ class Backbone(ABC):
     batched: tuple[str, ...] | None = None
     states: tuple[str, ...] = ("hidden_states",)
     hidden: str = "hidden_states"
+    head: tuple[str, ...] = ("norm_out", "scale_shift_table", "proj_out")
     block_batched: tuple[str, ...] | None = None
     layout: str = "BCHW"
     timestep_scale: float = 1.0

@@ -26,6 +26,7 @@ class DiT(Backbone):
     family = "dit"
     batched = ("hidden_states", "class_labels")
     block_batched = ("timestep", "class_labels")
+    head = ("proj_out_1", "proj_out_2")
 
     @property
     def blocks(self) -> nn.ModuleList:

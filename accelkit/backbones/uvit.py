@@ -25,6 +25,7 @@ class UViT(Backbone):
     sequential = False
     batched = ("sample", "class_labels")
     block_batched = ("skip",)
+    head = ("norm", "decoder_pred", "final_layer")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

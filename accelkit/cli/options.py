@@ -96,6 +96,13 @@ IntermediateMatch = Annotated[
         "sample's, relative, middle or random."
     ),
 ]
+IntermediateHead = Annotated[
+    str,
+    typer.Option(
+        help="What makes a prediction at such an exit: the network's head, shared, or the exit's "
+        "own, which is left behind when training ends."
+    ),
+]
 LoraRank = Annotated[
     int, typer.Option(help="Train adapters of this rank in place of all weights; 0: off.")
 ]

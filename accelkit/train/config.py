@@ -12,6 +12,7 @@ LR_SCHEDULES = ("constant", "cosine")
 LOSS_WEIGHTS = ("ones", "ramp")
 DENSITIES = ("uniform", "logit-normal")
 MATCHES = ("nearest", "relative", "middle", "random")
+HEADS = ("shared", "own")
 PRECISIONS = ("no", "bf16", "fp16")
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -47,6 +48,9 @@ class TrainConfig:
             its own (depth-varying diffusion, :mod:`accelkit.train.dvd`); 0 trains without them.
         intermediate_match: which timestep of an exit's own noise levels its target is taken from:
             ``nearest`` to the sample's, ``relative`` position, ``middle`` or ``random``.
+        intermediate_head: what makes a prediction of the hidden states at such an exit: the
+            network's head, ``shared`` by all, or the exit's ``own``, which only the training has
+            (:mod:`accelkit.train.heads`).
         lora_rank: train low-rank adapters of this rank (Hu et al. 2022) beside the blocks' linear
             layers, and nothing else; 0 trains all weights.
         freeze_time_embedder: keep it out of the optimiser, as the authors' command does.
@@ -73,6 +77,7 @@ class TrainConfig:
     logit_std: float = 1.0
     intermediate_weight: float = 0.0
     intermediate_match: str = "nearest"
+    intermediate_head: str = "shared"
     lora_rank: int = 0
     freeze_time_embedder: bool = True
     gradient_accumulation: int = 1
@@ -103,6 +108,7 @@ class TrainConfig:
             ("loss_weight", LOSS_WEIGHTS),
             ("timestep_density", DENSITIES),
             ("intermediate_match", MATCHES),
+            ("intermediate_head", HEADS),
             ("mixed_precision", PRECISIONS),
         ):
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")

@@ -21,8 +21,9 @@ Which timestep s of its interval an earlier part is matched to, the paper leaves
 - ``middle``: the interval's middle.
 - ``random``: drawn uniformly from the interval.
 
-Every exit uses the network's one head, as no parameters are added, and the sample's own timestep
-and condition. The variance of a network that learns one is trained at the sample's own exit alone.
+Every exit is given the sample's own timestep and condition, and uses the network's one head, as no
+parameters are added; :mod:`accelkit.train.heads` has the other way. The variance of a network that
+learns one is trained at the sample's own exit alone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from accelkit.errors import AccelkitError
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.taps import Tap, check
+from accelkit.train import heads
 from accelkit.train.config import TrainConfig
 from accelkit.train.forward import ForwardProcess
 
@@ -161,6 +163,8 @@ def supervision_for(
     if not config.intermediate_weight:
         return None
     check(backbone, schedule)
+    if config.intermediate_head == "own":
+        heads.check(backbone)
     return Supervision(schedule, NoiseAxis.of(scheduler), process, config.intermediate_match)
 
 

@@ -35,6 +35,7 @@ from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw
 from accelkit.train.dvd import Supervision, supervision_for
 from accelkit.train.forward import Density, ForwardProcess, forward_process
+from accelkit.train.heads import OwnHeads
 from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 from accelkit.train.samples import Conditions, Labels, Samples
@@ -129,8 +130,11 @@ def train(
             adapters = stack.enter_context(lora.injected(backbone, config.lora_rank, config.seed))
             checkpoints.keep_only_trained(model, accelerator, stack)
         parameters = [p for p in model.parameters() if p.requires_grad]
+        apart = supervision is not None and config.intermediate_head == "own"
+        heads = OwnHeads(backbone, schedule.depths[:-1] if apart else ())
+        trained = [*parameters, *heads.parameters()]
         optimizer = torch.optim.AdamW(
-            parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True
+            trained, config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         rates = get_scheduler(
             "cosine" if config.lr_schedule == "cosine" else "constant_with_warmup",
@@ -142,7 +146,7 @@ def train(
         enabled = stack.enter_context(enable(model, schedule, scheduler=scheduler))
         supervised = None
         if supervision is not None:
-            supervised = (stack.enter_context(Taps(enabled)), supervision)
+            supervised = (stack.enter_context(Taps(enabled, heads.used)), supervision)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()  # type: ignore[operator]
             stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
@@ -152,7 +156,7 @@ def train(
         step = _Step(
             wrapped, calls, scheduler, samples, conditions, config, accelerator, supervised
         )
-        own = {"ema": ema, "rates": rates}
+        own = {"ema": ema, "rates": rates} | ({"heads": heads} if apart else {})
         done = checkpoints.restore(run, accelerator, adapters is not None, own)
         stop = stack.enter_context(_signals())
 
@@ -162,7 +166,8 @@ def train(
             loss = step.backward(done, watch_signal=bool(stop))
             if not math.isfinite(loss):
                 raise AccelkitError(_diverged(loss, done + 1, run))
-            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            heads.synchronize(accelerator)
+            norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             rates.step()
@@ -183,11 +188,11 @@ def train(
                         watch.preview(done, model)
                 accelerator.wait_for_everyone()
         ema.copy_to(parameters)
-        trained = None if adapters is None else adapters.adapter()
-    if trained is not None:
-        trained.apply(model)
+        adapter = None if adapters is None else adapters.adapter()
+    if adapter is not None:
+        adapter.apply(model)
     model.eval()
-    return trained
+    return adapter
 
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:

@@ -1,5 +1,6 @@
 """Supervising all parts at once: targets in closed form, and the loop against a plain one."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -354,7 +355,10 @@ def by_hand(config, scheduler, first, channels=8):
     ``first`` gives the first timestep of a part by its depth.
     """
     model, process, schedule = build(channels), forward_process(scheduler), Schedule.parse(PARTS, 4)
-    blocks = model.transformer_blocks
+    blocks, shared = model.transformer_blocks, (model.proj_out_1, model.proj_out_2)
+    heads = dict.fromkeys((1, 3, 4), shared)
+    if config.intermediate_head == "own":
+        heads = {depth: copy.deepcopy(shared) for depth in (1, 3)} | {4: shared}
     for block in blocks:
         block.norm1.emb = blocks[0].norm1.emb
     blocks[0].norm1.emb.class_embedder.dropout_prob = 0.0
@@ -381,6 +385,7 @@ def by_hand(config, scheduler, first, channels=8):
             if depth > own:
                 continue
             model.transformer_blocks = blocks[:depth]
+            model.proj_out_1, model.proj_out_2 = shared if depth == own else heads[depth]
             output = model(xt, t, labels[one]).sample
             if depth == own:
                 loss = loss + denoising_loss(process, output, x, eps, xt, t)
@@ -389,9 +394,10 @@ def by_hand(config, scheduler, first, channels=8):
                 target = intermediate_target(process, x, eps, t, s)
                 loss = loss + config.intermediate_weight * (output[:, :4] - target).square().mean()
         total = total + (0.1 + 0.9 * level) * loss.sum() / config.batch_size
-    model.transformer_blocks = blocks
+    model.transformer_blocks, (model.proj_out_1, model.proj_out_2) = blocks, shared
     total.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parameters = dict.fromkeys(p for m in (model, *sum(heads.values(), ())) for p in m.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
     return total.item(), torch.cat([g.flatten() for g in gradients]).norm().item()
 
 
@@ -400,6 +406,22 @@ def test_a_step_against_a_plain_one(report):
     loss, norm = by_hand(CONFIG, DDIMScheduler(), {1: 750, 3: 500})
     assert report.loss == pytest.approx(loss, rel=1e-5)
     assert report.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_step_with_a_head_for_each_exit_against_a_plain_one(tmp_path, report):
+    config = replace(CONFIG, intermediate_head="own")
+    _, (own,) = fit(tmp_path, config)
+    loss, norm = by_hand(config, DDIMScheduler(), {1: 750, 3: 500})
+    assert own.loss == pytest.approx(loss, rel=1e-5) == report.loss
+    assert own.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert abs(own.grad_norm - report.grad_norm) > 1e-3 * report.grad_norm
+
+
+def test_a_head_that_is_not_known_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelkit.backbones.dit.DiT.head", ("last_layer",))
+    with pytest.raises(AccelkitError, match="head of a DiTTransformer2DModel is not known"):
+        fit(tmp_path, replace(CONFIG, intermediate_head="own"))
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_step_of_flow_matching_against_a_plain_one(tmp_path):
@@ -452,8 +474,9 @@ def test_without_a_weight_nothing_is_tapped(tmp_path, monkeypatch, report):
     assert off.loss < report.loss
 
 
-def test_resumed_the_weights_are_the_same(tmp_path):
-    config = replace(CONFIG, steps=3, intermediate_match="random")
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_resumed_the_weights_are_the_same(tmp_path, head):
+    config = replace(CONFIG, steps=3, intermediate_match="random", intermediate_head=head)
     whole, _ = fit(tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", config, checkpoint_every=1, stop=2)
@@ -461,6 +484,7 @@ def test_resumed_the_weights_are_the_same(tmp_path):
     assert [r.step for r in reports] == [2, 3]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    assert whole.state_dict().keys() == build().state_dict().keys()
 
 
 def test_the_model_is_left_bare(tmp_path):

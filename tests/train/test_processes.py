@@ -44,6 +44,7 @@ SHARED = {
     "accumulated": replace(PAIR, gradient_accumulation=2),
     "recomputed": replace(PAIR, gradient_checkpointing=True),
     "adapters": replace(PAIR, lora_rank=2),
+    "supervised": replace(PAIR, intermediate_weight=1.0, intermediate_head="own"),
     "stopped": PAIR,
 }
 
@@ -86,7 +87,8 @@ def test_two_processes_do_what_one_does(pair, tmp_path, name):
     for rank, model in enumerate((one, other)):
         model.load_state_dict(torch.load(pair / f"{name}-{rank}.pt", weights_only=True))
     assert_same(one, other)
-    assert_close(one, fit(tmp_path, replace(PAIR, lora_rank=SHARED[name].lora_rank)))
+    plain = replace(SHARED[name], gradient_accumulation=1, gradient_checkpointing=False)
+    assert_close(one, fit(tmp_path, plain))
     theirs, ours = (
         load_file(RunDirectory(run).latest()[1] / "model.safetensors")
         for run in (pair / name, tmp_path)
