@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from plain import enable
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,6 +144,22 @@ def replaced_parameter(linear):
     linear.weight = torch.nn.Parameter(linear.weight.detach() + 1)
 
 
+def fused_optimiser(linear):
+    linear.weight.grad = torch.ones_like(linear.weight)
+    torch.optim.AdamW([linear.weight], lr=0.1, fused=True).step()
+
+
+def average_swapped_in(linear):
+    ema = EMAModel(linear.parameters())
+    for shadow in ema.shadow_params:
+        shadow.mul_(2)
+    ema.copy_to(linear.parameters())
+
+
+def bias_through_data(linear):
+    linear.bias.data.mul_(2)
+
+
 def loaded(linear):
     linear.load_state_dict({k: v + 1 for k, v in linear.state_dict().items()})
 
@@ -157,6 +174,9 @@ def half(linear):
         in_place,
         in_inference_mode,
         optimiser,
+        fused_optimiser,
+        average_swapped_in,
+        bias_through_data,
         replaced_data,
         replaced_parameter,
         loaded,
@@ -182,6 +202,31 @@ def test_new_weights_where_the_old_ones_were_drop_it():
     assert weight.data_ptr() == place
     assert folds.at(1) is not first
     assert holds(blocks, folds)
+
+
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+def test_elsewhere_weights_are_compared_once_a_run(device, monkeypatch):
+    """So that the host does not wait for a GPU at every step."""
+    blocks, folds = folded_skips()
+    compared = []
+    same = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or same(a, b))
+    if device == "elsewhere":
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    runs = []
+    for _ in range(3):
+        for depth in (0, 0, 1, 1, 2, 4):
+            folds.at(depth)
+        runs.append(len(compared))
+    once, twice = 2 * (4 + 3 + 2), 2 * (4 + 3)  # weights and biases behind depths 0, 1, 2 and 0, 1
+    if device == "cpu":  # but not as they are folded
+        assert runs == [twice, 2 * twice + once, 3 * twice + 2 * once]
+    else:
+        assert runs == [0, once, 2 * once]
+    blocks[3].skip_linear.weight.data.mul_(2)
+    for depth in (0, 1, 2):
+        monkeypatch.setattr(torch, "equal", same)
+        assert holds(blocks, folds, depth)
 
 
 def test_weights_of_other_depths_do_not():
