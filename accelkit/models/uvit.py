@@ -173,6 +173,12 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         timestep_offset: float = 0.0,
     ) -> None:
         super().__init__()
+        least = min(sample_size, patch_size, in_channels, num_attention_heads, attention_head_dim)
+        if least < 1 or (num_classes is not None and num_classes < 1):
+            raise AccelkitError(
+                "a U-ViT has at least one pixel, channel, head and, if any, class; its config says "
+                f"{least if num_classes is None else min(least, num_classes)}"
+            )
         width = num_attention_heads * attention_head_dim
         _check(sample_size, patch_size, num_layers, width, num_classes, null_class)
         self.out_channels = in_channels

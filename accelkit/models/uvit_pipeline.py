@@ -86,6 +86,8 @@ class UViTPipeline(DiffusionPipeline):
             )
         config, device = self.transformer.config, self._execution_device
         guided = guidance_scale != 1
+        if batch_size is not None and batch_size < 1:
+            raise AccelkitError(f"give a batch_size of at least 1, got {batch_size}")
         labels = self._labels(class_labels, guided)
         batch = (batch_size or 1) if labels is None else len(labels)
         if isinstance(generator, list) and len(generator) != batch:
@@ -139,7 +141,11 @@ class UViTPipeline(DiffusionPipeline):
             return None
         if labels is None:
             raise AccelkitError(f"this U-ViT has {config.num_classes} classes; give class_labels")
-        given = [int(label) for label in labels]
+        given = [] if isinstance(labels, int) else [int(label) for label in labels]
+        if not given:
+            raise AccelkitError(
+                f"class_labels takes a class for each image, such as [0, 1], got {labels!r}"
+            )
         if outside := [label for label in given if not 0 <= label < config.num_classes]:
             raise AccelkitError(
                 f"this U-ViT has classes 0 to {config.num_classes - 1}, got {outside[0]}"

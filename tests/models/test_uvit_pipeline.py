@@ -170,6 +170,9 @@ def test_a_schedule_runs_on_it_at_the_schedulers_noise_level():
     [
         ({"class_labels": [0, 5]}, "classes 0 to 4, got 5"),
         ({}, "has 5 classes; give class_labels"),
+        ({"class_labels": []}, r"a class for each image, such as \[0, 1\], got \[\]"),
+        ({"class_labels": 3}, "a class for each image, .* got 3"),
+        ({"class_labels": [0], "batch_size": 0}, "a batch_size of at least 1, got 0"),
         ({"class_labels": [0], "guidance_scale": 2.0}, "leave guidance_scale at 1"),
         ({"class_labels": [0], "output_type": "jpg"}, "output_type='jpg'; give pil, np, pt"),
         ({"class_labels": [0, 1], "generator": seeded(1)}, "1 generators for 2 images"),
