@@ -14,7 +14,7 @@ from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.files import explain_full_disk, read_json, write_json
-from accelkit.loading import is_original, open_pipeline, reading, refuse_original_settings
+from accelkit.loading import is_alone, open_pipeline, reading, refuse_original_settings
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
 
@@ -68,7 +68,7 @@ def save(
             "accelkit.from_pretrained should load it from"
         )
     base = BUILTIN if Path(base) == builtin() else _findable(base)
-    if not is_original(base):
+    if not is_alone(base):
         refuse_original_settings(base, vae, num_heads)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -26,14 +26,15 @@ def open_pipeline(
 ) -> Any:
     """Return the pipeline that ``model`` names, in float32 on the CPU.
 
-    diffusers' bar for the loading of components stays off from then on.
+    The bars of diffusers and transformers for the loading of components stay off from then on.
 
     Args:
-        model: ``builtin``, a pipeline's directory, an original-layout checkpoint of a DiT or U-ViT
-            (``.pt``, ``.pth``, ``.safetensors``) or a hub id. The original's numerics are restored
-            where recorded.
+        model: ``builtin``, a pipeline's directory, a DiT or U-ViT alone (an original-layout
+            checkpoint, ``.pt``, ``.pth`` or ``.safetensors``, or the directory that ``accelkit
+            convert`` makes of one) or a hub id. The original's numerics are restored where
+            recorded.
         revision: of a hub id: branch, tag or commit.
-        vae: directory or hub id of the autoencoder that goes with an original-layout checkpoint.
+        vae: directory or hub id of the autoencoder that goes with a network alone.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
 
     Raises:
@@ -41,15 +42,17 @@ def open_pipeline(
             ``num_heads`` is given for what is no original-layout checkpoint.
     """
     name = str(model)
-    if is_original(model):
-        return _around_original(Path(model), vae, num_heads)
+    if is_alone(model):
+        return _around(Path(model), vae, num_heads)
     refuse_original_settings(name, vae, num_heads)
     if revision is not None and Path(name if name != BUILTIN else builtin()).is_dir():
         raise AccelkitError(f"{name} has no revisions; leave --revision out, which is of a hub id")
     with reading(name):
-        from diffusers.utils.logging import disable_progress_bar
+        import diffusers.utils.logging
+        import transformers.utils.logging
 
-        disable_progress_bar()
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
         pipe = _diffusers_pipeline(located(name), revision)
     return _ready(pipe)
 
@@ -58,6 +61,43 @@ def is_original(model: str | Path) -> bool:
     """Return whether ``model`` is a file, or named as one, of the original layout."""
     path = Path(model)
     return str(model) != BUILTIN and (path.suffix in ORIGINAL_SUFFIXES or path.is_file())
+
+
+def is_alone(model: str | Path) -> bool:
+    """Return whether ``model`` is a network without a pipeline that accelkit can put it into."""
+    path = Path(model)
+    if str(model) == BUILTIN or not path.is_dir():
+        return is_original(model)
+    alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+    return alone and read_json(path / "config.json").get("_class_name") in _PIPELINES
+
+
+def open_network(path: Path, num_heads: int | None = None) -> Any:
+    """Return a DiT or U-ViT alone, as :func:`open_pipeline` takes it, in eval mode.
+
+    Args:
+        path: file or directory.
+        num_heads: attention heads of an original-layout checkpoint of unpublished size.
+
+    Raises:
+        AccelkitError: it cannot be read, or has its heads told by its config.
+    """
+    if not path.is_dir():
+        from accelkit.backbones.original import load_original
+
+        return load_original(path, num_heads=num_heads)
+    refuse_original_settings(str(path), None, num_heads)
+    with reading(str(path)):
+        import diffusers
+
+        from accelkit import models
+
+        name = str(read_json(path / "config.json").get("_class_name"))
+        network = open_whole(getattr(models, name, None) or getattr(diffusers, name), path)
+    from accelkit.backbones import backbone_of
+
+    backbone_of(network).restore()
+    return network
 
 
 def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) -> None:
@@ -117,7 +157,7 @@ def located(name: str | Path, index: str = "model_index.json") -> str:
     path = builtin() if str(name) == BUILTIN else Path(name)
     if path.is_dir():
         if not (path / index).is_file():
-            alone = " (a network alone: give the original-layout file, or put it into a pipeline)"
+            alone = " (a network alone: put it into a pipeline)"
             raise AccelkitError(
                 f"{path} is no pipeline directory: it has no {index}"
                 + (alone if (path / "config.json").is_file() else "")
@@ -152,10 +192,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _around_original(path: Path, vae: str | None, num_heads: int | None) -> Any:
-    from accelkit.backbones.original import load_original
-
-    transformer = load_original(path, num_heads=num_heads).float()
+def _around(path: Path, vae: str | None, num_heads: int | None) -> Any:
+    transformer = open_network(path, num_heads).float()
     channels = transformer.config.in_channels
     autoencoder = None
     if channels != _PIXELS or vae is not None:
@@ -201,7 +239,7 @@ _PIPELINES = {
     "DiTTransformer2DModel": _dit_pipeline,
     "UViTTransformer2DModel": _uvit_pipeline,
 }
-"""What goes around a network of the original layout, by its class."""
+"""What goes around a network alone, by its class."""
 
 
 def _ready(pipe: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelkit.backbones import Backbone
+from accelkit.backbones.base import TIMES
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
 from accelkit.noise import NoiseAxis
@@ -189,6 +190,8 @@ class Router:
             values = timestep.flatten().tolist()
         else:
             values = [self._single(timestep)]
+        if self.backbone.timestep_guessed:
+            self._compare(values[0])
         values = [scheduled(value) for value in values]
         if timestep.dtype not in _COARSE:
             return values
@@ -203,6 +206,22 @@ class Router:
         steps = self._steps()
         place = None if timestep.is_cpu or steps is None else place_in(timestep, steps[0])
         return timestep.flatten()[0].item() if steps is None or place is None else steps[1][place]
+
+    def _compare(self, given: float) -> None:
+        """Raise AccelkitError for a timestep that is one of a run's only if read in another way."""
+        steps = self._steps()
+        if steps is None or getattr(self.scheduler(), "num_inference_steps", None) is None:
+            return
+        read = self.backbone.scheduler_timestep(given)
+        names = {name: (given - b) / a for name, (a, b) in TIMES.items()}
+        fits = [n for n, t in names.items() if any(abs(s - t) <= 1e-2 * abs(s) for s in steps[1])]
+        if fits and not any(abs(s - read) <= 1e-2 * abs(s) for s in steps[1]):
+            raise AccelkitError(
+                f"this {type(self.backbone.model).__name__} is given the timestep {given:g}, which "
+                f"accelkit reads as its scheduler's {read:g} and is {fits[0]} for one that it has; "
+                "register a backbone with its timestep_scale (accelkit.register_backbone), or call "
+                "accelkit.disable"
+            )
 
     def _unrounded(self, values: list[float], eps: float) -> list[float]:
         """Undo what half precision did to a timestep: bfloat16 moves 999 to 1000.

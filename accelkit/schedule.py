@@ -353,8 +353,9 @@ def _preset(word: str, family: str, depth: int) -> Schedule:
         likeness.set_seq1(name.lower())
         return -likeness.ratio()
 
+    whose = "" if family == SEQUENTIAL else f" for the {family} family"
     shown = ", ".join(sorted(names, key=unlike))  # of names equally near, the family's own first
     raise AccelkitError(
-        f"unknown schedule {word!r} for the {family} family; known, nearest first: {shown}; "
+        f"unknown schedule {word!r}{whose}; known, nearest first: {shown}; "
         "or depths at upper edges such as 28@0.5,14@1, or a .toml or .json file"
     )

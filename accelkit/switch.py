@@ -115,8 +115,10 @@ def enable(
         )
     backbone = backbone_of(model)
     backbone.check()
+    _check_blocks(backbone)
+    _tell_of_another_network(target, model)
     router = routing.Router(
-        backbone, _fitting(schedule, backbone), _scheduler_getter(target, scheduler)
+        backbone, fitting(schedule, backbone), _scheduler_getter(target, scheduler)
     )
     state = Enabled(router, kernels)
     _ = state.axis  # fails here rather than at the first step
@@ -211,7 +213,13 @@ def _revived(model: nn.Module, schedule: Schedule, scheduler: Any, kernels: str)
     return model
 
 
-def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
+def fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
+    """Return the schedule that ``schedule`` means for a model, as :func:`enable` takes it.
+
+    Raises:
+        AccelkitError: it cannot be read, or does not fit the model.
+        TypeError: it is of another type.
+    """
     if isinstance(schedule, (str, Path)):
         schedule = Schedule.parse(schedule, backbone.depth, backbone.family)
     if not isinstance(schedule, Schedule):
@@ -238,6 +246,35 @@ def _fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
             f"a {backbone.family} can run, {backbone.least}"
         )
     return schedule
+
+
+def _check_blocks(backbone: Backbone) -> None:
+    """Raise AccelkitError where a backbone does not name what its model's blocks take."""
+    kind, blocks = type(backbone).__name__, list(backbone.blocks)
+    if not blocks:
+        raise AccelkitError(
+            f"{kind} finds no block in this {type(backbone.model).__name__} that a schedule could "
+            "count"
+        )
+    for block in blocks:
+        if backbone.hidden not in (names := hooking.parameters(block)):
+            raise AccelkitError(
+                f"{kind} says that blocks take {backbone.hidden}, a {type(block).__name__} takes "
+                f"{', '.join(names)}; set its states and hidden"
+            )
+
+
+def _tell_of_another_network(target: Any, model: nn.Module) -> None:
+    """Warn where a pipeline has a second network, for lower noise, that goes on at full depth."""
+    other = getattr(target, "transformer_2", None)
+    if other is not None and other is not model:
+        warnings.warn(
+            f"this {type(target).__name__} has two networks, of which the schedule runs on the one "
+            "for high noise alone; for the other, too: "
+            "accelkit.enable(pipe.transformer_2, ..., scheduler=pipe.scheduler)",
+            AccelkitWarning,
+            stacklevel=3,
+        )
 
 
 def _check_merging(schedule: Schedule, backbone: Backbone) -> None:

@@ -99,7 +99,17 @@ def test_names(saved, tmp_path, monkeypatch):
 def test_a_directory_of_something_else(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no model_index.json")
-    refused(saved / "transformer", "no model_index.json")
+    refused(saved / "vae", "no model_index.json")
+    refused(saved / "vae", "a network alone: put it into a pipeline")
+
+
+def test_a_network_alone_goes_into_a_pipeline(saved, pipe):
+    opened = open_pipeline(saved / "transformer", vae=str(saved / "vae"))
+    assert type(opened) is DiTPipeline
+    assert torch.equal(outputs(opened.transformer), outputs(pipe.transformer))
+    assert opened.vae.config.latent_channels == pipe.vae.config.latent_channels
+    with pytest.raises(AccelkitError, match="has its own settings; leave a number of heads out"):
+        open_pipeline(saved / "transformer", vae=str(saved / "vae"), num_heads=2)
 
 
 def test_a_pipeline_around_another_network(tmp_path):

@@ -195,16 +195,6 @@ def sana():
         patch_size=1,
         timestep_scale=0.5,
     )
-    gemma = transformers.Gemma2Config(
-        vocab_size=len(WORDS),
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
     dc = diffusers.AutoencoderDC(
         in_channels=3,
         latent_channels=4,
@@ -223,7 +213,7 @@ def sana():
     )
     return diffusers.SanaPipeline(
         tokenizer=tokenizer(300),
-        text_encoder=filled(transformers.Gemma2Model(gemma), 0.5),
+        text_encoder=gemma(),
         vae=dc.eval(),
         transformer=filled(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
@@ -332,6 +322,44 @@ def auraflow():
         vae(),
         filled(transformer),
         diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+    )
+
+
+def gemma():
+    config = transformers.Gemma2Config(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    return filled(transformers.Gemma2Model(config), 0.5)
+
+
+def lumina2():
+    """Of another such network, which is given 1 - t / 1000 and predicts the other way round."""
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=WIDTH,
+    )
+    return diffusers.Lumina2Pipeline(
+        filled(transformer),
+        diffusers.FlowMatchEulerDiscreteScheduler(**FLOW),
+        vae(),
+        gemma(),
+        tokenizer(256),
     )
 
 

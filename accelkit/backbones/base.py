@@ -13,6 +13,9 @@ from torch import nn
 from accelkit.backbones.example import arguments
 from accelkit.errors import AccelkitError
 
+TIMES = {"t": (1.0, 0.0), "t / 1000": (1e-3, 0.0), "1 - t / 1000": (-1e-3, 1.0)}
+"""What networks are given of a scheduler's timestep t: a t + b, by how it is written."""
+
 
 class Backbone(ABC):
     """A model seen as a stack of blocks that a schedule counts.
@@ -36,6 +39,7 @@ class Backbone(ABC):
         layout: in which order the sample has its axes: batch, channels, frames, height, width, or
             batch, tokens (N), channels.
         timestep_scale: what the model's timestep is of the scheduler's.
+        timestep_guessed: whether that is a guess, which calls are to be compared with.
         head: names of the parameters, or of modules that hold them, which make the last hidden
             states a prediction, of which a model may lack some. By them training can give earlier
             exits heads of their own (:mod:`accelkit.train.heads`).
@@ -53,6 +57,7 @@ class Backbone(ABC):
     block_batched: tuple[str, ...] | None = None
     layout: str = "BCHW"
     timestep_scale: float = 1.0
+    timestep_guessed: bool = False
     tokens_protected: int = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +120,14 @@ class Backbone(ABC):
             raise AccelkitError(
                 "a model with a schedule needs its timestep to know the noise level; got None"
             )
-        return call["timestep"]
+        timestep = call["timestep"]
+        if isinstance(timestep, torch.Tensor) and timestep.shape[1:].numel() > 1:
+            raise AccelkitError(
+                f"this {type(self.model).__name__} is given a timestep for every token, "
+                f"{tuple(timestep.shape)}, so that a sample has no one noise level to schedule; "
+                "call accelkit.disable"
+            )
+        return timestep
 
     def model_timestep(self, timestep: torch.Tensor) -> torch.Tensor:
         """Return what the model is given for timesteps of the scheduler."""
@@ -232,7 +244,20 @@ def register_backbone(model: str | type[nn.Module], backbone: type[Backbone]) ->
         model: the class, or its name, so that a family costs no import until a model of it
             turns up.
         backbone: the family.
+
+    Raises:
+        TypeError: ``model`` is neither, or ``backbone`` no class derived from Backbone that says
+            which its blocks are and what its family is called.
     """
+    if not isinstance(model, (str, type)):
+        raise TypeError(f"register a class of models or its name, not {model!r}")
+    if not (isinstance(backbone, type) and issubclass(backbone, Backbone)):
+        raise TypeError(f"register a class derived from accelkit.Backbone, not {backbone!r}")
+    if backbone.__abstractmethods__ or not isinstance(getattr(backbone, "family", None), str):
+        raise TypeError(
+            f"{backbone.__name__} has to say which its blocks are (the property blocks) and what "
+            "its family is called (family)"
+        )
     _families[model if isinstance(model, str) else model.__name__] = backbone
 
 
@@ -277,6 +302,11 @@ def called_by(target: Any) -> nn.Module:
     for model in candidates:
         if isinstance(model, nn.Module):
             return model
+    if hasattr(target, "components"):
+        raise TypeError(
+            f"this {type(target).__name__} has no network named transformer or unet; give the "
+            "network that it calls at every step itself"
+        )
     raise TypeError(f"expected a diffusers pipeline or a torch module, got {type(target).__name__}")
 
 

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from accelkit.errors import AccelkitError
 
 State = dict[str, Tensor]
+_WRAPPED = "module."
 
 
 def read_state_dict(path: str | Path) -> State:
     """The weights in a checkpoint file, by name, on the CPU in the dtype they were stored in.
 
     ``.safetensors`` files and PyTorch pickles are read, the latter with ``weights_only=True``. A
-    training checkpoint is unwrapped: its ``ema`` weights if it has them, else its ``model``. (Its
+    training checkpoint is unwrapped: its ``ema`` weights if it has them, else its ``model``, and
+    names that all begin with ``module.``, as distributed training leaves them. (Its
     ``argparse.Namespace`` of arguments is let through: an inert bag of values.) Where the format
     allows, the tensors are mapped from the file, so leave it in place while they are in use.
 
@@ -62,7 +64,9 @@ def read_state_dict(path: str | Path) -> State:
             )
     if not content:
         raise AccelkitError(f"{path} holds no tensors; expected a state dict")
-    return {name: value.detach() for name, value in content.items()}
+    wrapped = all(name.startswith(_WRAPPED) for name in content)  # by a distributed training
+    cut = len(_WRAPPED) if wrapped else 0
+    return {name[cut:]: value.detach() for name, value in content.items()}
 
 
 def _load(path: Path) -> Any:

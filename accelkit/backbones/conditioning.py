@@ -156,6 +156,8 @@ class Captions(Conditioning):
 
 
 _known: dict[str, type[Conditioning]] = {}
+LEARNED = "_accelkit_conditioning"
+"""Where a network carries what its pipeline showed (:mod:`accelkit.backbones.watched`)."""
 
 
 def register_conditioning(model: str | type, conditioning: type[Conditioning]) -> None:
@@ -170,6 +172,7 @@ def conditioning_of(backbone: Backbone) -> Conditioning:
         AccelkitError: its call needs more than class labels, and what is not known.
     """
     kinds = (_known.get(kind.__name__) for kind in type(backbone.model).__mro__)
-    conditioning = next((kind for kind in kinds if kind), Conditioning)(backbone)
+    learned = vars(backbone.model).get(LEARNED, Conditioning)
+    conditioning = next((kind for kind in kinds if kind), learned)(backbone)
     conditioning.check()
     return conditioning

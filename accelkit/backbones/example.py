@@ -186,7 +186,9 @@ class _Known:
             frames = _TINY["frames"]
         step = config.get("patch_size_t") or 1
         frames = ceil(frames / step) * step
-        frames += step * (frames == config.get("in_channels"))  # so that no layout passes for both
+        fixed = config.get("video_length")  # by an embedding of frames
+        if frames == config.get("in_channels") and not fixed:  # so that no layout passes for both
+            frames += step
         self.frames, self.height, self.width = frames, height, width
 
     def sample(self) -> torch.Tensor:

@@ -36,6 +36,8 @@ class Generic(Backbone):
         AccelkitError: something about the blocks could not be found out.
     """
 
+    timestep_guessed = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.family = type(model).__name__
@@ -68,6 +70,11 @@ class Generic(Backbone):
     def exit(self) -> nn.Module | None:
         """The module that takes the last block's hidden states."""
         return None if self.found.exit is None else self.model.get_submodule(self.found.exit)
+
+    @property
+    def time_embedders(self) -> list[nn.Module]:
+        """Those of diffusers' own class."""
+        return [m for m in self.model.modules() if type(m).__name__ == "TimestepEmbedding"]
 
     def skipped(self, index: int, call: dict[str, Any], depth: int | None) -> Any:
         """Return the states in the order in which this block does."""

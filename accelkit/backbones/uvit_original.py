@@ -161,6 +161,9 @@ def _nearest(state: State) -> str:
 
 
 def _depth(state: State) -> int:
-    """Encoder and decoder blocks, if as many of either as the last one's number says."""
-    numbers = [int(match[1]) for key in state if (match := _BLOCK.fullmatch(key))]
-    return 2 * (max(numbers) + 1)
+    """Encoder and decoder blocks, if as many of either as the last one's number says.
+
+    A number far beyond how many there are is a stray weight's.
+    """
+    numbers = {int(match[1]) for key in state if (match := _BLOCK.fullmatch(key))}
+    return 2 * (max((n for n in numbers if n < 2 * len(numbers)), default=0) + 1)

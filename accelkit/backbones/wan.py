@@ -50,11 +50,6 @@ class Wan(Backbone):
                 two rows of images, its first and its last.
         """
         timestep = super().timestep(call)
-        if getattr(timestep, "ndim", 0) > 1:
-            raise AccelkitError(
-                f"this Wan is given a timestep for every token, {tuple(timestep.shape)}, so that a "
-                "sample has no one noise level to schedule; call accelkit.disable"
-            )
         images, samples = call.get("encoder_hidden_states_image"), call["hidden_states"]
         # a pipeline expands its step, which need not be read to know that it is one
         several = isinstance(timestep, torch.Tensor) and any(timestep.stride())

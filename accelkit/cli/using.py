@@ -164,7 +164,7 @@ def convert(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a DiT checkpoint: original layout to a diffusers directory, or back.
+    """Convert a DiT's or U-ViT's checkpoint: original layout to a diffusers directory, or back.
 
     Examples:
 

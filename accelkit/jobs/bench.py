@@ -226,7 +226,7 @@ def _judge(
             )
         reporter.say(
             f"no feature extractor for {images.name} at {size}x{size} comes with accelkit, so "
-            "there are no figures of quality; give one with --features"
+            "there are no figures of quality; accelkit bench takes one by --features"
         )
         return None
     extractor = open_extractor(

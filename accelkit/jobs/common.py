@@ -15,6 +15,7 @@ from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
+from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
@@ -91,6 +92,7 @@ def open_model(source: Source) -> Any:
     pipe = artifact.from_pretrained(
         source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
     )
+    learn(pipe)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,28 +6,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from accelkit.backbones import backbone_of
 from accelkit.backbones.original import load_original, save_original
 from accelkit.errors import AccelkitError
 from accelkit.files import read_json
-from accelkit.loading import ORIGINAL_SUFFIXES, open_whole, reading
-
-
-def _dit() -> Any:
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
-    return DiTTransformer2DModel
-
-
-def _uvit() -> Any:
-    from accelkit.models import UViTTransformer2DModel
-
-    return UViTTransformer2DModel
-
-
-_KINDS = {"DiTTransformer2DModel": _dit, "UViTTransformer2DModel": _uvit}
+from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 
 
 def convert(
@@ -62,15 +45,13 @@ def convert(
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
         raise AccelkitError(f"{source} is no model directory: it has no config.json")
-    named = str(read_json(folder / "config.json").get("_class_name"))
-    if named not in _KINDS:
+    if not is_alone(folder):
+        named = read_json(folder / "config.json").get("_class_name")
         raise AccelkitError(
-            f"{source} holds a {named}; what has an original layout is {', '.join(_KINDS)}"
+            f"{source} holds a {named}; what has an original layout is DiTTransformer2DModel, "
+            "UViTTransformer2DModel"
         )
-    with reading(str(source)):
-        model = open_whole(_KINDS[named](), folder)
-    backbone_of(model).restore()
-    save_original(model, target, allow_inexact=allow_inexact)
+    save_original(open_network(folder), target, allow_inexact=allow_inexact)
     return target
 
 

@@ -24,8 +24,7 @@ from accelkit.jobs.common import (
     prompted,
     watch,
 )
-from accelkit.schedule import Schedule
-from accelkit.switch import enable
+from accelkit.switch import enable, fitting
 from accelkit.train import lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import supervision_for
@@ -54,7 +53,7 @@ def finetune(
     pipe = open_unscheduled(source)
     model = denoiser_of(pipe)
     backbone = backbone_of(model)
-    parsed = Schedule.parse(schedule, backbone.depth, backbone.family)
+    parsed = fitting(schedule, backbone)
     images = open_images(source, model)
     if plan is not None:
         plan.samplings(pipe)

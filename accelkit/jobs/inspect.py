@@ -11,14 +11,13 @@ from torch import nn
 
 from accelkit import artifact
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
-from accelkit.backbones.original import load_original
 from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
 from accelkit.fused import paths
-from accelkit.loading import is_original
+from accelkit.loading import is_alone, open_network
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
-from accelkit.switch import enabled_on
+from accelkit.switch import enabled_on, fitting
 
 
 def inspect(
@@ -30,8 +29,8 @@ def inspect(
     why in its place.
 
     Args:
-        model: as :func:`accelkit.from_pretrained` takes it; of an original-layout file the network
-            alone is read.
+        model: as :func:`accelkit.from_pretrained` takes it; of a network alone nothing else is
+            read.
         revision: of a hub id.
         schedule: whose mean cost is added; default the one in force, if any.
         num_heads: attention heads of an original-layout file of unpublished size.
@@ -39,9 +38,9 @@ def inspect(
     Raises:
         AccelkitError: the model cannot be read, or the schedule does not fit it.
     """
-    alone = is_original(model)
+    alone = is_alone(model)
     target: Any = (
-        load_original(Path(model), num_heads=num_heads)
+        open_network(Path(model), num_heads)
         if alone
         else artifact.from_pretrained(model, revision=revision, num_heads=num_heads)
     )
@@ -62,7 +61,7 @@ def inspect(
         "noise_axis": NoiseAxis.of(scheduler).kind,
         **backbone.notes(),
     }
-    chosen = Schedule.parse(schedule, backbone.depth, backbone.family) if schedule else None
+    chosen = fitting(schedule, backbone) if schedule else None
     if chosen is None and state is not None:
         chosen = state.schedule
     if chosen is not None:

@@ -1,11 +1,19 @@
 """How networks are called: as diffusers' own pipelines call them, argument by argument."""
 
+import copy
+import functools
 import inspect
 
 import pytest
 import text_pipes
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
+from diffusers import (
+    AuraFlowPipeline,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
@@ -16,6 +24,7 @@ from accelkit.backbones.conditioning import (
     conditioning_of,
     register_conditioning,
 )
+from accelkit.backbones.watched import LEARNED, WatchedCaptions, learn, watch
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling
 
@@ -35,6 +44,8 @@ OPTIONS = {
     "sd": {"height": 16, "width": 16},
     "sdxl": {"height": 64, "width": 64},
     "wan": {"height": 64, "width": 64, "num_frames": 1},
+    "auraflow": {"height": 16, "width": 16},
+    "lumina2": {"height": 16, "width": 16, "cfg_normalization": False},
 }
 
 
@@ -70,7 +81,7 @@ def recorded(pipe, family, latents):
         **OPTIONS[family],
     )
     handle.remove()
-    if family == "wan":  # with and without the prompt, one after the other
+    if family in ("wan", "lumina2"):  # with and without the prompt, one after the other
         seen = [_joined(seen)]
     args, kwargs, output = seen[0]
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -87,7 +98,9 @@ def _joined(seen):
     return (), both, torch.cat([other, output])
 
 
-def conditioning(pipe):
+def conditioning(pipe, by_watching=False):
+    if by_watching:
+        return WatchedCaptions(backbone_of(denoiser_of(pipe)), watch(pipe))
     model = denoiser_of(pipe)
     kind = _known[type(model).__name__]
     try:
@@ -110,12 +123,18 @@ def same(ours, theirs, name):
         torch.testing.assert_close(ours, theirs.expand_as(ours), msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("family", text_pipes.FAMILIES)
-def test_a_call_is_the_pipelines_own(family):
+@pytest.mark.parametrize(
+    ("family", "by_watching"),
+    [
+        *((family, False) for family in text_pipes.FAMILIES),
+        *((family, True) for family in ("auraflow", "lumina2", "sd3", "sd")),
+    ],
+)
+def test_a_call_is_the_pipelines_own(family, by_watching):
     pipe = text_pipes.make(family)
     if family == "sdxl":  # whose own scheduler scales the latents
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    calls = conditioning(pipe)
+    calls = conditioning(pipe, by_watching)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     theirs, output = recorded(pipe, family, latents)
     items = [PROMPT] if family == "flux" else [None, PROMPT]
@@ -130,6 +149,8 @@ def test_a_call_is_the_pipelines_own(family):
         predicted = calls.prediction(denoiser_of(pipe)(**ours, return_dict=False)[0], doubled)
     if family == "flux":
         output = pipe._unpack_latents(output, 16, 16, pipe.vae_scale_factor)
+    if family == "lumina2":  # whose scheduler is given the opposite
+        output = -output
     output = output.reshape(predicted.shape)  # without the axis of frames
     torch.testing.assert_close(predicted, output, rtol=1e-4, atol=1e-5)
 
@@ -209,6 +230,85 @@ def test_a_network_whose_call_is_not_known():
     with pytest.raises(AccelkitError, match="what melody is to hold is not known") as caught:
         conditioning_of(Stack(Strange()))
     assert "\n" not in str(caught.value)
+
+
+def test_watching_leaves_the_pipeline_as_it_was():
+    pipe = text_pipes.make("auraflow")
+    scheduler, before = pipe.scheduler, [dict(vars(part)) for part in (pipe, pipe.transformer)]
+    state = dict(vars(scheduler))
+    drawn = torch.random.get_rng_state()
+    learn(pipe)
+    assert vars(pipe).items() >= before[0].items()  # it notes its last call itself
+    assert pipe.scheduler is scheduler
+    assert vars(scheduler) == state
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    added = {name for name in vars(pipe.transformer) if name not in before[1]}
+    assert added == {LEARNED}
+    # and the network runs as it did, a copy of it as well
+    for model in (pipe.transformer, copy.deepcopy(pipe.transformer)):
+        assert isinstance(conditioning_of(backbone_of(model)), WatchedCaptions)
+        with torch.no_grad():
+            given = {"encoder_hidden_states": torch.zeros(1, 5, 16), "timestep": torch.ones(1)}
+            assert model(torch.zeros(1, 4, 8, 8), **given).sample.shape == (1, 4, 8, 8)
+
+
+def test_what_is_known_is_not_watched(pipe):
+    for known in (pipe, text_pipes.make("sd3")):
+        learn(known)
+        assert LEARNED not in vars(denoiser_of(known))
+
+
+class Grows(AuraFlowPipeline):
+    """Pads prompts to the longest of a call alone."""
+
+    def encode_prompt(self, prompt, *args, **kwargs):
+        states, *rest = super().encode_prompt(prompt, *args, **kwargs)
+        return states[:, : max(map(len, prompt)) + 1], *rest
+
+
+class Squares(AuraFlowPipeline):
+    """Gives its network another function of the timestep."""
+
+    @functools.wraps(AuraFlowPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        forward = self.transformer.forward
+        self.transformer.forward = lambda sample, timestep, **rest: forward(
+            sample, timestep=timestep**2, **rest
+        )
+        return super().__call__(*args, **kwargs)
+
+
+class Doubles(AuraFlowPipeline):
+    """Makes something else of a prediction."""
+
+    @functools.wraps(AuraFlowPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        step = self.scheduler.step
+        self.scheduler.step = lambda output, *rest, **options: step(2 * output, *rest, **options)
+        return super().__call__(*args, **kwargs)
+
+
+class Paints(AuraFlowPipeline):
+    """Needs an image beside a prompt."""
+
+    def __call__(self, prompt=None, image=None, num_inference_steps=3):
+        raise ValueError("give an image")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Grows, "its encoder_hidden_states grow with the prompt"),
+        (Squares, "it is given the timesteps .* where its scheduler has"),
+        (Doubles, "its output is not what the scheduler was given"),
+        (Paints, "it does not run on prompts alone: give an image"),
+    ],
+)
+def test_what_watching_cannot_make_out_is_refused(kind, words):
+    pipe = kind(**text_pipes.make("auraflow").components)
+    with pytest.raises(AccelkitError, match=f"cannot call a AuraFlow.* was watched, but {words}"):
+        learn(pipe)
+    assert LEARNED not in vars(pipe.transformer)
 
 
 def test_registering_one(monkeypatch):

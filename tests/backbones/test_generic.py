@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import text_pipes
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -316,6 +318,85 @@ def test_what_is_registered_comes_first(monkeypatch):
         with on(model) as state:
             assert isinstance(state.backbone, Mine)
             close(run(model, call), torch.cat(singles))
+
+
+class Stack(accelkit.Backbone):
+    """A family as someone who registers one could write it."""
+
+    family = "stack"
+
+    @property
+    def blocks(self):
+        return self.model.transformer_blocks
+
+
+def of_stack(**changes):
+    return type("Stacked", (Stack,), changes)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        (of_stack(hidden="x", states=("x",)), "says that blocks take x, a LTX.* takes hidden_stat"),
+        (of_stack(blocks=[]), "Stacked finds no block in this LTXVideoTransformer3DModel"),
+    ],
+)
+def test_a_backbone_that_names_what_is_not_there_is_refused_at_once(backbone, words, monkeypatch):
+    monkeypatch.setattr(base, "_families", dict(base._families))
+    case = NETWORKS["LTXVideoTransformer3DModel"]
+    accelkit.register_backbone(case.kind, backbone)
+    with pytest.raises(AccelkitError, match=words) as caught:
+        enable(case.kind(**case.config), "uniform:0" if "no block" in words else "uniform:2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((None, Stack), "a class of models or its name, not None"),
+        ((nn.Linear, dict), "a class derived from accelkit.Backbone, not <class 'dict'>"),
+        ((nn.Linear, accelkit.Backbone), "Backbone has to say which its blocks are"),
+        ((nn.Linear, of_stack(family=None)), "and what its family is called"),
+    ],
+)
+def test_what_is_no_backbone_is_not_registered(given, words):
+    before = dict(base._families)
+    with pytest.raises(TypeError, match=words):
+        accelkit.register_backbone(*given)
+    assert base._families == before
+
+
+def test_a_timestep_for_every_token_is_refused():
+    case = NETWORKS["LTXVideoTransformer3DModel"]
+    model = randomized(lambda: case.kind(**case.config))
+    with on(model), pytest.raises(AccelkitError, match=r"a timestep for every token, \(2, 12\)"):
+        model(**case.inputs(2), timestep=torch.full((2, 12), 990.0))
+
+
+@pytest.mark.parametrize("guess", [1.0, 1e-3])
+def test_a_timestep_that_is_read_in_another_way_than_it_is_meant_is_noticed(guess, monkeypatch):
+    """Or every step would be taken for one near the data, and run at full depth."""
+    pipe = text_pipes.make("auraflow")
+    with enable(pipe, "4@0.5,2@1") as state:
+        assert state.backbone.timestep_scale == 1e-3
+        monkeypatch.setattr(state.backbone, "timestep_scale", guess)
+        run = partial(pipe, "a", height=16, width=16, num_inference_steps=3, output_type="latent")
+        if guess == 1e-3:
+            run()
+            return
+        with pytest.raises(AccelkitError, match=r"the timestep 1, .* is t / 1000 for one that it"):
+            run()
+
+
+def test_a_video_with_as_many_frames_as_channels():
+    from diffusers import LatteTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    latte = LatteTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2, video_length=4,
+        caption_channels=12, norm_type="ada_norm_single", **sizes,
+    )  # fmt: skip
+    assert backbone_of(latte).depth >= 2
 
 
 # --- what cannot be found out

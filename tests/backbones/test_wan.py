@@ -1,11 +1,12 @@
 """Wan: schedules on diffusers' own video network."""
 
 import pytest
+import text_pipes
 import torch
 from families import Compiled, Family, close, draws, randomized
 
-from accelkit.errors import AccelkitError
-from accelkit.switch import disable
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.switch import disable, enable, enabled_on
 
 
 class TestWan(Compiled, Family):
@@ -83,6 +84,18 @@ class TestWan(Compiled, Family):
             model(**call)
         disable(model)
         assert torch.equal(model(**call).sample, output)
+
+    def test_the_other_network_of_a_pipeline_is_told_of(self):
+        pipe = text_pipes.make("wan")
+        twin = randomized(lambda: type(pipe.transformer).from_config(pipe.transformer.config))
+        pipe.register_modules(transformer_2=twin)
+        with pytest.warns(AccelkitWarning, match="has two networks, of which the"):
+            enable(pipe, "uniform:2")
+        enable(pipe.transformer_2, "uniform:2", scheduler=pipe.scheduler)
+        assert enabled_on(pipe.transformer_2).schedule == enabled_on(pipe).schedule
+        pipe.register_modules(transformer=None)
+        with pytest.raises(TypeError, match="WanPipeline has no network named transformer or unet"):
+            enable(pipe, "uniform:2")
 
     @torch.no_grad()
     def test_first_and_last_images_go_with_one_timestep(self):

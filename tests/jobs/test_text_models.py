@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import text_pipes
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import AuraFlowPipeline, DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -79,6 +79,9 @@ def command(model, data, run, *more):
         ("sdxl", []),
         ("wan", []),
         ("wan", ["--sampler", "flow", "--lora-rank", "2"]),
+        ("auraflow", []),  # two that accelkit has no file for
+        ("auraflow", ["--lora-rank", "2"]),
+        ("lumina2", []),
     ],
     ids=lambda value: value if isinstance(value, str) else "lora" * ("--lora-rank" in value),
 )
@@ -144,15 +147,32 @@ def test_a_schedule_that_drops_every_adapter_is_refused(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_transformer_whose_call_is_not_known_is_refused(data, tmp_path):
-    """Its blocks are found by a trial call; what a caption is to become is not."""
+def test_a_transformer_whose_call_is_not_known_is_refused(data, tmp_path, monkeypatch):
+    """What a caption is to become its pipeline has to show."""
+
+    def encode_prompt(*args, **kwargs):
+        raise ValueError("no prompt without an image")
+
+    monkeypatch.setattr(AuraFlowPipeline, "encode_prompt", encode_prompt)
     text_pipes.make("auraflow").save_pretrained(tmp_path / "model")
     for options in ([], ["--lora-rank", "2"]):
-        words = "cannot call a AuraFlowTransformer2DModel by itself, to train or sample it: what "
+        words = "cannot call a AuraFlow.*but it does not run on prompts alone: no prompt without"
         with pytest.raises(AccelkitError, match=words) as caught:
             cli(*command(tmp_path / "model", data, tmp_path / "run", *options))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
+
+
+def test_merging_that_a_family_cannot_do_is_refused_before_anything_is_encoded(
+    models, data, tmp_path, monkeypatch
+):
+    for encode in ("encode_latents", "encode_captions"):
+        monkeypatch.setattr(f"accelkit.jobs.common.{encode}", None)
+    given = command(models("sd3"), data, tmp_path / "run", "--schedule", "tome:0.3")
+    for arguments in (given, ["inspect", "--model", models("sd3"), "--schedule", "tome:0.3"]):
+        with pytest.raises(AccelkitError, match="tokens cannot be merged in a sd3"):
+            cli(*arguments)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
 
 import accelkit
-from accelkit.backbones.original import save_original
+from accelkit.backbones.original import load_original, save_original, to_original
 from accelkit.errors import AccelkitError
 from accelkit.jobs.convert import convert
 from accelkit.models import UViTPipeline, UViTTransformer2DModel
@@ -73,6 +73,31 @@ def test_an_original_file_in_latents_takes_one(tmp_path):
     save_original(network(4), tmp_path / "uvit.pth")
     pipe = accelkit.from_pretrained(tmp_path / "uvit.pth", num_heads=2, vae=str(tmp_path / "vae"))
     assert isinstance(pipe.vae, AutoencoderKL)
+
+
+def test_what_a_conversion_makes_is_opened(tmp_path):
+    save_original(network(), tmp_path / "uvit.pth")
+    convert(tmp_path / "uvit.pth", tmp_path / "network", 2, False, False)
+    pipes = [accelkit.from_pretrained(tmp_path / "uvit.pth", num_heads=2)]
+    pipes.append(accelkit.from_pretrained(tmp_path / "network"))
+    assert type(pipes[0].scheduler) is type(pipes[1].scheduler)
+    assert torch.equal(*map(drawn, pipes))
+    accelkit.enable(pipes[1], "D4")
+    accelkit.save(pipes[1], tmp_path / "tuned", base_model=str(tmp_path / "network"))
+    assert enabled_on(accelkit.from_pretrained(tmp_path / "tuned")) is not None
+
+
+def test_weights_of_a_distributed_training(tmp_path):
+    state = to_original(network())
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "ddp.pth")
+    opened = load_original(tmp_path / "ddp.pth", num_heads=2)
+    for name, value in to_original(opened).items():
+        assert torch.equal(value, state[name])
+    state["out_blocks.999.x"] = torch.zeros(1)
+    torch.save(state, tmp_path / "stray.pth")
+    with pytest.raises(AccelkitError, match="out_blocks.999.x") as caught:
+        load_original(tmp_path / "stray.pth", num_heads=2)
+    assert "missing: none" in str(caught.value)
 
 
 def test_conversion_there_and_back(tmp_path):
