@@ -58,23 +58,51 @@ class Design:
         config = {k: v for k, v in model.config.items() if k[0] != "_" and k not in _WEIGHTS_OWN}
         return cls(type(model), json.dumps(config, sort_keys=True, default=_plain))
 
-    def twin(self, device: str = "meta") -> Any:
+    def twin(self, device: str = "meta", short: bool = False) -> Any:
         """Return a network like it in float32 and eval mode, with arbitrary weights on ``device``.
 
         They take no gradients.
+
+        Args:
+            device: ``meta`` or ``cpu``.
+            short: leave of each list of blocks the first two and the last, :func:`shorten`.
         """
         config = json.loads(self.config)
         with torch.inference_mode(False):
             if device == "meta":
                 with torch.device("meta"):
                     twin = self.kind.from_config(config).to("meta")
+                    if short:
+                        shorten(twin)
             else:  # memory that is never written to is not taken up
                 with init_empty_weights(), torch.random.fork_rng(devices=[]):
                     twin = self.kind.from_config(config)
+                    if short:
+                        shorten(twin)
                 twin._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
         return twin.eval().requires_grad_(False)
 
 
+def lists_of(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return a network's own lists of modules of one class, by name."""
+    children = model.named_children()
+    lists = {name: child for name, child in children if isinstance(child, nn.ModuleList)}
+    return {name: blocks for name, blocks in lists.items() if len({type(b) for b in blocks}) == 1}
+
+
+def shorten(model: nn.Module) -> None:
+    """Leave of each list of blocks the first two and the last, which tell about all of them.
+
+    A call of dozens of blocks takes its time on any device; the lengths are kept in ``lengths``.
+    """
+    lists = lists_of(model)
+    model.lengths = {name: len(blocks) for name, blocks in lists.items()}  # type: ignore[assignment]
+    for name, blocks in lists.items():
+        if len(blocks) > _ENOUGH:
+            setattr(model, name, nn.ModuleList([*blocks[: _ENOUGH - 1], blocks[-1]]))
+
+
+_ENOUGH = 3
 _WEIGHTS_OWN = {"quantization_config"}  # says nothing of what blocks are given
 
 
@@ -96,15 +124,19 @@ class Fit:
 
 
 @lru_cache(maxsize=64)
-def fit_of(design: Design) -> Fit:
+def fit_of(design: Design, short: bool = False) -> Fit:
     """Return how a network can be called, which is tried on a twin.
+
+    Args:
+        design: the network's.
+        short: whether on a :func:`shorten` ed one.
 
     Raises:
         AccelkitError: no layout of the sample makes a call, or a required argument is not known.
     """
     errors: list[tuple[int, str]] = []
     for device in ("meta", "cpu"):
-        twin = design.twin(device)
+        twin = design.twin(device, short)
         begun: list[nn.Module] = []
         for module in twin.modules():
             module.register_forward_pre_hook(lambda module, _, begun=begun: begun.append(module))

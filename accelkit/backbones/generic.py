@@ -1,7 +1,8 @@
 """A diffusers transformer that accelkit has no file for: its blocks are found by watching a call.
 
-A twin of the network without weights is called once (example.py), and every block is seen with what
-it is given and what it returns. That tells which lists of blocks the sample passes through and in
+A twin of the network without weights is called once (example.py), of whose lists of blocks two and
+the last are left where that suffices, and every block is seen with what it is given and what it
+returns. That tells which lists of blocks the sample passes through and in
 which order; which of a block's arguments are states, because the next block is given the very
 tensors that it returned; and which module takes the hidden states of the last one. A second call,
 which skips all blocks but the first, has to return the same shape.
@@ -12,14 +13,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accelkit.backbones.base import Backbone
-from accelkit.backbones.example import HOW, SHARED, Design, Fit, arguments, call, fit_of
+from accelkit.backbones.example import HOW, SHARED, Design, Fit, arguments, call, fit_of, lists_of
 from accelkit.errors import AccelkitError
 
 # Pipelines of these give the network 1 - t / 1000, so that it counts up from noise to data.
@@ -146,19 +147,25 @@ def find(design: Design) -> Found:
     Raises:
         AccelkitError: there are none, or what they take or return could not be found out.
     """
-    fit = fit_of(design)
-    twin = design.twin(fit.device)
+    try:
+        return _found(design, short=True)
+    except AccelkitError:  # it needs all of its blocks, or would not be found among them either
+        return _found(design, short=False)
+
+
+def _found(design: Design, short: bool) -> Found:
+    fit = fit_of(design, short)
+    twin = design.twin(fit.device, short)
     seen, shape = _watch(twin, fit)
     states: dict[str, tuple[str, ...]] = {}
     reasons: list[str] = []
-    for name, blocks in twin.named_children():
-        if isinstance(blocks, nn.ModuleList) and len({type(b) for b in blocks}) == 1:
-            own = [s for s in seen if s.name.rpartition(".")[0] == name]
-            try:
-                if own and _depends(own[0]):
-                    states[name] = _states(name, len(blocks), own)
-            except _UnclearError as reason:
-                reasons.append(str(reason))
+    for name, blocks in lists_of(twin).items():
+        own = [s for s in seen if s.name.rpartition(".")[0] == name]
+        try:
+            if own and _depends(own[0]):
+                states[name] = _states(name, len(blocks), own)
+        except _UnclearError as reason:
+            reasons.append(str(reason))
     counted = [s for s in seen if s.name.rpartition(".")[0] in states]
     if not counted:
         none = "none of its lists of modules of one class is given the sample's states"
@@ -169,7 +176,23 @@ def find(design: Design) -> Found:
         raise _unclear(design.kind, f"its blocks return no common state, such as {hidden}")
     exit = _exit(seen, counted, [names.index(hidden) for names in by_block], hidden)
     _check_skipping(twin, fit, counted, by_block, shape)
-    return Found(tuple(s.name for s in counted), by_block, hidden, exit, _unit_time(design, fit))
+    names = [s.name for s in counted]
+    if short:
+        names = _whole(names, twin.lengths)
+        by_block = tuple(states[name.rpartition(".")[0]] for name in names)
+    return Found(tuple(names), by_block, hidden, exit, _unit_time(design, fit, short))
+
+
+def _whole(names: list[str], lengths: dict[str, int]) -> list[str]:
+    """Return the blocks that a network runs whose shortened twin ran these.
+
+    Raises:
+        AccelkitError: blocks of several lists take turns, so that a part does not tell the order.
+    """
+    lists = [name for name, _ in groupby(name.rpartition(".")[0] for name in names)]
+    if len(set(lists)) < len(lists):
+        raise AccelkitError(f"blocks of {', '.join(dict.fromkeys(lists))} take turns")
+    return [f"{name}.{index}" for name in lists for index in range(lengths[name])]
 
 
 def _watch(twin: nn.Module, fit: Fit) -> tuple[list[_Seen], torch.Size]:
@@ -283,9 +306,9 @@ def _check_skipping(
         )
 
 
-def _unit_time(design: Design, fit: Fit) -> bool:
+def _unit_time(design: Design, fit: Fit, short: bool) -> bool:
     """Whether the sinusoids that embed time are taken of a thousand for a timestep of 1."""
-    twin = design.twin(fit.device)
+    twin = design.twin(fit.device, short)
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
         time = next(iter((*args, *kwargs.values())))

@@ -16,8 +16,8 @@ from torch import nn
 
 import accelkit
 from accelkit.backbones import backbone_of, base
-from accelkit.backbones.example import Design
-from accelkit.backbones.generic import Generic, find
+from accelkit.backbones.example import Design, lists_of
+from accelkit.backbones.generic import Generic, _found, find
 from accelkit.errors import AccelkitError
 from accelkit.switch import disable, enable, enabled_on
 
@@ -164,6 +164,19 @@ def test_what_is_found(model, case):
     assert notes["block_lists"] == ", ".join(case.lists)
     at = backbone.model_timestep(torch.tensor(250.0))
     assert backbone.scheduler_timestep(float(at)) == pytest.approx(250)
+
+
+def test_a_few_blocks_tell_of_all(case):
+    """Networks of dozens would take minutes to look at."""
+    layers = {key: 6 for key in case.config if key in ("num_layers", "num_single_dit_layers")}
+    model = case.kind(**{**case.config, **layers})
+    design = Design.of(model)
+    found = _found(design, short=True)
+    assert found == _found(design, short=False)
+    assert len(found.blocks) >= 6
+    twin = design.twin(short=True)
+    assert max(map(len, lists_of(twin).values())) == 3
+    assert twin.lengths == {name: len(blocks) for name, blocks in lists_of(model).items()}
 
 
 def test_looking_leaves_no_trace_and_finds_the_same_again(model, case):
