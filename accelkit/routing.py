@@ -113,11 +113,16 @@ class Router:
         """
         spent = [self.schedule.computes[0]]  # needs no look at the timestep if there is no other
         self._call.timestep = None
-        if len(self.schedule.computes) > 1:
+        if len(self.schedule.computes) > 1 and batch:
             values = self._values(timestep)
             self._call.timestep = values[0] if len(values) == 1 else None
             spent = [self.schedule.at(self.axis.level(t)) for t in values]
-        elif isinstance(timestep, Tensor) and timestep.is_cpu and not any(timestep.stride()):
+        elif (
+            batch
+            and isinstance(timestep, Tensor)
+            and timestep.is_cpu
+            and not any(timestep.stride())
+        ):
             self._call.timestep = self._values(timestep)[0]
         grad = torch.is_grad_enabled()
         kinds = set(spent)

@@ -241,8 +241,8 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
             ``.sample`` (B, C, S, S).
 
         Raises:
-            AccelkitError: labels for a network without classes or none for one with, or a sample
-                of another size.
+            AccelkitError: labels for a network without classes or none for one with, a sample of
+                another size, or timesteps for another batch.
         """
         x = self.embed(sample, timestep, class_labels)
         skips = []
@@ -290,6 +290,11 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         """Cosines, then sines, of the timestep at D / 2 frequencies, (B, D) as ``like``."""
         batch, _, width = like.shape
         time = torch.as_tensor(timestep, device=like.device).float()
+        if time.ndim > 1 or time.numel() not in (1, batch):
+            raise AccelkitError(
+                f"got timesteps of shape {tuple(time.shape)} for a batch of {batch}; give one, or "
+                "one per sample"
+            )
         index = torch.arange(width // 2, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(-math.log(10000) * index / (width // 2))
         angles = (time[None] if time.ndim == 0 else time)[:, None] * frequencies

@@ -21,8 +21,10 @@ Generators = torch.Generator | list[torch.Generator] | None
 class UViTPipeline(DiffusionPipeline):
     """Images from a U-ViT (Bao et al. 2023).
 
-    A scheduler's timestep is the index 0..999 of the process; the network was trained with another
-    number, which its config records (:meth:`UViTTransformer2DModel.timestep_of`).
+    Saved, it opens with ``UViTPipeline.from_pretrained`` or :func:`accelkit.from_pretrained`;
+    ``diffusers.DiffusionPipeline`` looks for pipelines in diffusers alone. A scheduler's timestep
+    is the index 0..999 of the process; the network was trained with another number, which its
+    config records (:meth:`UViTTransformer2DModel.timestep_of`).
 
     Args:
         transformer: the network.

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from accelkit.errors import AccelkitError
 from accelkit.models import PUBLISHED, UViTTransformer2DModel
 from accelkit.models.uvit import UViTBlock
+from accelkit.switch import enable
 
 TINY = {
     "sample_size": 8,
@@ -247,6 +248,17 @@ def test_calls_that_do_not_fit():
     for wrong in (x[:, :3], x[..., :6], x[0]):
         with pytest.raises(AccelkitError, match=r"takes samples \(B, 4, 8, 8\), got"):
             tiny()(wrong, 7)
+    for wrong in (torch.tensor([1, 2]), torch.ones(3, 1)):
+        with pytest.raises(AccelkitError, match="for a batch of 3; give one, or one per sample"):
+            tiny()(x, wrong)
+
+
+@pytest.mark.parametrize("schedule", ["full", "uniform:1", "2@0.5,1@1"])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_an_empty_batch(schedule, kernels):
+    model, none = tiny().eval(), torch.zeros(0)
+    with torch.no_grad(), enable(model, schedule, kernels=kernels):
+        assert model(sample()[:0], none).sample.shape == (0, 4, 8, 8)
 
 
 def test_frequencies_fall_from_1_to_a_ten_thousandth():
