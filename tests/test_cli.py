@@ -173,6 +173,8 @@ def test_settings_of_a_dry_run(tmp_path, monkeypatch):
     (tmp_path / "r.toml").write_text(
         "[model]\nlayers = 3\n[autoencoder]\nsteps = 1\n[run]\nsteps=2"
     )
+    merged = run("finetune", "--baseline", "tome:0.3", "--dry-run", "--json")  # or --baselines
+    assert json.loads(merged.stdout)["baselines"] == "tome:0.3"
     train = json.loads(run("train", "--recipe", "r.toml", "--dry-run", "--json").stdout)
     assert train["model"] == {"layers": 3}
     assert train["autoencoder"] == {"steps": 1}

@@ -85,7 +85,12 @@ class WatchedCaptions(Captions):
         return self.how.shape
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        (call,) = _run(pipe, prompts, steps=1)
+        try:
+            (call,) = _run(pipe, prompts, steps=1)
+        except _StrangeError as reason:
+            raise AccelkitError(
+                f"cannot embed captions by {type(pipe).__name__}: {reason}"
+            ) from None
         rows = {name: call.given[name] for name in self.how.rows}
         for name, null in self.how.null.items():
             empty = [place for place, prompt in enumerate(prompts) if not prompt]
@@ -176,9 +181,9 @@ def _null(pipe: Any, names: Sequence[str], alone: _Call) -> dict[str, Tensor]:
     for call in _run(pipe, [_LONG], 1, guidance=2.0):
         for place in range(len(call.returned)):
             found.append({name: call.given[name][place] for name in names})
-    others = [r for r in found if any(not _same(r[n], alone.given[n][0]) for n in names)]
     if len(found) == 1:
         return {}
+    others = [r for r in found if any(not _same(r[n], alone.given[n][0]) for n in names)]
     if (len(found), len(others)) != (2, 1):
         raise _StrangeError("what it is given without a prompt, to guide by, was not told apart")
     if any(others[0][name].shape != alone.given[name][0].shape for name in names):
@@ -255,6 +260,8 @@ def _run(pipe: Any, prompts: list[str], steps: int, guidance: float = 1.0) -> li
     side = model.config.get("sample_size")
     if isinstance(side, int) and getattr(pipe, "vae_scale_factor", None):
         options |= dict.fromkeys(("height", "width"), side * pipe.vae_scale_factor)
+    if "guidance" in inspect.signature(type(model).forward).parameters:
+        del options["guidance_scale"]  # a distilled network's is no second pass, and not 1
     options = {name: value for name, value in options.items() if name in takes}
     calls: list[_Call] = []
     try:

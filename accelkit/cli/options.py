@@ -45,10 +45,12 @@ Sampler = Annotated[
 Baselines = Annotated[
     str,
     typer.Option(
+        "--baselines",
+        "--baseline",
         help="Alternatives to compare with: tome:RATIO[:B4] (token merging), steps (fewer, at "
         "equal cost), first_block_cache, faster_cache, pab, taylorseer, mag_cache, cache-dit, "
         "compile, eager (no fused kernels); with a schedule and a plus in front, both. Commas "
-        "between several."
+        "between several.",
     ),
 ]
 Kernels = Annotated[

@@ -92,8 +92,9 @@ def open_model(source: Source) -> Any:
     pipe = artifact.from_pretrained(
         source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
     )
-    learn(pipe)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    learn(pipe)  # by its text encoders
+    return pipe
 
 
 def open_unscheduled(source: Source) -> Any:

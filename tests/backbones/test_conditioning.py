@@ -311,6 +311,15 @@ def test_what_watching_cannot_make_out_is_refused(kind, words):
     assert LEARNED not in vars(pipe.transformer)
 
 
+def test_prompts_that_a_learned_pipeline_chokes_on(monkeypatch):
+    pipe = text_pipes.make("auraflow")
+    learn(pipe)
+    calls = conditioning_of(backbone_of(pipe.transformer))
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(AccelkitError, match="cannot embed captions by AuraFlow.*division by zero"):
+        calls.encode(pipe, ["a bird"])
+
+
 def test_registering_one(monkeypatch):
     monkeypatch.setattr("accelkit.backbones.conditioning._known", {})
     register_conditioning(Strange, Listener)
