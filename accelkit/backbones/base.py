@@ -39,6 +39,7 @@ class Backbone(ABC):
         layout: in which order the sample has its axes: batch, channels, frames, height, width, or
             batch, tokens (N), channels.
         timestep_scale: what the model's timestep is of the scheduler's.
+        timestep_per_token: whether the model may be given a timestep for every token.
         timestep_guessed: whether that is a guess, which calls are to be compared with.
         head: names of the parameters, or of modules that hold them, which make the last hidden
             states a prediction, of which a model may lack some. By them training can give earlier
@@ -57,6 +58,7 @@ class Backbone(ABC):
     block_batched: tuple[str, ...] | None = None
     layout: str = "BCHW"
     timestep_scale: float = 1.0
+    timestep_per_token: bool = False
     timestep_guessed: bool = False
     tokens_protected: int = 0
 
@@ -121,7 +123,8 @@ class Backbone(ABC):
                 "a model with a schedule needs its timestep to know the noise level; got None"
             )
         timestep = call["timestep"]
-        if isinstance(timestep, torch.Tensor) and timestep.shape[1:].numel() > 1:
+        several = isinstance(timestep, torch.Tensor) and timestep.shape[1:].numel() > 1
+        if several and self.timestep_per_token:  # others refuse it themselves
             raise AccelkitError(
                 f"this {type(self.model).__name__} is given a timestep for every token, "
                 f"{tuple(timestep.shape)}, so that a sample has no one noise level to schedule; "

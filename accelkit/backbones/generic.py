@@ -37,6 +37,7 @@ class Generic(Backbone):
         AccelkitError: something about the blocks could not be found out.
     """
 
+    timestep_per_token = True
     timestep_guessed = True
 
     def __init__(self, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ class Wan(Backbone):
     """
 
     family = "wan"
+    timestep_per_token = True
     layout = "BCFHW"
     batched = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image")
     block_batched = ("encoder_hidden_states", "temb")
