@@ -213,12 +213,18 @@ class Router:
         return timestep.flatten()[0].item() if steps is None or place is None else steps[1][place]
 
     def _compare(self, given: float) -> None:
-        """Raise AccelkitError for a timestep that is one of a run's only if read in another way."""
+        """Raise AccelkitError for a timestep that is one of a run's only on another scale.
+
+        Whether it counts up or down is not told so: any number may be a step's mirror image, as in
+        a loop of one's own that draws timesteps.
+        """
         steps = self._steps()
         if steps is None or getattr(self.scheduler(), "num_inference_steps", None) is None:
             return
-        read = self.backbone.scheduler_timestep(given)
-        names = {name: (given - b) / a for name, (a, b) in TIMES.items()}
+        scheduled = self.backbone.scheduler_timestep
+        read, span = scheduled(given), abs(scheduled(1.0) - scheduled(0.0))
+        others = {n: (a, b) for n, (a, b) in TIMES.items() if abs(abs(span * a) - 1) > 0.5}
+        names = {name: (given - b) / a for name, (a, b) in others.items()}
         fits = [n for n, t in names.items() if any(abs(s - t) <= 1e-2 * abs(s) for s in steps[1])]
         if fits and not any(abs(s - read) <= 1e-2 * abs(s) for s in steps[1]):
             raise AccelkitError(

@@ -2,10 +2,10 @@
 
 A twin of the network without weights is called once (example.py), of whose lists of blocks two and
 the last are left where that suffices, and every block is seen with what it is given and what it
-returns. That tells which lists of blocks the sample passes through and in
-which order; which of a block's arguments are states, because the next block is given the very
-tensors that it returned; and which module takes the hidden states of the last one. A second call,
-which skips all blocks but the first, has to return the same shape.
+returns. That tells which lists of blocks the sample passes through and in which order; which of a
+block's arguments are states, because the next block is given the very tensors that it returned; and
+which module takes the hidden states of the last one. A second call, which skips all blocks but the
+first, has to return the same shape.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _time(calls: Sequence[_Call]) -> tuple[float, float, torch.dtype]:
-    """Return the straight line from the scheduler's timesteps to the network's, and their dtype."""
+    """Return scale and offset of the network's timesteps, and their dtype."""
     given = [torch.as_tensor(call.given.get("timestep", torch.nan)) for call in calls]
     if any(len(set(value.flatten().tolist())) != 1 for value in given):
         raise _StrangeError("it is given several timesteps at once")

@@ -396,6 +396,9 @@ def test_a_timestep_that_is_read_in_another_way_than_it_is_meant_is_noticed(gues
         run = partial(pipe, "a", height=16, width=16, num_inference_steps=3, output_type="latent")
         if guess == 1e-3:
             run()
+            mirrored = 1 - pipe.scheduler.timesteps[1:2] / 1000  # by hand, and none of the run's
+            states = torch.zeros(1, 5, 16)
+            pipe.transformer(torch.zeros(1, 4, 8, 8), states, mirrored)
             return
         with pytest.raises(AccelkitError, match=r"the timestep 1, .* is t / 1000 for one that it"):
             run()
