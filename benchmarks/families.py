@@ -100,6 +100,26 @@ NETWORKS: dict[str, Callable[[int, int], Any]] = {
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     ),
+    "conditional UNet": lambda heads, dim: diffusers.UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=tuple(n * max(32, heads * dim // 3) for n in (1, 1, 2)),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=heads,
+    ),
+    "an unknown one (AuraFlow)": lambda heads, dim: diffusers.AuraFlowTransformer2DModel(
+        **_attention(heads, dim),
+        sample_size=32,
+        in_channels=4,
+        patch_size=2,
+        num_mmdit_layers=2,
+        num_single_dit_layers=6,
+        joint_attention_dim=128,
+        caption_projection_dim=heads * dim,
+        out_channels=4,
+    ),
 }
 
 CROPS: dict[str, dict[str, tuple[Any, ...]]] = {
