@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,10 @@ class Adapter:
         """Add the change to the weights of ``model``, computed in float32.
 
         Raises:
-            AccelkitError: the model lacks a layer or has it in another shape; it is as it was.
+            AccelkitError: the model lacks a layer or has it in another shape, or carries adapters;
+                it is as it was.
         """
+        refuse_adapters(model)
         self.check(model)
         for name in self.targets:
             weight = model.get_parameter(f"{name}.weight")
@@ -52,6 +55,38 @@ class Adapter:
                 self.tensors[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB"
             )
             weight.copy_(weight.float() + up.float() @ down.float())
+        vars(model)[_ADDED] = True
+
+
+_ADDED = "_accelkit_adapter"
+"""Mark of a model to whose weights an adapter was added, which a second time would add it again."""
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise AccelkitError for a model that has an adapter in its weights, or PEFT's around them."""
+    refuse_peft(model)
+    if _ADDED in vars(model):
+        raise AccelkitError(
+            f"this {type(model).__name__} has the adapter of an artifact in its weights, where it "
+            "stays when a schedule is disabled; accelkit.enable switches a schedule on again, "
+            "another adapter wants the base model opened anew"
+        )
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raise AccelkitError for a model whose weights PEFT has put adapters around."""
+    names: Any = getattr(model, "peft_config", None)
+    if names is not None:
+        raise AccelkitError(
+            f"this {type(model).__name__} carries PEFT adapters ({', '.join(names)}), under which "
+            "its weights have other names; load them afterwards, or unload them first "
+            "(pipe.unload_lora_weights; after pipe.fuse_lora it leaves them in the weights)"
+        )
+
+
+def forget_adapter(model: nn.Module) -> None:
+    """Say that all weights of ``model`` were replaced, and an adapter in them with these."""
+    vars(model).pop(_ADDED, None)
 
 
 def targets_of(backbone: Backbone) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelkit.adapter import Adapter
+from accelkit.adapter import Adapter, forget_adapter, refuse_adapters, refuse_peft
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
@@ -53,8 +53,9 @@ def save(
         The directory.
 
     Raises:
-        AccelkitError: no schedule is in force, the base model is not known, or ``vae`` or
-            ``num_heads`` is given for one that is not in the original layout.
+        AccelkitError: no schedule is in force, the base model is not known, the denoiser carries
+            PEFT adapters, or ``vae`` or ``num_heads`` is given for a base model that is not in the
+            original layout.
     """
     from safetensors.torch import save_file
 
@@ -70,6 +71,8 @@ def save(
     base = BUILTIN if Path(base) == builtin() else _findable(base)
     if not is_alone(base):
         refuse_original_settings(base, vae, num_heads)
+    if adapter is None:
+        refuse_peft(state.backbone.model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / (WEIGHTS + ".partial")
@@ -113,7 +116,8 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
     Disabling the schedule later leaves the tuned weights in place.
 
     Args:
-        pipe: a pipeline of the artifact's base model, without a schedule.
+        pipe: a pipeline of the artifact's base model, without a schedule. Adapters of PEFT's are
+            loaded after this.
         source: a directory that :func:`save` wrote, or a hub id.
         revision: of a hub id.
 
@@ -121,8 +125,8 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         The handle that :func:`accelkit.enable` gives.
 
     Raises:
-        AccelkitError: nothing is there, it is broken, or it was made for another model; ``pipe``
-            is then as it was.
+        AccelkitError: nothing is there, it is broken, it was made for another model, or ``pipe``
+            carries adapters that it does not go with; ``pipe`` is then as it was.
     """
     folder, config = _fetch(source, revision)
     model = denoiser_of(pipe)
@@ -141,10 +145,12 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         weights = load_file(folder / WEIGHTS)
     if (found := config.get("lora")) is not None:
         adapter = Adapter(found["rank"], weights)
+        refuse_adapters(model)
         adapter.check(model)
         state = enable(pipe, schedule)
         adapter.apply(model)
         return state
+    refuse_peft(model)
     own = model.state_dict()
     strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
@@ -155,6 +161,7 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         )
     state = enable(pipe, schedule)  # first, for it may refuse
     model.load_state_dict(weights)
+    forget_adapter(model)
     return state
 
 

@@ -92,7 +92,7 @@ class Compute:
         if isinstance(self.depth, bool) or not isinstance(self.depth, int):
             raise TypeError(f"a depth is a whole number of blocks, not {self.depth!r}")
         if self.depth < 0:
-            raise AccelkitError(f"depth {self.depth} runs no block; the least is 0")
+            raise AccelkitError(f"a depth is a number of blocks, 0 or more, got {self.depth}")
         if self.merge is not None and not isinstance(self.merge, Merge):
             raise TypeError(f"merge is a Merge or None, not {self.merge!r}")
 

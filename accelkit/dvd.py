@@ -75,6 +75,8 @@ def dvd_preset(parts: int) -> OptionedPreset:
         given = {}
         for option in filter(None, options.split(",")):
             key, _, value = (part.strip() for part in option.partition("="))
+            if key in given:
+                raise AccelkitError(f"dvd-{parts}p is given {key} twice, in {options!r}")
             try:
                 given[key] = _OPTIONS[key](value)
             except (KeyError, ValueError):

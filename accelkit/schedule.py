@@ -319,6 +319,26 @@ def is_preset(text: str) -> bool:
     return name in _everywhere or name in named
 
 
+def check_readable(text: str) -> None:
+    """Raise AccelkitError for a schedule's text that means nothing whatever the model.
+
+    A preset is not looked into, whose depths and options want the model's number of blocks.
+    """
+    if is_preset(text):
+        return
+    refused = []
+    for family in _families:
+        try:
+            Schedule.parse(text, _ANY_DEPTH, family)
+            return
+        except AccelkitError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+_ANY_DEPTH = 1_000_000
+
+
 def preset_family(family: str) -> str:
     """Return whose presets a family uses: its own if it has any."""
     return family if family in _families else SEQUENTIAL

@@ -256,11 +256,15 @@ def _check_blocks(backbone: Backbone) -> None:
             f"{kind} finds no block in this {type(backbone.model).__name__} that a schedule could "
             "count"
         )
+    alike = type(backbone).skipped is Backbone.skipped
+    needed = dict.fromkeys((backbone.hidden, *(backbone.states if alike else ())))
     for block in blocks:
-        if backbone.hidden not in (names := hooking.parameters(block)):
+        names = hooking.parameters(block)
+        if missing := [name for name in needed if name not in names]:
             raise AccelkitError(
-                f"{kind} says that blocks take {backbone.hidden}, a {type(block).__name__} takes "
-                f"{', '.join(names)}; set its states and hidden"
+                f"{kind} says that blocks take {missing[0]}, a {type(block).__name__} takes "
+                f"{', '.join(names)}; set its states and hidden, or, where blocks take different "
+                "ones, say in skipped what a skipped block returns"
             )
 
 

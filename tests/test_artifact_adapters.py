@@ -1,5 +1,6 @@
 """Artifacts of low-rank adapters: they come back bit for bit or not at all."""
 
+import copy
 import json
 
 import pytest
@@ -87,3 +88,72 @@ def test_a_broken_record_of_an_adapter(adapted, make_pipe):
     (folder / "accelkit.json").write_text(json.dumps(config))
     with pytest.raises(AccelkitError, match=r"accelkit\.json"):
         accelkit.load(make_pipe(), folder)
+
+
+def test_an_adapter_is_not_added_twice(adapted, make_pipe):
+    folder, pipe, _ = adapted
+    loaded = make_pipe()
+    accelkit.load(loaded, folder)
+    accelkit.disable(loaded)
+    with pytest.raises(AccelkitError, match="has the adapter of an artifact in its weights"):
+        accelkit.load(loaded, folder)
+    assert enabled_on(loaded) is None
+    assert same(weights(loaded), weights(pipe))
+    with pytest.raises(AccelkitError, match="has the adapter of an artifact in its weights"):
+        accelkit.load(copy.deepcopy(loaded), folder)
+
+
+def test_whole_weights_take_an_adapters_place(adapted, make_pipe, tmp_path):
+    folder, pipe, _ = adapted
+    plain = make_pipe()
+    before = weights(plain)
+    accelkit.enable(plain, SCHEDULE)
+    whole = accelkit.save(plain, tmp_path / "whole", base_model=str(tmp_path / "base"))
+    accelkit.disable(pipe)
+    accelkit.load(pipe, whole)
+    assert same(weights(pipe), before)
+    accelkit.disable(pipe)
+    accelkit.load(pipe, folder)  # added to weights that do not have it
+
+
+def style(pipe, **options):
+    """Load an adapter of PEFT's, as a user does."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], **options)
+    peft.inject_adapter_in_model(config, pipe.transformer, "style")
+
+
+@pytest.fixture
+def styled(make_pipe):
+    """A pipeline with an adapter of PEFT's."""
+    pipe = make_pipe()
+    style(pipe, init_lora_weights=False)
+    return pipe
+
+
+def test_with_an_adapter_of_pefts_nothing_is_saved(styled, tmp_path):
+    accelkit.enable(styled, SCHEDULE)
+    with pytest.raises(AccelkitError, match=r"carries PEFT adapters \(style\)"):
+        accelkit.save(styled, tmp_path / "styled", base_model=str(tmp_path))
+    assert not (tmp_path / "styled").exists()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_with_an_adapter_of_pefts_nothing_is_loaded(adapted, styled, tmp_path, kind):
+    folder, pipe, _ = adapted
+    if kind == "whole":
+        folder = accelkit.save(pipe, tmp_path / "whole", base_model=str(tmp_path / "base"))
+    with pytest.raises(AccelkitError, match=r"\(style\).*load them afterwards, or unload"):
+        accelkit.load(styled, folder)
+    assert enabled_on(styled) is None
+
+
+def test_pefts_adapters_are_loaded_after_an_artifact(adapted, make_pipe):
+    folder, pipe, _ = adapted
+    loaded = make_pipe()
+    accelkit.load(loaded, folder)
+    style(loaded)  # which changes nothing yet
+    torch.testing.assert_close(outputs(loaded), outputs(pipe))
+    accelkit.disable(loaded)
+    with pytest.raises(AccelkitError, match=r"\(style\)"):
+        accelkit.load(loaded, folder)

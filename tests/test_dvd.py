@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from accelkit.cli import app
+from accelkit.compute import Compute
 from accelkit.dvd import dvd_partition
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Schedule, is_preset
+from accelkit.schedule import Schedule, check_readable, is_preset
 
 # parts: boundaries from noise to data, depths of 12 and of 28 blocks
 TABLE = {
@@ -127,6 +128,39 @@ def test_one_part_is_no_partition():
 def test_it_composes_with_merging():
     schedule = Schedule.parse("dvd-2p:depth=4+tome:0.3", 12)
     assert str(schedule) == "12+tome:0.3@0.5,4+tome:0.3@1"
+
+
+def test_an_option_given_twice_is_refused():
+    with pytest.raises(AccelkitError, match="given threshold twice"):
+        Schedule.parse("dvd-2p:threshold=0.3,threshold=0.4", 12)
+
+
+@pytest.mark.parametrize(
+    "text", ["0@0.5,1@1", "uniform:0", "99@1", "full", "D2", "dvd-4p:depth=3", "full+tome:0.5"]
+)
+def test_what_some_family_reads_is_let_through(text):
+    check_readable(text)
+
+
+@pytest.mark.parametrize("family", ["", "uvit", "hunyuan", "unet"])
+def test_files_of_every_family_are_let_through(family, tmp_path):
+    schedule = Schedule((0.5, 1.0), (Compute(4), Compute(2)), 4, "own", family)
+    (tmp_path / "own.json").write_text(json.dumps(schedule.to_dict()))
+    check_readable(str(tmp_path / "own.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("D9", "^unknown schedule 'D9'; known, nearest first: D1"),
+        ("8@0.5,-1@1", "0 or more, got -1"),
+        ("gone.json", "no schedule file"),
+        ("D2+tome:2", "a merge ratio"),
+    ],
+)
+def test_what_no_family_reads_is_refused(text, words):
+    with pytest.raises(AccelkitError, match=words):
+        check_readable(text)
 
 
 @pytest.mark.parametrize(

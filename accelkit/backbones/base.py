@@ -234,10 +234,12 @@ def register_backbone(model: str | type[nn.Module], backbone: type[Backbone]) ->
         accelkit.register_backbone(MyTransformer2DModel, MyBackbone)
         accelkit.enable(pipe, "D4")
 
-    Blocks that return several states name them in ``states``; a model that is given another number
-    than the scheduler's timestep says so by ``timestep_scale``; blocks that leave something to do
-    when skipped, such as joining a long skip, set ``sequential = False`` and do it in ``skipped``.
-    Without ``block_batched`` samples of different depths are run in one pass for each depth.
+    Blocks that return several states name them in ``states``, in the order in which they return
+    them, and say in ``skipped`` what a skipped one returns where not all return the same. A model
+    that is given another number than the scheduler's timestep says so by ``timestep_scale``; blocks
+    that leave something to do when skipped, such as joining a long skip, set ``sequential = False``
+    and do it in ``skipped``. Without ``block_batched`` samples of different depths are run in one
+    pass for each depth.
 
     A diffusers model of a class that nobody registered is looked at in a trial call without weights
     (:class:`accelkit.backbones.generic.Generic`). Register it where that fails, where it counts

@@ -63,10 +63,8 @@ from accelkit.cli.options import (
 )
 from accelkit.cli.show import out, print_results, shown
 from accelkit.errors import AccelkitError
-from accelkit.schedule import SEQUENTIAL, Schedule, is_preset
+from accelkit.schedule import SEQUENTIAL, Schedule, check_readable
 from accelkit.settings import read_recipe, resolve
-
-_ANY_DEPTH = 1_000_000
 
 
 def finetune(
@@ -157,10 +155,7 @@ def finetune(
 
     _supervise(settings)
     config = pick(TrainConfig, settings)
-    # an unknown name is worth knowing before a model is fetched; its depth is checked against it,
-    # and a U-ViT is the one that may run none of its counted blocks
-    if not is_preset(settings["schedule"]):
-        Schedule.parse(settings["schedule"], depth=_ANY_DEPTH, family="uvit")
+    check_readable(settings["schedule"])  # before a model is fetched, by which depths are checked
     if made_of_builtin(settings):
         Schedule.parse(settings["schedule"])
     plan = Plan(

@@ -156,8 +156,12 @@ def schedules(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="An original-layout file or a diffusers DiT.")],
-    target: Annotated[Path, typer.Argument(help="A directory, or a .pt or .safetensors file.")],
+    source: Annotated[
+        Path, typer.Argument(help="An original-layout file or a diffusers directory.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="A directory, or a .pt, .pth or .safetensors file.")
+    ],
     num_heads: NumHeads = 0,
     allow_inexact: Annotated[
         bool, typer.Option(help="Convert though the original code computes slightly else.")

@@ -351,6 +351,7 @@ def of_stack(**changes):
     ("backbone", "words"),
     [
         (of_stack(hidden="x", states=("x",)), "says that blocks take x, a LTX.* takes hidden_stat"),
+        (of_stack(states=("hidden_states", "text")), "blocks take text, a LTX.* in skipped"),
         (of_stack(blocks=[]), "Stacked finds no block in this LTXVideoTransformer3DModel"),
     ],
 )

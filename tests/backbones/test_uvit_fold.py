@@ -160,6 +160,10 @@ def bias_through_data(linear):
     linear.bias.data.mul_(2)
 
 
+def one_weight_through_data(linear):
+    linear.weight.data[5, 3] *= 3
+
+
 def loaded(linear):
     linear.load_state_dict({k: v + 1 for k, v in linear.state_dict().items()})
 
@@ -177,6 +181,7 @@ def half(linear):
         fused_optimiser,
         average_swapped_in,
         bias_through_data,
+        one_weight_through_data,
         replaced_data,
         replaced_parameter,
         loaded,
