@@ -75,11 +75,13 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def refuse_peft(model: nn.Module) -> None:
     """Raise AccelkitError for a model whose weights PEFT has put adapters around."""
-    names: Any = getattr(model, "peft_config", None)
-    if names is not None:
+    names: Any = getattr(model, "peft_config", ())
+    wrapped = any(name.endswith("base_layer") for name, _ in model.named_modules())
+    if names or wrapped:
+        which = ", ".join(names) or "deleted ones, whose layers are left"
         raise AccelkitError(
-            f"this {type(model).__name__} carries PEFT adapters ({', '.join(names)}), under which "
-            "its weights have other names; load them afterwards, or unload them first "
+            f"this {type(model).__name__} carries PEFT adapters ({which}), under which its weights "
+            "have other names; load them afterwards, or unload them first "
             "(pipe.unload_lora_weights; after pipe.fuse_lora it leaves them in the weights)"
         )
 

@@ -138,6 +138,13 @@ def test_with_an_adapter_of_pefts_nothing_is_saved(styled, tmp_path):
     assert not (tmp_path / "styled").exists()
 
 
+def test_nor_with_the_layers_of_deleted_ones(styled, tmp_path):
+    del styled.transformer.peft_config  # as delete_adapters does
+    accelkit.enable(styled, SCHEDULE)
+    with pytest.raises(AccelkitError, match="deleted ones, whose layers are left"):
+        accelkit.save(styled, tmp_path / "styled", base_model=str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
 def test_with_an_adapter_of_pefts_nothing_is_loaded(adapted, styled, tmp_path, kind):
     folder, pipe, _ = adapted
