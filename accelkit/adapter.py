@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,33 +45,81 @@ class Adapter:
         """Add the change to the weights of ``model``, computed in float32.
 
         Raises:
-            AccelkitError: the model lacks a layer or has it in another shape, or carries adapters;
-                it is as it was.
+            AccelkitError: the model lacks a layer or has it in another shape; it is as it was.
         """
-        refuse_adapters(model)
         self.check(model)
         for name in self.targets:
             weight = model.get_parameter(f"{name}.weight")
-            down, up = (
-                self.tensors[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB"
+            down, up = (factor.to(weight.device).float() for factor in self._factors(name))
+            weight.copy_(weight.float() + up @ down)
+
+    def about(self, model: nn.Module) -> dict[str, Any]:
+        """Return plain data of this adapter, whose change is in the weights of ``model``.
+
+        Its ``probes`` are a few of the weights as they were before (:meth:`check_base`): of some
+        rows the one that the change makes most of, which tells a model that has the change already,
+        and the one that it makes least of, which tells another model.
+        """
+        return {"rank": self.rank, "targets": self.targets, "probes": self._probes(model)}
+
+    def _probes(self, model: nn.Module) -> list[dict[str, Any]]:
+        found = []
+        for name in self.targets[:: math.ceil(len(self.targets) / _PROBED)]:
+            weight = model.get_parameter(f"{name}.weight").detach()
+            row = int(self._factors(name)[1].float().norm(dim=1).argmax())
+            change = self._change(name, row)
+            before = weight[row].double().cpu() - change
+            share = (change / before).abs().nan_to_num(0)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            for column in (int(share.argmax()), int(share.argmin())):
+                place = {"layer": name, "row": row, "column": column}
+                found.append({**place, "weight": float(before[column]), "dtype": dtype})
+        return found
+
+    def check_base(self, model: nn.Module, probes: list[dict[str, Any]]) -> None:
+        """Raise AccelkitError unless ``model`` has the weights that the change is to be added to.
+
+        Args:
+            model: one that :meth:`check` lets pass, in whatever dtype.
+            probes: of :meth:`about`.
+        """
+        before, after = [], []
+        for probe in probes:
+            weight = model.get_parameter(f"{probe['layer']}.weight").detach()
+            found = float(weight[probe["row"], probe["column"]])
+            change = float(self._change(probe["layer"], probe["row"])[probe["column"]])
+            dtypes = (weight.dtype, getattr(torch, probe["dtype"]))
+            rounding = sum(torch.finfo(dtype).eps for dtype in dtypes)
+            # products of less precision, as TF32's, may have made the change
+            near = 2 * rounding * (abs(probe["weight"]) + abs(change)) + 0.01 * abs(change)
+            before.append(abs(found - probe["weight"]) <= near)
+            after.append(abs(found - probe["weight"] - change) <= near)
+        kind = type(model).__name__
+        if all(after) and not all(before):
+            raise AccelkitError(
+                f"this {kind} has the adapter in its weights already, where it stays when a "
+                "schedule is disabled; accelkit.enable switches the schedule on again"
             )
-            weight.copy_(weight.float() + up.float() @ down.float())
-        vars(model)[_ADDED] = True
+        if not all(before):
+            raise AccelkitError(
+                f"the adapter was trained for other weights than this {kind} has, such as those of "
+                f"{probes[before.index(False)]['layer']}; open the base model that it was trained "
+                "for, anew"
+            )
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A and B of a layer."""
+        down, up = (self.tensors[f"{name}.lora_{part}.weight"] for part in "AB")
+        return down, up
+
+    def _change(self, name: str, row: int) -> Tensor:
+        """Return a row of a layer's B A, float64."""
+        down, up = self._factors(name)
+        return up[row].double() @ down.double()
 
 
-_ADDED = "_accelkit_adapter"
-"""Mark of a model to whose weights an adapter was added, which a second time would add it again."""
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Raise AccelkitError for a model that has an adapter in its weights, or PEFT's around them."""
-    refuse_peft(model)
-    if _ADDED in vars(model):
-        raise AccelkitError(
-            f"this {type(model).__name__} has the adapter of an artifact in its weights, where it "
-            "stays when a schedule is disabled; accelkit.enable switches a schedule on again, "
-            "another adapter wants the base model opened anew"
-        )
+_PROBED = 16
+"""Most layers that are probed."""
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -84,11 +133,6 @@ def refuse_peft(model: nn.Module) -> None:
             "have other names; load them afterwards, or unload them first "
             "(pipe.unload_lora_weights; after pipe.fuse_lora it leaves them in the weights)"
         )
-
-
-def forget_adapter(model: nn.Module) -> None:
-    """Say that all weights of ``model`` were replaced, and an adapter in them with these."""
-    vars(model).pop(_ADDED, None)
 
 
 def targets_of(backbone: Backbone) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelkit.adapter import Adapter, forget_adapter, refuse_adapters, refuse_peft
+from accelkit.adapter import Adapter, refuse_peft
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
@@ -20,6 +20,7 @@ from accelkit.switch import Enabled, enable, enabled_on
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
 FORMAT = 1
+_OF_LORA = {"rank", "probes"}
 
 
 def save(
@@ -47,7 +48,8 @@ def save(
         num_heads: attention heads of such a model of unpublished size.
         training: settings worth keeping, plain data.
         metrics: results worth keeping, plain data.
-        adapter: what was added to the base model's weights; kept in place of all weights.
+        adapter: what was added to the base model's weights, and is in those of ``pipe``; kept in
+            place of all weights.
 
     Returns:
         The directory.
@@ -71,12 +73,12 @@ def save(
     base = BUILTIN if Path(base) == builtin() else _findable(base)
     if not is_alone(base):
         refuse_original_settings(base, vae, num_heads)
-    if adapter is None:
-        refuse_peft(state.backbone.model)
+    model = state.backbone.model
+    refuse_peft(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / (WEIGHTS + ".partial")
-    weights = state.backbone.model.state_dict() if adapter is None else adapter.tensors
+    weights = model.state_dict() if adapter is None else adapter.tensors
     tensors = {k: v.detach().cpu().clone() for k, v in weights.items()}
     with explain_full_disk(part):
         save_file(tensors, part, metadata={"format": "pt"})
@@ -90,7 +92,7 @@ def save(
         "schedule": state.schedule.to_dict(),
         "base_model_name_or_path": base,
         "revision": revision,
-        **({} if adapter is None else {"lora": {"rank": adapter.rank, "targets": adapter.targets}}),
+        **({} if adapter is None else {"lora": adapter.about(model)}),
         "vae": vae and _findable(vae),
         "num_heads": num_heads,
         "training": training or {},
@@ -98,7 +100,7 @@ def save(
     }
     write_json(directory / CONFIG, config)
     shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors writes for one user only
-    saving = ideal_saving(state.backbone.model, state.schedule)
+    saving = ideal_saving(model, state.schedule)
     card = _card(config, directory, state.schedule, saving, _call(pipe))
     (directory / CARD).write_text(card, encoding="utf-8")
     return directory
@@ -125,8 +127,9 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         The handle that :func:`accelkit.enable` gives.
 
     Raises:
-        AccelkitError: nothing is there, it is broken, it was made for another model, or ``pipe``
-            carries adapters that it does not go with; ``pipe`` is then as it was.
+        AccelkitError: nothing is there, it is broken, it was made for another model or, if an
+            adapter, for other weights, or ``pipe`` carries PEFT adapters; ``pipe`` is then as it
+            was.
     """
     folder, config = _fetch(source, revision)
     model = denoiser_of(pipe)
@@ -143,14 +146,14 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         from safetensors.torch import load_file
 
         weights = load_file(folder / WEIGHTS)
+    refuse_peft(model)
     if (found := config.get("lora")) is not None:
         adapter = Adapter(found["rank"], weights)
-        refuse_adapters(model)
         adapter.check(model)
+        adapter.check_base(model, found["probes"])
         state = enable(pipe, schedule)
         adapter.apply(model)
         return state
-    refuse_peft(model)
     own = model.state_dict()
     strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
@@ -161,7 +164,6 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         )
     state = enable(pipe, schedule)  # first, for it may refuse
     model.load_state_dict(weights)
-    forget_adapter(model)
     return state
 
 
@@ -240,7 +242,8 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
     known = isinstance(config, dict) and config.get("format") == FORMAT
     known = known and {"family", "schedule"} <= config.keys()
     known = known and isinstance(config.get("base_model_name_or_path"), str)
-    if not known or "rank" not in (config.get("lora") or {"rank": None}):
+    known = known and isinstance(lora := config.get("lora", dict.fromkeys(_OF_LORA)), dict)
+    if not known or not lora.keys() >= _OF_LORA:
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )

@@ -38,6 +38,8 @@ def _take_off(module: nn.Module, name: str) -> None:
     if registry is None or not isinstance(hook, Hook):
         return
     outer = module.__dict__["forward"]
+    if module.__dict__.get("_original_forward") is hook.installed:  # what cache-dit will put back
+        module._original_forward = hook.fn_ref.original_forward
     if name == HOOK:
         compiling.let_in(module)
     _remove(registry, name)
@@ -73,6 +75,9 @@ def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
     hook.had_forward = "forward" in module.__dict__
     hook.had_registry = "_diffusers_hook" in module.__dict__
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    # cache-dit, when disabled, binds what it found to the module again, as methods can be
+    forward: Any = module.forward
+    forward.__get__ = lambda *owner: forward
     hook.installed, hook.own = module.forward, hook.fn_ref.forward
     if outer is not None:
         module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]

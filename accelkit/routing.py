@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from accelkit import others
 from accelkit.backbones import Backbone
 from accelkit.backbones.base import TIMES
 from accelkit.compute import Compute
@@ -169,6 +170,7 @@ class Router:
         plan = self.running
         if plan is None:
             if (plan := self._plans.get(hidden)) is None:
+                others.check(self.backbone, self.schedule)  # which may name what did it
                 raise AccelkitError(
                     "a block was run that no call of its model is under way for: something took "
                     "the schedule's hook off the model, or called the block by itself; call "

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from test_artifact import SCHEDULE, outputs, same, weights
+from torch import nn
 
 import accelkit
 from accelkit import artifact
@@ -46,7 +47,8 @@ def test_an_adapter_comes_back_bit_for_bit(adapted, base):
     folder, pipe, tensors = adapted
     assert same(load_file(folder / "accelkit.safetensors"), tensors)
     config = json.loads((folder / "accelkit.json").read_text())
-    assert config["lora"] == {"rank": 2, "targets": [LAYER]}
+    assert config["lora"].keys() == {"rank", "targets", "probes"}
+    assert (config["lora"]["rank"], config["lora"]["targets"]) == (2, [LAYER])
     again = accelkit.from_pretrained(folder)
     assert str(enabled_on(again).schedule) == SCHEDULE
     assert same(weights(again), weights(pipe))
@@ -90,30 +92,87 @@ def test_a_broken_record_of_an_adapter(adapted, make_pipe):
         accelkit.load(make_pipe(), folder)
 
 
-def test_an_adapter_is_not_added_twice(adapted, make_pipe):
+def test_an_adapter_is_not_added_twice(adapted, make_pipe, tmp_path):
     folder, pipe, _ = adapted
     loaded = make_pipe()
     accelkit.load(loaded, folder)
     accelkit.disable(loaded)
-    with pytest.raises(AccelkitError, match="has the adapter of an artifact in its weights"):
-        accelkit.load(loaded, folder)
-    assert enabled_on(loaded) is None
-    assert same(weights(loaded), weights(pipe))
-    with pytest.raises(AccelkitError, match="has the adapter of an artifact in its weights"):
-        accelkit.load(copy.deepcopy(loaded), folder)
+    loaded.save_pretrained(tmp_path / "kept")
+    for each in (loaded, copy.deepcopy(loaded), DiTPipeline.from_pretrained(tmp_path / "kept")):
+        with pytest.raises(AccelkitError, match="has the adapter in its weights already"):
+            accelkit.load(each, folder)
+        assert enabled_on(each) is None
+        assert same(weights(each), weights(pipe))
 
 
-def test_whole_weights_take_an_adapters_place(adapted, make_pipe, tmp_path):
-    folder, pipe, _ = adapted
-    plain = make_pipe()
-    before = weights(plain)
-    accelkit.enable(plain, SCHEDULE)
-    whole = accelkit.save(plain, tmp_path / "whole", base_model=str(tmp_path / "base"))
-    accelkit.disable(pipe)
-    accelkit.load(pipe, whole)
+def test_nor_to_other_weights(adapted, make_pipe, tmp_path):
+    """Be they tuned as a whole, or of another model of that size."""
+    folder, _, _ = adapted
+    pipe = make_pipe()
+    with torch.no_grad():
+        pipe.transformer.get_parameter(f"{LAYER}.weight").add_(0.01)
+    before = weights(pipe)
+    with pytest.raises(AccelkitError, match=f"trained for other weights.*as those of {LAYER}"):
+        accelkit.load(pipe, folder)
+    assert enabled_on(pipe) is None
     assert same(weights(pipe), before)
-    accelkit.disable(pipe)
-    accelkit.load(pipe, folder)  # added to weights that do not have it
+
+
+def test_weights_that_were_put_back_take_it_again(adapted, make_pipe):
+    folder, pipe, _ = adapted
+    loaded = make_pipe()
+    original = weights(loaded)
+    accelkit.load(loaded, folder)
+    accelkit.disable(loaded)
+    loaded.transformer.load_state_dict(original)
+    accelkit.load(loaded, folder)
+    assert same(weights(loaded), weights(pipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_another_dtype_take_it_once(adapted, make_pipe, dtype):
+    folder, pipe, _ = adapted
+    loaded = make_pipe()
+    loaded.transformer.to(dtype)
+    accelkit.load(loaded, folder)
+    found = loaded.transformer.get_parameter(f"{LAYER}.weight").float()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, weights(pipe)[f"{LAYER}.weight"], rtol=eps, atol=eps)
+    accelkit.disable(loaded)
+    with pytest.raises(AccelkitError, match="already"):
+        accelkit.load(loaded, folder)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_it_is_for_is_told_in_every_dtype(base, cast, scale):
+    """Trained beside weights of one dtype, loaded beside the same ones of another."""
+    torch.manual_seed(0)
+    original = nn.Sequential(*(nn.Linear(64, 48) for _ in range(40)))
+    tensors = {}
+    for name in map(str, range(40)):
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 64)
+        tensors[f"{name}.lora_B.weight"] = scale * torch.randn(48, 4)
+    adapter = Adapter(4, tensors)
+    tuned = copy.deepcopy(original).to(base)
+    adapter.apply(tuned)
+    probes = json.loads(json.dumps(adapter.about(tuned)))["probes"]
+    assert 16 < len(probes) <= 32  # two of a layer
+    other = copy.deepcopy(original).to(cast)
+    adapter.check_base(other, probes)
+    adapter.apply(other)
+    with pytest.raises(AccelkitError, match="already"):
+        adapter.check_base(other, probes)
+
+
+@pytest.mark.parametrize("lora", [7, {}, {"rank": 2}])
+def test_what_is_told_of_an_adapter_is_whole(adapted, make_pipe, lora):
+    folder, _, _ = adapted
+    config = json.loads((folder / "accelkit.json").read_text())
+    (folder / "accelkit.json").write_text(json.dumps({**config, "lora": lora}))
+    with pytest.raises(AccelkitError, match="is not of format 1"):
+        accelkit.load(make_pipe(), folder)
 
 
 def style(pipe, **options):

@@ -304,3 +304,31 @@ def test_cache_dit(flux, first):
     cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(num_inference_steps=4))
     with pytest.raises(AccelkitError, match="cache-dit"):
         enable(flux, "2@1") if first == "cache-dit" else flux(**flux_call())
+
+
+@pytest.mark.parametrize("first", ["cache-dit", "schedule"])
+def test_cache_dit_and_a_schedule_are_disabled_in_any_order(flux, first):
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed")
+    call, before = flux_call(), set(vars(flux))
+    with torch.no_grad():
+        plain = flux(**call).sample
+    enable(flux, "uniform:2")
+    adapter = cache_dit.BlockAdapter(
+        transformer=flux,
+        blocks=[flux.transformer_blocks],
+        forward_pattern=[cache_dit.ForwardPattern.Pattern_1],
+    )
+    cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(num_inference_steps=4))
+    with pytest.raises(AccelkitError, match="cannot run with cache-dit"):
+        flux(**call)
+    for name in (first, "schedule" if first == "cache-dit" else "cache-dit"):
+        cache_dit.disable_cache(adapter) if name == "cache-dit" else disable(flux)
+    left = vars(flux).get("forward")
+    assert left is None or left.__func__ is type(flux).forward  # cache-dit's way to put it back
+    assert set(vars(flux)) - before <= {"forward"}
+    with torch.no_grad():
+        assert torch.equal(flux(**call).sample, plain)
+        enable(flux, "uniform:2")
+        shallow = flux(**call).sample
+    disable(flux)
+    assert not torch.equal(shallow, plain)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit.adapter import Adapter, refuse_adapters, targets_of
+from accelkit.adapter import Adapter, refuse_peft, targets_of
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule
@@ -82,13 +82,13 @@ def injected(backbone: Backbone, rank: int, seed: int) -> Iterator[Injected]:
         seed: of their first factor; the second one starts at 0.
 
     Raises:
-        AccelkitError: PEFT is missing, or the model carries adapters already.
+        AccelkitError: PEFT is missing, or the model carries adapters of its already.
     """
     check(rank)
     from peft import LoraConfig, inject_adapter_in_model
 
     model = backbone.model
-    refuse_adapters(model)
+    refuse_peft(model)
     names = targets_of(backbone)
     originals = {name: model.get_submodule(name) for name in names}
     trainable = [p for p in model.parameters() if p.requires_grad]
