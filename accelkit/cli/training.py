@@ -163,7 +163,8 @@ def finetune(
         samplers=(f"{settings['sampler']}:{settings['sampling_steps']}",),
         images=settings["eval_images"],
         batch_size=settings["eval_batch_size"],
-        timing_batch_size=min(32, settings["eval_batch_size"]),  # more may not fit
+        # more may not fit, or not be worth the wait
+        timing_batch_size=min(32, settings["eval_batch_size"], settings["eval_images"]),
         guidance=settings["guidance"],
         guidance_channels=settings["guidance_channels"] or None,
         throughput=(),
