@@ -20,7 +20,6 @@ from accelkit.switch import Enabled, enable, enabled_on
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
 FORMAT = 1
-_OF_LORA = {"rank", "probes"}
 
 
 def save(
@@ -242,8 +241,8 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
     known = isinstance(config, dict) and config.get("format") == FORMAT
     known = known and {"family", "schedule"} <= config.keys()
     known = known and isinstance(config.get("base_model_name_or_path"), str)
-    known = known and isinstance(lora := config.get("lora", dict.fromkeys(_OF_LORA)), dict)
-    if not known or not lora.keys() >= _OF_LORA:
+    lora = known and config.get("lora", {"rank": 0, "probes": []})  # none: whole weights
+    if not (isinstance(lora, dict) and {"rank", "probes"} <= lora.keys()):
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -75,14 +76,24 @@ def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
     hook.had_forward = "forward" in module.__dict__
     hook.had_registry = "_diffusers_hook" in module.__dict__
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-    # cache-dit, when disabled, binds what it found to the module again, as methods can be
-    forward: Any = module.forward
-    forward.__get__ = lambda *owner: forward
+    made: Any = module.forward  # diffusers' partial
+    module.forward = _Bound(made.func, *made.args)
+    vars(module.forward).update(vars(made))  # by which its signature is known
     hook.installed, hook.own = module.forward, hook.fn_ref.forward
     if outer is not None:
         module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
     if hook.can_be_outside:
         compiling.keep_outside(module, hook)
+
+
+class _Bound(functools.partial[Any]):
+    """A module's forward, which stays as it is where it is bound to the module once more.
+
+    cache-dit does that, on being disabled, with the forward that it found.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> _Bound:
+        return self
 
 
 def _is_accelerates(forward: Any) -> bool:

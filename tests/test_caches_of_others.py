@@ -1,9 +1,12 @@
 """A schedule beside caches on the same model, whichever comes first."""
 
+import copy
+import inspect
+
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from plain import enable
 from text_pipes import filled
@@ -332,3 +335,15 @@ def test_cache_dit_and_a_schedule_are_disabled_in_any_order(flux, first):
         shallow = flux(**call).sample
     disable(flux)
     assert not torch.equal(shallow, plain)
+
+
+def test_binding_a_hooked_forward_anew_keeps_it_and_the_hooks_around_it(flux):
+    """As cache-dit does; what another hook put around ours is not ours."""
+    takes = inspect.signature(flux.forward)
+    enable(flux, "uniform:2")
+    inner = flux.forward
+    assert inner.__get__(flux) is inner
+    assert inspect.signature(inner) == takes
+    copy.deepcopy(inner)
+    HookRegistry.check_if_exists_or_initialize(flux).register_hook(ModelHook(), "another")
+    assert getattr(flux.forward, "__get__", lambda _: flux.forward)(flux) is flux.forward

@@ -82,7 +82,7 @@ def injected(backbone: Backbone, rank: int, seed: int) -> Iterator[Injected]:
         seed: of their first factor; the second one starts at 0.
 
     Raises:
-        AccelkitError: PEFT is missing, or the model carries adapters of its already.
+        AccelkitError: PEFT is missing, or has put adapters on the model already.
     """
     check(rank)
     from peft import LoraConfig, inject_adapter_in_model
