@@ -20,6 +20,7 @@ TIERS = [
     {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
     {"dvd"},
     {"presets"},
+    {"recording"},
     {"backbones", "models"},
     {"routing", "hooking", "hooks", "compiling", "others", "merging"},
     {"fused"},

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small_models import DiT
-from test_fused import mixed, relative
+from small_models import DiT, mixed
+from test_fused import relative
 
 from accelkit.fused import table
 from accelkit.switch import disable, enable
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def bytes(self):
-        return self.state.fused.steps.bytes
+        return self.state.fused.run.steps.bytes
 
 
 def check(model, run_of):
