@@ -14,6 +14,7 @@ from PIL import Image
 from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
@@ -191,7 +192,8 @@ def encoded(
     pipe: Any, images: ImageSource, flip: bool, accelerator: Any, reporter: Reporter
 ) -> Latents:
     """Return the data's latents, computed by one process and read by all."""
-    vae = getattr(pipe, "vae", None)
+    vae = autoencoder_of(pipe)
+    conditioning = conditioning_of(backbone_of(denoiser_of(pipe)))
     with accelerator.main_process_first():
         latents = encode_latents(
             images,
@@ -199,6 +201,7 @@ def encoded(
             size=image_size(pipe),
             device=accelerator.device,
             flip=flip,
+            applied=conditioning.latent_settings,
             progress=lambda done, total: reporter.advance("encoding images", done, total),
         )
     if latents.skipped:
