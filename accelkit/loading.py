@@ -118,13 +118,17 @@ def _diffusers_pipeline(place: str, revision: str | None) -> Any:
     load = diffusers.DiffusionPipeline
     folder = place if Path(place).is_dir() else load.download(place, revision=revision)
     index = read_json(Path(folder) / "model_index.json")
-    load = getattr(models, str(index.get("_class_name")), load)
     given: dict[str, Any] = {}
     for part in ("transformer", "unet"):
         name = str((index.get(part) or [None])[-1])
         kind = getattr(models, name, None) or getattr(diffusers, name, None)
         if kind is not None:
             given[part] = open_whole(kind, folder, subfolder=part)
+    name = str(index.get("_class_name"))
+    if name == "DiTPipeline" and "transformer" in given:
+        load = models.dit_pipeline_for(given["transformer"], (index.get("vae") or [None])[-1])
+    else:
+        load = getattr(models, name, load)
     if isinstance(names := index.get("id2label"), dict):
         # JSON has text for keys only, of which diffusers warns, expecting numbers
         given["id2label"] = {int(label): name for label, name in names.items()}
@@ -213,9 +217,9 @@ _PIXELS = 3  # channels of a network without an autoencoder
 
 
 def _dit_pipeline(transformer: Any, vae: Any) -> Any:
-    from diffusers import DiTPipeline
+    from accelkit.models import dit_pipeline_for
 
-    return DiTPipeline(transformer, vae, reference_process())
+    return dit_pipeline_for(transformer, vae)(transformer, vae, reference_process())
 
 
 def _uvit_pipeline(transformer: Any, vae: Any) -> Any:
