@@ -23,8 +23,7 @@ from accelkit.errors import AccelkitError
 State = dict[str, Tensor]
 
 _PARALLEL = "module."  # before every name, from a training on several devices
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of a name that torch adds: for compiled, sharded and recomputed modules, at any depth."""
+_COMPILED = "_orig_mod"  # before the names of a compiled module, at any depth
 
 
 def read_state_dict(path: str | Path) -> State:
@@ -86,7 +85,7 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:
 def _unwrapped(path: Path, state: State) -> State:
     """Return a state dict without what wrappers add to its names."""
     names = {
-        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state
+        name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in state
     }
     while all(name.startswith(_PARALLEL) for name in names.values()):
         names = {old: name.removeprefix(_PARALLEL) for old, name in names.items()}
