@@ -64,6 +64,7 @@ class Source:
         num_heads: attention heads of an original-layout file of unpublished size.
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.
+        variant: of the model's weights, such as ``fp16``.
     """
 
     model: str = BUILTIN
@@ -73,6 +74,7 @@ class Source:
     num_heads: int | None = None
     skip_bad: bool = False
     flip: bool = False
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ class Run:
 def open_model(source: Source) -> Any:
     """Return the pipeline a job works on, on the GPU if there is one; a tuned one is scheduled."""
     pipe = artifact.from_pretrained(
-        source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
+        source.model,
+        revision=source.revision,
+        variant=source.variant,
+        vae=source.vae,
+        num_heads=source.num_heads,
     )
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     learn(pipe)  # by its text encoders

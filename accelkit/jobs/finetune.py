@@ -106,6 +106,7 @@ def finetune(
                     where.output,
                     base_model=origin.model,
                     revision=origin.revision,
+                    variant=origin.variant,
                     vae=origin.vae,
                     num_heads=origin.num_heads,
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},
