@@ -28,6 +28,7 @@ def save(
     *,
     base_model: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
     training: dict[str, Any] | None = None,
@@ -43,6 +44,7 @@ def save(
         base_model: what the rest of the pipeline is loaded from: ``builtin``, a directory or hub
             id. Default: where ``pipe`` was loaded from.
         revision: of the base model.
+        variant: of the base model's weights.
         vae: directory or hub id of the autoencoder of a base model in the original layout.
         num_heads: attention heads of such a model of unpublished size.
         training: settings worth keeping, plain data.
@@ -91,6 +93,7 @@ def save(
         "schedule": state.schedule.to_dict(),
         "base_model_name_or_path": base,
         "revision": revision,
+        **({} if variant is None else {"variant": variant}),
         **({} if adapter is None else {"lora": adapter.about(model)}),
         "vae": vae and _findable(vae),
         "num_heads": num_heads,
@@ -170,6 +173,7 @@ def from_pretrained(
     source: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
 ) -> Any:
@@ -180,6 +184,7 @@ def from_pretrained(
             original-layout file, a hub id) is returned as it is, without a schedule, with the
             original DiT's numerics restored where its config records them.
         revision: of a hub id.
+        variant: of a pipeline's weights, such as ``fp16``, or of an artifact's base model's.
         vae: directory or hub id of the autoencoder that goes with an original-layout file.
         num_heads: attention heads of an original-layout file of unpublished size.
 
@@ -189,9 +194,12 @@ def from_pretrained(
     """
     config = config_of(source, revision)
     if config is None:
-        return open_pipeline(source, revision=revision, vae=vae, num_heads=num_heads)
+        return open_pipeline(
+            source, revision=revision, variant=variant, vae=vae, num_heads=num_heads
+        )
     refuse_original_settings(str(source), vae, num_heads)
-    pipe = open_pipeline(**base_of(config))
+    base = base_of(config)
+    pipe = open_pipeline(**base | {"variant": variant or base["variant"]})
     load(pipe, source, revision=revision)
     return pipe
 
@@ -207,7 +215,7 @@ def config_of(source: str | Path, revision: str | None = None) -> dict[str, Any]
 
 def base_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an artifact's base model is opened by, as :func:`open_pipeline` takes it."""
-    rest = {name: config.get(name) for name in ("revision", "vae", "num_heads")}
+    rest = {name: config.get(name) for name in ("revision", "variant", "vae", "num_heads")}
     return {"model": config["base_model_name_or_path"], **rest}
 
 

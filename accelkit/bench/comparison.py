@@ -15,6 +15,7 @@ from PIL import Image
 
 from accelkit import __version__
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of
 from accelkit.backbones.conditioning import Item
 from accelkit.bench import harness
 from accelkit.bench.cells import Cells
@@ -313,7 +314,7 @@ def _worded(how: Sampling) -> str:
 def _fingerprint(pipe: Any) -> str:
     """Tell weights, networks and process of a pipeline from others."""
     digest = hashlib.sha256()
-    for network in (denoiser_of(pipe), getattr(pipe, "vae", None)):
+    for network in (denoiser_of(pipe), autoencoder_of(pipe)):
         if network is not None:
             add_network(digest, network)
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}

@@ -15,6 +15,7 @@ Model = Annotated[
     str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the model's weights, such as fp16.")]
 Vae = Annotated[
     str | None,
     typer.Option(help="Directory or hub id of an original-layout file's autoencoder."),

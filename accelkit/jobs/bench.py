@@ -196,7 +196,9 @@ def _tuned(text: str, folder: str, source: Source, pipe: Any) -> tuple[Schedule,
         raise AccelkitError(
             f"{folder} is tuned for {found.name or found}, not for {text}; give the one that is"
         )
-    tuned = open_unscheduled(replace(source, model=folder, revision=None, vae=None, num_heads=None))
+    tuned = open_unscheduled(
+        replace(source, model=folder, revision=None, variant=None, vae=None, num_heads=None)
+    )
     if _network(tuned) != _network(pipe):
         raise AccelkitError(
             f"{folder} is tuned from another network than {source.model}; give one that was made "

@@ -14,6 +14,7 @@ from PIL import Image
 from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
@@ -63,6 +64,7 @@ class Source:
         num_heads: attention heads of an original-layout file of unpublished size.
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.
+        variant: of the model's weights, such as ``fp16``.
     """
 
     model: str = BUILTIN
@@ -72,6 +74,7 @@ class Source:
     num_heads: int | None = None
     skip_bad: bool = False
     flip: bool = False
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ class Run:
 def open_model(source: Source) -> Any:
     """Return the pipeline a job works on, on the GPU if there is one; a tuned one is scheduled."""
     pipe = artifact.from_pretrained(
-        source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
+        source.model,
+        revision=source.revision,
+        variant=source.variant,
+        vae=source.vae,
+        num_heads=source.num_heads,
     )
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     learn(pipe)  # by its text encoders
@@ -191,7 +198,8 @@ def encoded(
     pipe: Any, images: ImageSource, flip: bool, accelerator: Any, reporter: Reporter
 ) -> Latents:
     """Return the data's latents, computed by one process and read by all."""
-    vae = getattr(pipe, "vae", None)
+    vae = autoencoder_of(pipe)
+    conditioning = conditioning_of(backbone_of(denoiser_of(pipe)))
     with accelerator.main_process_first():
         latents = encode_latents(
             images,
@@ -199,6 +207,7 @@ def encoded(
             size=image_size(pipe),
             device=accelerator.device,
             flip=flip,
+            applied=conditioning.latent_settings,
             progress=lambda done, total: reporter.advance("encoding images", done, total),
         )
     if latents.skipped:

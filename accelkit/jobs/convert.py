@@ -14,7 +14,12 @@ from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 
 
 def convert(
-    source: Path, target: Path, num_heads: int | None, allow_inexact: bool, overwrite: bool
+    source: Path,
+    target: Path,
+    num_heads: int | None,
+    allow_inexact: bool,
+    overwrite: bool,
+    variant: str | None = None,
 ) -> Path:
     """Write ``source`` in the other layout to ``target`` and return it.
 
@@ -51,7 +56,7 @@ def convert(
             f"{source} holds a {named}; what has an original layout is DiTTransformer2DModel, "
             "UViTTransformer2DModel"
         )
-    save_original(open_network(folder), target, allow_inexact=allow_inexact)
+    save_original(open_network(folder, variant=variant), target, allow_inexact=allow_inexact)
     return target
 
 

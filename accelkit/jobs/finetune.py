@@ -8,6 +8,7 @@ from typing import Any
 
 from accelkit import artifact
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.plan import Plan
 from accelkit.errors import AccelkitError
@@ -84,7 +85,16 @@ def finetune(
         items = items_of(images, model)
         watching = watch(pipe, items, config, where, accelerator, reporter)
         adapter = train(
-            model, pipe.scheduler, parsed, latents, config, run, accelerator, watching, prompts
+            model,
+            pipe.scheduler,
+            parsed,
+            latents,
+            config,
+            run,
+            accelerator,
+            watching,
+            prompts,
+            conditioning_of(backbone, pipe),
         )
         if not accelerator.is_main_process:
             return {}
@@ -96,6 +106,7 @@ def finetune(
                     where.output,
                     base_model=origin.model,
                     revision=origin.revision,
+                    variant=origin.variant,
                     vae=origin.vae,
                     num_heads=origin.num_heads,
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},

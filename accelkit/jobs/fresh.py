@@ -21,7 +21,7 @@ class ModelConfig:
         layers: blocks; a U-ViT has its middle one beside them.
         heads, head_dim, patch_size: of the transformer.
         num_classes: rows of the label table without the null class, which comes last; diffusers'
-            DiT pipeline expects 1000.
+            own DiT pipeline guides with 1000 only.
 
     Raises:
         AccelkitError: another family, a size that is none, or an odd number of blocks beside a
@@ -88,7 +88,9 @@ def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
 
 
 def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
-    from diffusers import DiTPipeline, DiTTransformer2DModel
+    from diffusers import DiTTransformer2DModel
+
+    from accelkit.models import dit_pipeline_for
 
     latents = _latents(config, vae)
     network = DiTTransformer2DModel(
@@ -98,7 +100,8 @@ def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
         norm_eps=1e-6,
     )
     names = dict(enumerate(classes))
-    pipe = DiTPipeline(network, vae, reference_process(), id2label=names or None)
+    kind = dit_pipeline_for(network, vae)
+    pipe = kind(network, vae, reference_process(), id2label=names or None)
     pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
     return pipe
 

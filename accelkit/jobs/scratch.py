@@ -14,7 +14,7 @@ from accelkit.data.sources import ImageSource, iter_images, open_source
 from accelkit.errors import AccelkitError
 from accelkit.jobs.common import Reporter, Run, Source, claimed, encoded, items_of, watch
 from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
-from accelkit.loading import reading
+from accelkit.loading import open_whole, reading
 from accelkit.schedule import Schedule
 from accelkit.train.autoencoder import AutoencoderConfig, train_autoencoder
 from accelkit.train.config import TrainConfig
@@ -116,6 +116,6 @@ def _open(place: str) -> Any:
     from diffusers import AutoencoderKL
 
     with reading(place):
-        vae = AutoencoderKL.from_pretrained(place).eval()
+        vae = open_whole(AutoencoderKL, place)
     vae.register_to_config(_name_or_path="")  # else it is published where this run lay
     return vae

@@ -19,7 +19,9 @@ from torch import Tensor
 from accelkit import others
 from accelkit.autoencoders import decoded
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of, check_autoencoder
 from accelkit.backbones.conditioning import Item, conditioning_of
+from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
 from accelkit.sample.samplers import STOCHASTIC, make_sampler, resolved
 
@@ -156,9 +158,29 @@ def generate(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> np.ndarray:
-    """Return the images of :func:`generate_latents`, uint8 of shape (B, height, width, 3)."""
-    pixels = decoded(getattr(pipe, "vae", None), latents)
-    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+    """Return the images that ``pipe`` makes of ``latents``, uint8 of shape (B, height, width, 3).
+
+    Args:
+        pipe: a pipeline; without an autoencoder the latents are the images themselves, in [-1, 1].
+        latents: what :func:`generate_latents` returns, (B, C, h, w), or a video's, of one frame,
+            (B, C, 1, h, w).
+
+    Raises:
+        AccelkitError: the autoencoder makes no images of them, or it is not known what the pipeline
+            does with them.
+    """
+    if latents.ndim == 5 and latents.shape[2] == 1:
+        latents = latents.squeeze(2)
+    if latents.ndim != 4:
+        raise AccelkitError(
+            f"decode takes latents in maps, (B, C, h, w), got {tuple(latents.shape)}"
+        )
+    vae = autoencoder_of(pipe)
+    check_autoencoder(vae, latents.shape[1])
+    learn(pipe)
+    calls = conditioning_of(backbone_of(denoiser_of(pipe)))
+    pixels = decoded(vae, latents, calls.latent_settings, calls.upcasts(pipe))
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
 
 

@@ -82,6 +82,7 @@ def train(
     accelerator: Accelerator,
     watch: Watch,
     conditions: Conditions | None = None,
+    calls: Conditioning | None = None,
 ) -> Adapter | None:
     """Train ``model`` in place and leave it in eval mode with the teacher's weights.
 
@@ -98,6 +99,8 @@ def train(
         accelerator: from :func:`make_accelerator`.
         watch: progress, checkpoints and previews.
         conditions: what the samples are conditioned on; default: their labels.
+        calls: how the model is called; default: as its family is, which does not know the size of
+            a pipeline's pictures.
 
     Returns:
         With a ``lora_rank``, the adapter that was trained, added to the model's weights already.
@@ -115,7 +118,7 @@ def train(
             f"give a multiple of {parts}"
         )
     backbone = backbone_of(model)
-    calls = conditioning_of(backbone)
+    calls = calls or conditioning_of(backbone)
     if conditions is None:
         if calls.text:
             raise AccelkitError(f"a {type(model).__name__} is prompted by text; give its captions")
