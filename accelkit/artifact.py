@@ -13,7 +13,7 @@ from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk, read_json, write_json
+from accelkit.files import explain_failure, read_json, write_json
 from accelkit.loading import is_alone, open_pipeline, reading, refuse_original_settings
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
@@ -79,7 +79,7 @@ def save(
     part = directory / (WEIGHTS + ".partial")
     weights = model.state_dict() if adapter is None else adapter.tensors
     tensors = {k: v.detach().cpu().clone() for k, v in weights.items()}
-    with explain_full_disk(part):
+    with explain_failure(part):
         save_file(tensors, part, metadata={"format": "pt"})
         part.replace(directory / WEIGHTS)
     from accelkit import __version__

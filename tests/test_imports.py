@@ -18,6 +18,7 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 TIERS = [
     {"errors"},
     {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
+    {"tensors"},
     {"dvd"},
     {"presets"},
     {"backbones", "models"},

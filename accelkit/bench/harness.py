@@ -17,7 +17,7 @@ from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.files import AGAIN, explain_failure
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, decode, generate_latents
 from accelkit.sample.samplers import make_sampler
@@ -149,7 +149,7 @@ def time_runs(
         found.append(row)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with explain_full_disk(kept, AGAIN), kept.open("a") as file:
+            with explain_failure(kept, AGAIN), kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     bases = {work: place for place, (variant, work) in enumerate(runs) if variant.base}
     no_room = {"skipped": f"there is no room for {size} images at a time in the GPU's memory"}

@@ -12,7 +12,7 @@ from accelkit.bench.html import html
 from accelkit.bench.markdown import markdown
 from accelkit.bench.plots import FOLDER, Plot, png, svg
 from accelkit.bench.sections import document
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.files import AGAIN, explain_failure
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -53,7 +53,7 @@ def _plots(made: Document) -> list[Plot]:
 
 def _write(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + ".partial")
-    with explain_full_disk(path, AGAIN):
+    with explain_failure(path, AGAIN):
         try:
             part.write_bytes(content)
             part.replace(path)

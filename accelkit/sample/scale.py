@@ -19,7 +19,7 @@ import torch
 
 from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.files import AGAIN, explain_failure
 from accelkit.sample.generate import Sampling, check_seed, generate
 
 Rows = dict[str, np.ndarray]
@@ -124,7 +124,7 @@ class RowShards:
 
         path = self.folder / f"{places.start:08d}-{places.stop:08d}.safetensors"
         part = path.with_name(path.name + ".partial")
-        with explain_full_disk(path, AGAIN):
+        with explain_failure(path, AGAIN):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 save_file(rows, part)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk, write_json
+from accelkit.files import explain_failure, write_json
 
 SETTINGS = "run.json"
 _LOCK = ".lock"
@@ -115,10 +115,10 @@ class RunDirectory:
         if main:
             for _, stale in self._named("partial"):
                 shutil.rmtree(stale)
-            with explain_full_disk(part):
+            with explain_failure(part):
                 part.mkdir(parents=True)
         barrier()
-        with explain_full_disk(part):
+        with explain_failure(part):
             try:
                 yield part
             except BaseException:
@@ -130,7 +130,7 @@ class RunDirectory:
             done = self.checkpoints / f"step-{step:08d}"
             if done.exists():
                 shutil.rmtree(done)
-            with explain_full_disk(part):
+            with explain_failure(part):
                 _flush(part)
             part.rename(done)
             for _, old in self._named("step")[:-keep] if keep else ():
