@@ -71,7 +71,7 @@ def writing(path: Path, go_on: str = RESUME, *, durable: bool = True) -> Iterato
                 flush(place)
             replace(place, path)
             if durable:
-                _flush_folder(path.parent)
+                flush_folder(path.parent)
         finally:
             with suppress(OSError):  # the error that led here says more
                 remove(folder)
@@ -105,12 +105,13 @@ def flush(path: Path) -> None:
     entries = [path, *path.rglob("*")] if path.is_dir() else [path]
     for entry in entries:
         if entry.is_dir():
-            _flush_folder(entry)
+            flush_folder(entry)
         elif entry.is_file():
             _flush(entry, os.O_RDWR)  # some file systems flush only what may be written to
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, after one was renamed or removed."""
     try:
         _flush(path, os.O_RDONLY)
     except OSError as error:
