@@ -40,8 +40,9 @@ _FULL_IN_WORDS = (
 class DamagedError(AccelkitError):
     """A file whose content does not match its checksum."""
 
-    def __init__(self, path: Path, what_to_do: str) -> None:
-        super().__init__(f"{path} is damaged: it does not match its checksum; {what_to_do}")
+    def __init__(self, path: Path, what_to_do: str = "") -> None:
+        end = f"; {what_to_do}" if what_to_do else ""
+        super().__init__(f"{path} is damaged, it does not match its checksum{end}")
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def write_record(path: Path, data: dict[str, Any], go_on: str = RESUME) -> None:
     write_json(path, {**data, SUM: _sum_of(data)}, go_on)
 
 
-def read_record(path: Path, what_to_do: str) -> Any:
+def read_record(path: Path, what_to_do: str = "") -> Any:
     """Return what :func:`write_record` wrote, without the checksum.
 
     A file without one is taken as it is: of an earlier version, or edited by someone who removed
@@ -186,7 +187,7 @@ def read_record(path: Path, what_to_do: str) -> Any:
 
     Args:
         path: the file.
-        what_to_do: about a damaged file, as the end of a sentence.
+        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
 
     Raises:
         DamagedError: the content does not match its checksum.
@@ -195,7 +196,8 @@ def read_record(path: Path, what_to_do: str) -> Any:
     data = read_json(path)
     recorded = data.pop(SUM, None) if isinstance(data, dict) else None
     if recorded is not None and recorded != _sum_of(data):
-        raise DamagedError(path, f'{what_to_do} (or, if you edited it, remove its "{SUM}")')
+        edited = f' (or, if you edited it, remove its "{SUM}")'
+        raise DamagedError(path, what_to_do + edited if what_to_do else "")
     return data
 
 

@@ -11,7 +11,10 @@ from accelkit.assets import BUILTIN, builtin
 from accelkit.errors import AccelkitError
 from accelkit.files import read_json
 from accelkit.noise import reference_process
+from accelkit.tensors import check_tensors
 
+FETCH_AGAIN = "download, copy or save it again"
+"""What to do about a damaged file of weights."""
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
 """The autoencoder DiT was evaluated with (Peebles and Xie 2023, section 4)."""
@@ -39,7 +42,8 @@ def open_pipeline(
 
     Raises:
         AccelkitError: nothing is there, it is no pipeline, it cannot be read, or ``vae`` or
-            ``num_heads`` is given for what is no original-layout checkpoint.
+            ``num_heads`` is given for what is no original-layout checkpoint; its weights are
+            damaged, not finite or no floating point numbers.
     """
     name = str(model)
     if is_alone(model):
@@ -53,8 +57,8 @@ def open_pipeline(
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        pipe = _diffusers_pipeline(located(name), revision)
-    return _ready(pipe)
+        pipe, folder = _diffusers_pipeline(located(name), revision)
+        return _ready(pipe, name, folder)
 
 
 def is_original(model: str | Path) -> bool:
@@ -92,6 +96,7 @@ def open_network(path: Path, num_heads: int | None = None) -> Any:
 
         from accelkit import models
 
+        check_tensors(path, FETCH_AGAIN)
         name = str(read_json(path / "config.json").get("_class_name"))
         network = open_whole(getattr(models, name, None) or getattr(diffusers, name), path)
     from accelkit.backbones import backbone_of
@@ -110,13 +115,15 @@ def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) 
         )
 
 
-def _diffusers_pipeline(place: str, revision: str | None) -> Any:
+def _diffusers_pipeline(place: str, revision: str | None) -> tuple[Any, Path]:
+    """Return a pipeline and the folder that it was read from."""
     import diffusers
 
     from accelkit import models
 
     load = diffusers.DiffusionPipeline
     folder = place if Path(place).is_dir() else load.download(place, revision=revision)
+    check_tensors(Path(folder), FETCH_AGAIN)
     index = read_json(Path(folder) / "model_index.json")
     load = getattr(models, str(index.get("_class_name")), load)
     given: dict[str, Any] = {}
@@ -130,7 +137,7 @@ def _diffusers_pipeline(place: str, revision: str | None) -> Any:
         given["id2label"] = {int(label): name for label, name in names.items()}
     pipe = load.from_pretrained(folder, **given)
     pipe.register_to_config(_name_or_path=place)
-    return pipe
+    return pipe, Path(folder)
 
 
 def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
@@ -206,7 +213,8 @@ def _around(path: Path, vae: str | None, num_heads: int | None) -> Any:
                 f"the autoencoder {vae or ORIGINAL_VAE} makes {autoencoder.config.latent_channels} "
                 f"latent channels, {path} takes {channels}; give its own"
             )
-    return _ready(_PIPELINES[type(transformer).__name__](transformer, autoencoder))
+    pipe = _PIPELINES[type(transformer).__name__](transformer, autoencoder)
+    return _ready(pipe, str(path), path if path.is_dir() else None)
 
 
 _PIXELS = 3  # channels of a network without an autoencoder
@@ -242,13 +250,24 @@ _PIPELINES = {
 """What goes around a network alone, by its class."""
 
 
-def _ready(pipe: Any) -> Any:
+def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
     """Check that a pipeline is one accelkit can drive, and quieten its progress bar."""
+    from torch import nn
+
     from accelkit.backbones import backbone_of, denoiser_of
+    from accelkit.weights import check_model
 
     backbone_of(denoiser_of(pipe)).restore()
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            check_model(module, f"the {part} of {name}", folder and _folder_of(part, folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _folder_of(part: str, folder: Path) -> Path:
+    """Return where a component's files are, ``folder`` itself for a network alone."""
+    return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def quiet() -> None:

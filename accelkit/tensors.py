@@ -16,8 +16,9 @@ from typing import Any
 from accelkit.files import RESUME, DamagedError, writing
 
 _NAME = "accelkit.sha256"
-_MARK = f'"{_NAME}":"'.encode()
 _BLANK = "0" * 64
+_MARK, _FORMAT = f'"{_NAME}":"'.encode(), b'"format":"pt"'
+_SUM = _MARK + _BLANK.encode() + b'"'
 _LONGEST_HEADER = 100_000_000  # as in safetensors itself
 
 
@@ -32,21 +33,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], go_on: str = RESUME) -
     Raises:
         AccelkitError: it cannot be written.
     """
-    library = _library(tensors)
     with writing(path, go_on) as part:
-        library.save_file(dict(tensors), part, metadata={"format": "pt", _NAME: _BLANK})
+        _save(tensors, part)
         part.chmod(part.parent.stat().st_mode & 0o666)  # safetensors writes for one user only
-        found = _sums(part)
-        assert found is not None, "safetensors has kept the blank"
         with part.open("r+b") as file:
-            file.seek(found[2])
-            file.write(found[1].encode())
+            # safetensors writes the two in either order; equal tensors shall make equal files
+            header = _header(file).replace(_FORMAT + b"," + _SUM, _SUM + b"," + _FORMAT)
+            start, _, actual = _sums(header, file)
+            file.seek(0)
+            file.write(header[:start] + actual + header[start + len(actual) :])
 
 
-def _library(tensors: Mapping[str, Any]) -> Any:
-    """Return safetensors' own functions for torch or numpy."""
-    torch = any(hasattr(value, "detach") for value in tensors.values())
-    return import_module("safetensors.torch" if torch else "safetensors.numpy")
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
+    metadata = {"format": "pt", _NAME: _BLANK}
+    if any(hasattr(value, "detach") for value in tensors.values()):
+        import_module("safetensors.torch").save_file(dict(tensors), path, metadata)
+        return
+    import numpy as np
+
+    # safetensors would write a transposed array in the order of its memory
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    import_module("safetensors.numpy").save_file(arrays, path, metadata)
 
 
 def add_sums(folder: Path) -> None:
@@ -57,7 +64,7 @@ def add_sums(folder: Path) -> None:
         write_tensors(path, load_file(path))
 
 
-def load_tensors(path: Path, what_to_do: str) -> dict[str, Any]:
+def load_tensors(path: Path, what_to_do: str = "") -> dict[str, Any]:
     """Return the tensors of a file, mapped from it, after a look at its checksum.
 
     Raises:
@@ -70,40 +77,39 @@ def load_tensors(path: Path, what_to_do: str) -> dict[str, Any]:
     return load_file(path)
 
 
-def check_tensors(path: Path, what_to_do: str) -> None:
+def check_tensors(path: Path, what_to_do: str = "") -> None:
     """Raise DamagedError if a file, or one in a folder, does not match its checksum.
+
+    A file without one passes, and one whose header cannot be read: safetensors has its own words
+    for that.
 
     Args:
         path: a ``.safetensors`` file, or a folder.
-        what_to_do: about a damaged file, as the end of a sentence.
+        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
     """
-    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-        if file.is_file() and (found := _sums(file)) is not None and found[0] != found[1]:
-            raise DamagedError(file, what_to_do)
+    for one in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        if not one.is_file():
+            continue
+        with one.open("rb") as file:
+            header = _header(file)
+            if _MARK in header:
+                _, recorded, actual = _sums(header, file)
+                if recorded != actual:
+                    raise DamagedError(one, what_to_do)
 
 
 def recorded_sum(path: Path) -> str | None:
     """Return the checksum in a file, None without; it is not compared with the content."""
     with path.open("rb") as file:
         header = _header(file)
-    place = header.find(_MARK) + len(_MARK)
-    return header[place : place + len(_BLANK)].decode("latin-1") if _MARK in header else None
+    start = header.find(_MARK) + len(_MARK)
+    return header[start : start + len(_BLANK)].decode("latin-1") if _MARK in header else None
 
 
-def _sums(path: Path) -> tuple[str, str, int] | None:
-    """Return the recorded and the actual checksum, and the place of the former; None without one.
-
-    A header that cannot be read has none: safetensors has words of its own for that.
-    """
+def read_header(path: Path) -> bytes:
+    """Return the JSON in which a file describes its tensors."""
     with path.open("rb") as file:
-        header = _header(file)
-        if _MARK not in header:
-            return None
-        start = header.find(_MARK) + len(_MARK)
-        stop = start + len(_BLANK)
-        digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])
-        actual = hashlib.file_digest(file, lambda: digest).hexdigest()
-    return header[start:stop].decode("latin-1"), actual, start
+        return _header(file)[8:]
 
 
 def _header(file: Any) -> bytes:
@@ -111,3 +117,12 @@ def _header(file: Any) -> bytes:
     length = file.read(8)
     size = int.from_bytes(length, "little")
     return length + file.read(size) if size <= _LONGEST_HEADER else b""
+
+
+def _sums(header: bytes, file: Any) -> tuple[int, bytes, bytes]:
+    """Return the place of a file's checksum in its header, what is there, and what should be."""
+    start = header.index(_MARK) + len(_MARK)
+    stop = start + len(_BLANK)
+    digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])
+    actual = hashlib.file_digest(file, lambda: digest).hexdigest()
+    return start, header[start:stop], actual.encode()

@@ -211,10 +211,16 @@ class TestTensors:
         assert names(tmp_path) == ["a.safetensors"]
 
     def test_numpy_round_trip(self, tmp_path):
-        rows = {"pooled": np.arange(20, dtype=np.float32).reshape(4, 5), "n": np.array([7])}
+        matrix = np.arange(20, dtype=np.float32).reshape(4, 5)
+        rows = {"pooled": matrix, "turned": matrix.T, "part": matrix[:, ::2], "n": np.array(7)}
         tensors.write_tensors(tmp_path / "a.safetensors", rows)
         found = tensors.load_tensors(tmp_path / "a.safetensors", ADVICE)
         assert all(np.array_equal(found[name].numpy(), value) for name, value in rows.items())
+
+    def test_equal_tensors_make_equal_files(self, tmp_path):
+        for number in range(10):
+            tensors.write_tensors(tmp_path / f"{number}.safetensors", TENSORS)
+        assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
     def test_others_can_read_and_check_it(self, tmp_path):
         path = tmp_path / "a.safetensors"

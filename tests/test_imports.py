@@ -19,6 +19,7 @@ TIERS = [
     {"errors"},
     {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
     {"tensors"},
+    {"weights"},
     {"dvd"},
     {"presets"},
     {"backbones", "models"},

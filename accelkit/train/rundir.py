@@ -27,8 +27,7 @@ from accelkit.files import (
 )
 
 SETTINGS = "run.json"
-FINGERPRINTS = "fingerprints"
-"""Entry of the settings with digests of what they only name, such as the images and the model."""
+_FINGERPRINTS = "fingerprints"
 
 SUMS = "checksums.json"
 """List of a checkpoint's files and their SHA-256."""
@@ -66,20 +65,37 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise AccelkitError(f"the output {self.path} is a file; give a directory")
         content = self._content()
-        if content and SETTINGS not in content:
-            here = f"the output directory {self.path} is not empty and holds no accelkit run"
-            if resume:
-                raise AccelkitError(
-                    f"there is no run in {self.path} to resume, but other files; leave --resume "
-                    "out and give another -o"
-                )
-            raise AccelkitError(
-                f"{here}, and --overwrite removes only a run; give another -o"
-                if overwrite
-                else f"{here}; give another -o"
-            )
+        self._refuse(content, resume, overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AccelkitError(f"cannot make the output directory {self.path}: {error}") from error
+        self._claim()
+        remove(self.path / _REMOVED)
+        known: dict[str, Any] = {}
+        if resume:
+            known = {k: v for k, v in self._read().items() if k == _FINGERPRINTS}
+            self._compare(settings, free)
+        elif content:
+            self._clear()
+        write_record(self.path / SETTINGS, settings | known)
+
+    def _refuse(self, content: list[str], resume: bool, overwrite: bool) -> None:
+        """Raise AccelkitError, naming what works, unless the directory can be opened like this."""
+        no_run = bool(content) and SETTINGS not in content
         if resume and not content:
             raise AccelkitError(f"there is no run in {self.path} to resume; leave --resume out")
+        if resume and no_run:
+            raise AccelkitError(
+                f"there is no run in {self.path} to resume, but other files; leave --resume out "
+                "and give another -o"
+            )
+        if no_run:
+            only = ", and --overwrite removes only a run" if overwrite else ""
+            raise AccelkitError(
+                f"the output directory {self.path} is not empty and holds no accelkit run{only}; "
+                "give another -o"
+            )
         if content and not overwrite:
             self.stored()  # raises if only --overwrite is of use
         if content and not (resume or overwrite):
@@ -87,17 +103,24 @@ class RunDirectory:
                 f"the output directory {self.path} is not empty; go on with --resume latest, "
                 "start over with --overwrite, or give another -o"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AccelkitError(f"cannot make the output directory {self.path}: {error}") from error
-        self._claim()
-        remove(self.path / _REMOVED)
-        if resume:
-            self._compare(settings, free)
-        elif content:
-            self._clear()
-        write_record(self.path / SETTINGS, settings)
+
+    def identify(self, fingerprints: dict[str, str]) -> None:
+        """Keep digests of what the settings only name, or compare those that are kept.
+
+        Args:
+            fingerprints: by what they are of, such as ``images``.
+
+        Raises:
+            AccelkitError: the run began with something else.
+        """
+        stored = self._read()
+        known = stored.get(_FINGERPRINTS, {})  # none in a run that an earlier version began
+        if others := [n for n, digest in fingerprints.items() if known.get(n, digest) != digest]:
+            raise AccelkitError(
+                f"the {' and the '.join(others)} changed since the run in {self.path} began; "
+                "resume with what it began with, or start over with --overwrite"
+            )
+        write_record(self.path / SETTINGS, {**stored, _FINGERPRINTS: known | fingerprints})
 
     def close(self) -> None:
         """Let another run have the directory."""
@@ -118,19 +141,7 @@ class RunDirectory:
         Raises:
             AccelkitError: they cannot be read, or are damaged.
         """
-        path = self.path / SETTINGS
-        if not path.exists():
-            return {}
-        afresh = f"start over with --overwrite, or remove {self.path}"
-        try:
-            found = read_record(path, afresh)
-        except DamagedError:
-            raise
-        except AccelkitError as error:
-            raise AccelkitError(f"cannot read the run's settings: {error}; {afresh}") from error
-        if not isinstance(found, dict):
-            raise AccelkitError(f"{path} holds no settings of a run; {afresh}")
-        return found
+        return {k: v for k, v in self._read().items() if k != _FINGERPRINTS}
 
     def latest(self) -> tuple[int, Path] | None:
         """Return the newest whole checkpoint and its step, or None."""
@@ -182,15 +193,30 @@ class RunDirectory:
         if not (folder / SUMS).exists():  # of an earlier version
             return False
         recorded, found = (
-            read_record(folder / SUMS, "remove the checkpoint")["files"],
+            read_record(folder / SUMS)["files"],
             _sums(folder),
         )
         for name in recorded:
             if name not in found:
                 raise AccelkitError(f"{name} is missing")
             if found[name] != recorded[name]:
-                raise AccelkitError(f"{name} is damaged, it does not match its checksum")
+                raise DamagedError(Path(name))
         return True
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path / SETTINGS
+        if not path.exists():
+            return {}
+        afresh = f"start over with --overwrite, or remove {self.path}"
+        try:
+            found = read_record(path, afresh)
+        except DamagedError:
+            raise
+        except AccelkitError as error:
+            raise AccelkitError(f"cannot read the run's settings: {error}; {afresh}") from error
+        if not isinstance(found, dict):
+            raise AccelkitError(f"{path} holds no settings of a run; {afresh}")
+        return found
 
     def _remove_stale(self) -> None:
         for _, stale in self._named("partial"):
@@ -222,25 +248,13 @@ class RunDirectory:
         self._lock = lock  # the system releases it with the process, however that ends
 
     def _compare(self, settings: dict[str, Any], free: frozenset[str]) -> None:
-        old = self.stored()
-        new = json.loads(json.dumps(settings))
-        before, now = old.pop(FINGERPRINTS, {}), new.pop(FINGERPRINTS, {})
-        changed = [
-            k
-            for k in sorted(old.keys() | new)
-            if k not in free and _given(old.get(k)) != _given(new.get(k))
-        ]
+        old, new = _flat(self.stored(), free), _flat(json.loads(json.dumps(settings)), free)
+        changed = [name for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
         if changed:
             shown = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed)
             raise AccelkitError(
                 f"the run in {self.path} has other settings ({shown}); resume with the same, "
                 "or start over with --overwrite"
-            )
-        # a run of an earlier version has no fingerprints
-        if others := [name for name in now if before.get(name, now[name]) != now[name]]:
-            raise AccelkitError(
-                f"the {' and the '.join(others)} changed since the run in {self.path} began; "
-                "resume with what it began with, or start over with --overwrite"
             )
 
     def _clear(self) -> None:
@@ -253,11 +267,18 @@ class RunDirectory:
             remove(entry)
 
 
-def _given(value: Any) -> Any:
-    """Leave out what is None, as are settings that were not known yet when a run began."""
-    if not isinstance(value, dict):
-        return value
-    return {k: _given(v) for k, v in value.items() if v is not None}
+def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
+    """Return settings by dotted name, without the free ones and those that are None.
+
+    None are also those that were not known yet when a run began.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name not in free:
+            flat |= {f"{name}.{k}": v for k, v in _flat(value, frozenset()).items()}
+        elif value is not None and name not in free:
+            flat[name] = value
+    return flat
 
 
 def _sums(folder: Path) -> dict[str, str]:
