@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,18 @@ from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk, read_json, write_json
-from accelkit.loading import is_alone, open_pipeline, reading, refuse_original_settings
+from accelkit.files import read_record, write_bytes, write_record
+from accelkit.loading import (
+    FETCH_AGAIN,
+    is_alone,
+    open_pipeline,
+    reading,
+    refuse_original_settings,
+)
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
+from accelkit.tensors import load_tensors, recorded_sum, write_tensors
+from accelkit.weights import check_weights
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
 FORMAT = 1
@@ -60,8 +67,6 @@ def save(
             PEFT adapters, or ``vae`` or ``num_heads`` is given for a base model that is not in the
             original layout.
     """
-    from safetensors.torch import save_file
-
     state = enabled_on(pipe)
     if state is None:
         raise AccelkitError("this pipeline runs no schedule; accelkit.enable one, then save")
@@ -77,13 +82,8 @@ def save(
     model = state.backbone.model
     refuse_peft(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / (WEIGHTS + ".partial")
     weights = model.state_dict() if adapter is None else adapter.tensors
-    tensors = {k: v.detach().cpu().clone() for k, v in weights.items()}
-    with explain_full_disk(part):
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(directory / WEIGHTS)
+    write_tensors(directory / WEIGHTS, {k: v.detach().cpu().clone() for k, v in weights.items()})
     from accelkit import __version__
 
     config = {
@@ -97,14 +97,14 @@ def save(
         **({} if adapter is None else {"lora": adapter.about(model)}),
         "vae": vae and _findable(vae),
         "num_heads": num_heads,
+        "weights": recorded_sum(directory / WEIGHTS),
         "training": training or {},
         "metrics": metrics or {},
     }
-    write_json(directory / CONFIG, config)
-    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors writes for one user only
+    write_record(directory / CONFIG, config)
     saving = ideal_saving(model, state.schedule)
     card = _card(config, directory, state.schedule, saving, _call(pipe))
-    (directory / CARD).write_text(card, encoding="utf-8")
+    write_bytes(directory / CARD, card.encode())
     return directory
 
 
@@ -129,9 +129,9 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         The handle that :func:`accelkit.enable` gives.
 
     Raises:
-        AccelkitError: nothing is there, it is broken, it was made for another model or, if an
-            adapter, for other weights, or ``pipe`` carries PEFT adapters; ``pipe`` is then as it
-            was.
+        AccelkitError: nothing is there, it is broken or damaged, its weights are not finite, it
+            was made for another model or, if an adapter, for other weights, or ``pipe`` carries
+            PEFT adapters; ``pipe`` is then as it was.
     """
     folder, config = _fetch(source, revision)
     model = denoiser_of(pipe)
@@ -145,9 +145,11 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             f"{backbone.family} of {backbone.depth}"
         )
     with reading(str(source)):
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / WEIGHTS)
+        weights = load_tensors(folder / WEIGHTS, FETCH_AGAIN)
+        _refuse_mixture(folder, config)
+    own = model.state_dict()
+    floating = {k: w for k, w in weights.items() if k not in own or own[k].is_floating_point()}
+    check_weights(floating, str(folder / WEIGHTS))
     refuse_peft(model)
     if (found := config.get("lora")) is not None:
         adapter = Adapter(found["rank"], weights)
@@ -156,7 +158,6 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         state = enable(pipe, schedule)
         adapter.apply(model)
         return state
-    own = model.state_dict()
     strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
     if strange:
@@ -245,7 +246,7 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
             )
     if not (folder / CONFIG).is_file():
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
-    config = read_json(folder / CONFIG)
+    config = read_record(folder / CONFIG, FETCH_AGAIN)
     known = isinstance(config, dict) and config.get("format") == FORMAT
     known = known and {"family", "schedule"} <= config.keys()
     known = known and isinstance(config.get("base_model_name_or_path"), str)
@@ -255,6 +256,17 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )
     return folder, config
+
+
+def _refuse_mixture(folder: Path, config: dict[str, Any]) -> None:
+    """Raise AccelkitError for weights and settings of two saves, the second of which was killed."""
+    recorded, found = config.get("weights"), recorded_sum(folder / WEIGHTS)
+    # weights that another program has written again have no checksum, earlier settings record none
+    if recorded and found and recorded != found:
+        raise AccelkitError(
+            f"{CONFIG} and {WEIGHTS} in {folder} were not saved together; save the artifact again, "
+            "or go on with the run that saves it"
+        )
 
 
 def _call(pipe: Any) -> str:

@@ -12,7 +12,10 @@ from accelkit.assets import BUILTIN, builtin
 from accelkit.errors import AccelkitError
 from accelkit.files import read_json
 from accelkit.noise import reference_process
+from accelkit.tensors import check_tensors
 
+FETCH_AGAIN = "download, copy or save it again"
+"""What to do about a damaged file of weights."""
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
 """The autoencoder DiT was evaluated with (Peebles and Xie 2023, section 4)."""
@@ -44,7 +47,8 @@ def open_pipeline(
     Raises:
         AccelkitError: nothing is there, it is no pipeline, it cannot be read, its weights are of a
             variant that is not asked for, or ``vae`` or ``num_heads`` is given for what is no
-            original-layout checkpoint.
+            original-layout checkpoint; its weights are damaged, not finite or no floating point
+            numbers.
     """
     name = str(model)
     if is_alone(model):
@@ -58,8 +62,8 @@ def open_pipeline(
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        pipe = _diffusers_pipeline(located(name), revision, variant)
-    return _ready(pipe)
+        pipe, folder = _diffusers_pipeline(located(name), revision, variant)
+        return _ready(pipe, name, folder)
 
 
 def is_original(model: str | Path) -> bool:
@@ -101,6 +105,7 @@ def open_network(path: Path, num_heads: int | None = None, variant: str | None =
 
         from accelkit import models
 
+        check_tensors(path, FETCH_AGAIN)
         name = str(read_json(path / "config.json").get("_class_name"))
         kind = getattr(models, name, None) or getattr(diffusers, name)
         network = open_whole(kind, path, variant=variant)
@@ -120,7 +125,8 @@ def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) 
         )
 
 
-def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -> Any:
+def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -> tuple[Any, Path]:
+    """Return a pipeline and the folder that it was read from."""
     import diffusers
 
     from accelkit import models
@@ -134,6 +140,7 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
         _check_variant(Path(folder, part), variant)
     if variant is not None and not any(variant in names for names in there.values()):
         raise AccelkitError(f"no weights of {place} are of the variant {variant!r}; leave it out")
+    check_tensors(Path(folder), FETCH_AGAIN)
     index = read_json(Path(folder) / "model_index.json")
     given: dict[str, Any] = {}
     for part in ("transformer", "unet"):
@@ -151,7 +158,7 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
         given["id2label"] = {int(label): name for label, name in names.items()}
     pipe = load.from_pretrained(folder, variant=variant, **given)
     pipe.register_to_config(_name_or_path=place)
-    return pipe
+    return pipe, Path(folder)
 
 
 def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:
@@ -262,7 +269,8 @@ def _around(path: Path, vae: str | None, num_heads: int | None, variant: str | N
                 f"the autoencoder {vae or ORIGINAL_VAE} makes {made} latent channels, {path} takes "
                 f"{channels}; give its own"
             )
-    return _ready(_PIPELINES[type(transformer).__name__](transformer, autoencoder))
+    pipe = _PIPELINES[type(transformer).__name__](transformer, autoencoder)
+    return _ready(pipe, str(path), path if path.is_dir() else None)
 
 
 def open_autoencoder(place: str, variant: str | None = None) -> Any:
@@ -317,13 +325,24 @@ _PIPELINES = {
 """What goes around a network alone, by its class."""
 
 
-def _ready(pipe: Any) -> Any:
+def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
     """Check that a pipeline is one accelkit can drive, and quieten its progress bar."""
+    from torch import nn
+
     from accelkit.backbones import backbone_of, denoiser_of
+    from accelkit.weights import check_model
 
     backbone_of(denoiser_of(pipe)).restore()
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            check_model(module, f"the {part} of {name}", folder and _folder_of(part, folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _folder_of(part: str, folder: Path) -> Path:
+    """Return where a component's files are, ``folder`` itself for a network alone."""
+    return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def quiet() -> None:

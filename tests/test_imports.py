@@ -18,6 +18,8 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 TIERS = [
     {"errors"},
     {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
+    {"tensors"},
+    {"weights"},
     {"dvd"},
     {"presets"},
     {"recording"},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError
+from accelkit.files import AGAIN, writing
+from accelkit.tensors import load_tensors, write_tensors
 
 State = dict[str, Tensor]
 
@@ -101,11 +101,14 @@ def _unwrapped(path: Path, state: State) -> State:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_tensors(path, "download or copy it again")
+        _check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+    except AccelkitError:
+        raise
     except PermissionError:
         raise AccelkitError(f"{path} cannot be opened: permission denied") from None
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
@@ -120,17 +123,28 @@ def _load(path: Path) -> Any:
         ) from error
 
 
+def _check_zip(path: Path) -> None:
+    """Raise BadZipFile if a member of torch's archive, if it is one, does not match its checksum.
+
+    torch itself does not compare them.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:  # 0 where torch was told to leave it out
+                with archive.open(member) as file:
+                    while file.read(2**20):
+                        pass
+
+
 def write_state_dict(state: State, path: Path) -> None:
     """Write weights as ``.safetensors`` or as a PyTorch pickle, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(state, part)
-        else:
-            torch.save(state, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        write_tensors(path, state, AGAIN)
+        return
+    with writing(path, AGAIN) as part:
+        torch.save(state, part)
 
 
 def shape_of(path: str | Path, state: State, key: str, *axes: str) -> list[int]:

@@ -21,6 +21,7 @@ from accelkit.backbones.checkpoint import (
 )
 from accelkit.backbones.dit_original import numerics, restore_numerics
 from accelkit.errors import AccelkitError
+from accelkit.weights import check_model
 
 __all__ = [
     "load_original",
@@ -85,7 +86,7 @@ def load_original(
 
     Raises:
         AccelkitError: an unreadable file, an unknown family, missing, unexpected or misshapen
-            weights, or a setting that contradicts the file.
+            weights, some that are not finite, or a setting that contradicts the file.
         TypeError: ``num_heads`` or another count is not an integer.
     """
     if family is not None and family not in _LAYOUTS:
@@ -99,7 +100,9 @@ def load_original(
             f"{path} has the layout of no known family ({', '.join(_LAYOUTS)}); it holds "
             f"{some(state)}; weights in diffusers' layout load with from_pretrained"
         )
-    return _LAYOUTS[family].read(path, state, num_heads, config, arguments)
+    model = _LAYOUTS[family].read(path, state, num_heads, config, arguments)
+    check_model(model, str(path))
+    return model
 
 
 def to_original(model: Any, allow_inexact: bool = False) -> State:

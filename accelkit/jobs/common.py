@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
+from accelkit.files import RESUME, writing
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.switch import disable, enabled_on
+from accelkit.tensors import add_sums
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
@@ -188,6 +191,25 @@ def claimed(
             tracker.finish()
 
 
+def identify(run: RunDirectory, accelerator: Any, images: ImageSource, **others: str) -> None:
+    """Record what a run is made of, whatever its settings call it, or compare it with the record.
+
+    Args:
+        run: open.
+        accelerator: whose main process does it.
+        images: the data.
+        others: fingerprints of what else there is, by what it is.
+
+    Raises:
+        AccelkitError: the run began with other images or labels, or another of the others.
+    """
+    if not accelerator.is_main_process:
+        return
+    labels = b"" if images.labels is None else images.labels.tobytes()
+    known = {"images": images.fingerprint, "labels": hashlib.sha256(labels).hexdigest()}
+    run.identify(known | others)
+
+
 def _trackers() -> list[str]:
     from accelerate.tracking import get_available_trackers
 
@@ -252,15 +274,26 @@ def watch(
     def preview(step: int, model: Any) -> None:
         chosen = [items[i % len(items)] for i in range(16)]
         path = where.output / "previews" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
         how = Sampling(steps=20)
         save_picture(grid(generate(pipe, chosen, list(range(16)), how)), path)
 
     return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)
 
 
-def save_picture(pixels: Any, path: Path) -> None:
-    """Write uint8 (H, W, 3) as a PNG, beside and renamed into place."""
-    part = path.with_name(path.name + ".partial")
-    Image.fromarray(pixels).save(part, format="png")
-    part.replace(path)
+def save_picture(pixels: Any, path: Path, go_on: str = RESUME) -> None:
+    """Write uint8 (H, W, 3) as a PNG; see :func:`accelkit.files.writing`."""
+    with writing(path, go_on, durable=False) as part:  # nothing reads it back
+        Image.fromarray(pixels).save(part, format="png")
+
+
+def save_pipeline(pipe: Any, path: Path, go_on: str = RESUME) -> None:
+    """Write what diffusers' ``save_pretrained`` does, with checksums in the files of weights.
+
+    Args:
+        pipe: a pipeline, or a network alone.
+        path: the directory, replaced if it is there.
+        go_on: what to do if it cannot be written.
+    """
+    with writing(path, go_on) as part:
+        pipe.save_pretrained(part)
+        add_sums(part)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 from accelkit.backbones.original import load_original, save_original
 from accelkit.errors import AccelkitError
-from accelkit.files import read_json
+from accelkit.files import AGAIN, read_json
+from accelkit.jobs.common import save_pipeline
 from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 
 
@@ -39,13 +38,7 @@ def convert(
             )
         _check_replaced(target)
         model = load_original(source, num_heads=num_heads)
-        part = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        model.save_pretrained(part)
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-        part.rename(target)
+        save_pipeline(model, target, AGAIN)
         return target
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
-from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.plan import Plan
+from accelkit.data.shards import fingerprint
+from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
 from accelkit.jobs.bench import compare
 from accelkit.jobs.common import (
@@ -19,6 +23,7 @@ from accelkit.jobs.common import (
     Source,
     claimed,
     encoded,
+    identify,
     items_of,
     open_images,
     open_unscheduled,
@@ -79,6 +84,7 @@ def finetune(
         "evaluation": plan and asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
+        identify(run, accelerator, images, model=fingerprint(pipe), **_captions(images, backbone))
         before = _own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
@@ -128,6 +134,14 @@ def finetune(
         )
         save({"rows": results["rows"]})
     return results
+
+
+def _captions(images: ImageSource, backbone: Backbone) -> dict[str, str]:
+    """Return a fingerprint of the captions, if the model is prompted by text."""
+    if not conditioning_of(backbone).text:
+        return {}
+    text = json.dumps(images.captions)
+    return {"captions": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _own_copy(pipe: Any) -> Any:

@@ -146,12 +146,14 @@ def test_overwriting_leaves_nothing_of_a_longer_run(model, tmp_path):
     foreign = ("mine.txt", "000004-class7.jpg", "x000004-class7.png", "000001-class7.png.bak")
     for name in foreign:
         (tmp_path / "s" / name).write_text("mine")
-    (tmp_path / "s" / "000009-class7.png.partial").mkdir()
+    (tmp_path / "s" / "mine.partial").mkdir()
+    for name in ("000002-class7.png.partial", "000007-class7.png.partial"):
+        (tmp_path / "s" / name).mkdir()  # of a killed run, as this version leaves it
     (tmp_path / "s" / "000003-class7.png.partial").write_text("of a killed run")
     sample(model, tmp_path / "s", "--overwrite", "-n", "2", "--labels", "8")
     left = {p.name for p in (tmp_path / "s").iterdir()}
     made = {"000000-class8.png", "000001-class8.png", "grid.png", "samples.json"}
-    assert left == {*made, *foreign, "000009-class7.png.partial"}
+    assert left == {*made, *foreign, "mine.partial"}
 
 
 def test_what_is_refused_loses_nothing(model, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.sample import scale
 from accelkit.sample.generate import Sampling
 from accelkit.sample.scale import RowShards, Work, World, generate_shards
@@ -107,6 +107,38 @@ def test_a_killed_run_goes_on_with_other_batches(numbered, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in kept if p != gone} == {
         p: t for p, t in kept.items() if p != gone
     }
+
+
+@pytest.mark.parametrize("damage", ["a bit", "zeros", "cut", "cut to its header", "empty"])
+def test_damaged_rows_are_made_again(numbered, tmp_path, damage):
+    make(tmp_path)
+    victim = sorted(tmp_path.iterdir())[1]
+    content = victim.read_bytes()
+    victim.write_bytes(
+        {
+            "a bit": content[:-1] + bytes([content[-1] ^ 1]),
+            "zeros": content[:-64] + bytes(64),
+            "cut": content[:-8],
+            "cut to its header": content[:20],
+            "empty": b"",
+        }[damage]
+    )
+    numbered.clear()
+    with pytest.warns(AccelkitWarning, match=rf"{victim.name} \(.*\); making its images again"):
+        assert_whole(make(tmp_path))
+    assert sum(map(len, numbered)) == 64
+    assert victim.read_bytes() == content
+
+
+def test_rows_of_earlier_versions_are_taken(numbered, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    make(tmp_path)
+    for path in tmp_path.iterdir():
+        save_file(load_file(path), path)
+    numbered.clear()
+    assert_whole(make(tmp_path))
+    assert numbered == []
 
 
 def test_an_interrupted_shard_leaves_nothing(numbered, tmp_path):
