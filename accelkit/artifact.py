@@ -12,8 +12,9 @@ from accelkit.adapter import Adapter, refuse_peft
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
+from accelkit.documents import check_regular, read_json
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk, read_json, write_json
+from accelkit.files import explain_full_disk, write_json
 from accelkit.loading import is_alone, open_pipeline, reading, refuse_original_settings
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
@@ -101,7 +102,7 @@ def save(
     shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors writes for one user only
     saving = ideal_saving(model, state.schedule)
     card = _card(config, directory, state.schedule, saving, _call(pipe))
-    (directory / CARD).write_text(card, encoding="utf-8")
+    (directory / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     return directory
 
 
@@ -144,6 +145,7 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
     with reading(str(source)):
         from safetensors.torch import load_file
 
+        check_regular(folder / WEIGHTS)
         weights = load_file(folder / WEIGHTS)
     refuse_peft(model)
     if (found := config.get("lora")) is not None:
@@ -238,15 +240,28 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
     if not (folder / CONFIG).is_file():
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
     config = read_json(folder / CONFIG)
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    known = known and {"family", "schedule"} <= config.keys()
-    known = known and isinstance(config.get("base_model_name_or_path"), str)
+    known = isinstance(config, dict) and config.get("format") == FORMAT and "schedule" in config
+    known = known and all(isinstance(config.get(n), kinds) for n, kinds in _FORM.items())
     lora = known and config.get("lora", {"rank": 0, "probes": []})  # none: whole weights
     if not (isinstance(lora, dict) and {"rank", "probes"} <= lora.keys()):
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )
+    try:
+        Schedule.from_dict(config["schedule"])
+    except AccelkitError as error:
+        raise AccelkitError(f"cannot read the schedule in {folder / CONFIG}: {error}") from error
     return folder, config
+
+
+_FORM: dict[str, Any] = {
+    "family": str,
+    "base_model_name_or_path": str,
+    "revision": str | None,
+    "vae": str | None,
+    "num_heads": int | None,
+}
+"""Settings of ``accelkit.json`` that are read again, each with its type."""
 
 
 def _call(pipe: Any) -> str:

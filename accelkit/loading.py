@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
+from accelkit.documents import read_object
 from accelkit.errors import AccelkitError
-from accelkit.files import read_json
 from accelkit.noise import reference_process
+from accelkit.sizes import check_configs
 
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
@@ -69,7 +70,7 @@ def is_alone(model: str | Path) -> bool:
     if str(model) == BUILTIN or not path.is_dir():
         return is_original(model)
     alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-    return alone and read_json(path / "config.json").get("_class_name") in _PIPELINES
+    return alone and read_object(path / "config.json").get("_class_name") in _PIPELINES
 
 
 def open_network(path: Path, num_heads: int | None = None) -> Any:
@@ -92,7 +93,8 @@ def open_network(path: Path, num_heads: int | None = None) -> Any:
 
         from accelkit import models
 
-        name = str(read_json(path / "config.json").get("_class_name"))
+        check_configs(path)
+        name = str(read_object(path / "config.json").get("_class_name"))
         network = open_whole(getattr(models, name, None) or getattr(diffusers, name), path)
     from accelkit.backbones import backbone_of
 
@@ -117,7 +119,8 @@ def _diffusers_pipeline(place: str, revision: str | None) -> Any:
 
     load = diffusers.DiffusionPipeline
     folder = place if Path(place).is_dir() else load.download(place, revision=revision)
-    index = read_json(Path(folder) / "model_index.json")
+    index = read_object(Path(folder) / "model_index.json")
+    check_configs(Path(folder))
     load = getattr(models, str(index.get("_class_name")), load)
     given: dict[str, Any] = {}
     for part in ("transformer", "unet"):
@@ -200,6 +203,8 @@ def _around(path: Path, vae: str | None, num_heads: int | None) -> Any:
         with reading(vae or ORIGINAL_VAE):
             from diffusers import AutoencoderKL
 
+            if Path(vae or ORIGINAL_VAE).is_dir():
+                check_configs(Path(vae or ORIGINAL_VAE))
             autoencoder = open_whole(AutoencoderKL, vae or ORIGINAL_VAE)
         if autoencoder.config.latent_channels != channels:
             raise AccelkitError(

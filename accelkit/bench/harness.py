@@ -16,6 +16,7 @@ from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
+from accelkit.documents import parse_json
 from accelkit.errors import AccelkitError
 from accelkit.files import AGAIN, explain_full_disk
 from accelkit.noise import NoiseAxis
@@ -172,11 +173,20 @@ def _read_rounds(kept: Path | None) -> list[list[dict[str, Any] | None]]:
     """Return the rounds that a file holds, without one cut off when its process was killed."""
     if kept is None or not kept.exists():
         return []
-    lines = kept.read_text().splitlines(keepends=True)
+    lines = kept.read_text(errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         kept.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
+    try:
+        found = [parse_json(line) for line in whole]
+        if not all(isinstance(row, list) for row in found):
+            raise ValueError("a line is no list")
+    except ValueError as error:
+        raise AccelkitError(
+            f"the timed rounds in {kept} are damaged ({error}); remove the file and run the same "
+            "command again"
+        ) from error
+    return found
 
 
 def _times(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]] | None) -> dict[str, Any]:

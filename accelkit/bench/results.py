@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, read_json, write_json
+from accelkit.files import AGAIN, write_json
 
 SCHEMA = 2
 RESULTS = "results.json"

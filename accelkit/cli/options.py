@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
 
 Model = Annotated[
@@ -139,7 +140,6 @@ def made_of_builtin(settings: dict[str, Any]) -> bool:
     if model == "builtin":
         return True
     from accelkit.assets import BUILTIN, builtin
-    from accelkit.files import read_json
 
     stored = Path(model) / "accelkit.json"
     if stored.is_file():
