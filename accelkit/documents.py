@@ -82,6 +82,15 @@ def check_regular(path: str | Path) -> None:
         raise OSError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, expected a file")
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path is text: the bytes of others stand for nothing in most libraries."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read(path: Path, what: str, parse: Callable[[str], Any]) -> Any:
     try:
         check_regular(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
-from accelkit.documents import read_object
+from accelkit.documents import is_utf8, read_object
 from accelkit.errors import AccelkitError
 from accelkit.noise import reference_process
 from accelkit.sizes import check_configs
@@ -184,6 +184,11 @@ def reading(name: str) -> Any:
     except AccelkitError:
         raise
     except Exception as error:  # each library beneath has its own family of errors
+        if not is_utf8(name):
+            raise AccelkitError(
+                f"cannot read the model {name}: its path is not UTF-8, and safetensors opens no "
+                "other; rename it"
+            ) from error
         where = "" if Path(name).exists() or name == BUILTIN else " here or from the hub"
         raise AccelkitError(
             f"cannot read the model {name}{where}: {type(error).__name__}: {_first_line(error)}"

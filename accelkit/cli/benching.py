@@ -22,6 +22,7 @@ from accelkit.cli.options import (
     Revision,
     SkipBad,
     Vae,
+    check_output,
     fill_in_data,
     listed,
     made_of_builtin,
@@ -147,6 +148,7 @@ def bench(
         reference=settings["reference"],
     )
     weights = tuned_weights(settings["tuned"])
+    check_output(settings["output"])
     if shown(settings):
         return
     from accelkit.jobs.bench import bench as job
