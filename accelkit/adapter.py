@@ -32,11 +32,14 @@ class Adapter:
         return sorted({key.rsplit(".lora_", 1)[0] for key in self.tensors})
 
     def check(self, model: nn.Module) -> None:
-        """Raise AccelkitError if ``model`` lacks a layer, or has it in another shape."""
+        """Raise AccelkitError if ``model`` lacks a layer or has another shape, or none is given."""
+        if not self.tensors:
+            raise AccelkitError("the adapter has no tensors; give it as it was saved")
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name in self.targets:
             down, up = (self.tensors.get(f"{name}.lora_{part}.weight") for part in "AB")
-            fits = down is not None and up is not None and len(down) == up.shape[1] == self.rank
+            fits = down is not None and up is not None and down.ndim == up.ndim == 2
+            fits = fits and len(down) == up.shape[1] == self.rank  # type: ignore[arg-type, union-attr]
             if not fits or shapes.get(f"{name}.weight") != (len(up), down.shape[1]):  # type: ignore[arg-type, union-attr]
                 raise AccelkitError(f"the adapter does not fit this model: its {name} is another")
 
@@ -83,18 +86,15 @@ class Adapter:
             model: one that :meth:`check` lets pass, in whatever dtype.
             probes: of :meth:`about`.
         """
-        before, after = [], []
-        for probe in probes:
-            weight = model.get_parameter(f"{probe['layer']}.weight").detach()
-            found = float(weight[probe["row"], probe["column"]])
-            change = float(self._change(probe["layer"], probe["row"])[probe["column"]])
-            dtypes = (weight.dtype, getattr(torch, probe["dtype"]))
-            rounding = sum(torch.finfo(dtype).eps for dtype in dtypes)
-            # products of less precision, as TF32's, may have made the change
-            near = 2 * rounding * (abs(probe["weight"]) + abs(change)) + 0.01 * abs(change)
-            before.append(abs(found - probe["weight"]) <= near)
-            after.append(abs(found - probe["weight"] - change) <= near)
         kind = type(model).__name__
+        try:
+            compared = [self._compared(model, probe) for probe in probes]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise AccelkitError(
+                f"the adapter's probes are not of weights that this {kind} has "
+                f"({type(error).__name__}: {error}); give the adapter as it was saved"
+            ) from error
+        before, after = ([pair[i] for pair in compared] for i in (0, 1))
         if all(after) and not all(before):
             raise AccelkitError(
                 f"this {kind} has the adapter in its weights already, where it stays when a "
@@ -106,6 +106,18 @@ class Adapter:
                 f"{probes[before.index(False)]['layer']}; open the base model that it was trained "
                 "for, anew"
             )
+
+    def _compared(self, model: nn.Module, probe: dict[str, Any]) -> tuple[bool, bool]:
+        """Return whether a probed weight is as before the change, and as after it."""
+        weight = model.get_parameter(f"{probe['layer']}.weight").detach()
+        found = float(weight[probe["row"], probe["column"]])
+        change = float(self._change(probe["layer"], probe["row"])[probe["column"]])
+        dtypes = (weight.dtype, getattr(torch, probe["dtype"]))
+        rounding = sum(torch.finfo(dtype).eps for dtype in dtypes)
+        # products of less precision, as TF32's, may have made the change
+        near = 2 * rounding * (abs(probe["weight"]) + abs(change)) + 0.01 * abs(change)
+        off = found - probe["weight"]
+        return abs(off) <= near, abs(off - change) <= near
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a layer."""

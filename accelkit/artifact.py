@@ -11,6 +11,7 @@ from accelkit.adapter import Adapter, refuse_peft
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
+from accelkit.documents import check_regular
 from accelkit.errors import AccelkitError
 from accelkit.files import read_record, write_bytes, write_record
 from accelkit.loading import (
@@ -104,7 +105,7 @@ def save(
     write_record(directory / CONFIG, config)
     saving = ideal_saving(model, state.schedule)
     card = _card(config, directory, state.schedule, saving, _call(pipe))
-    write_bytes(directory / CARD, card.encode())
+    write_bytes(directory / CARD, card.encode(errors="backslashreplace"))
     return directory
 
 
@@ -145,6 +146,7 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             f"{backbone.family} of {backbone.depth}"
         )
     with reading(str(source)):
+        check_regular(folder / WEIGHTS)
         weights = load_tensors(folder / WEIGHTS, FETCH_AGAIN)
         _refuse_mixture(folder, config)
     own = model.state_dict()
@@ -247,14 +249,17 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
     if not (folder / CONFIG).is_file():
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
     config = read_record(folder / CONFIG, FETCH_AGAIN)
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    known = known and {"family", "schedule"} <= config.keys()
-    known = known and isinstance(config.get("base_model_name_or_path"), str)
+    known = isinstance(config, dict) and config.get("format") == FORMAT and "schedule" in config
+    known = known and all(isinstance(config.get(n), kinds) for n, kinds in _FORM.items())
     lora = known and config.get("lora", {"rank": 0, "probes": []})  # none: whole weights
     if not (isinstance(lora, dict) and {"rank", "probes"} <= lora.keys()):
         raise AccelkitError(
             f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
         )
+    try:
+        Schedule.from_dict(config["schedule"])
+    except AccelkitError as error:
+        raise AccelkitError(f"cannot read the schedule in {folder / CONFIG}: {error}") from error
     return folder, config
 
 
@@ -267,6 +272,16 @@ def _refuse_mixture(folder: Path, config: dict[str, Any]) -> None:
             f"{CONFIG} and {WEIGHTS} in {folder} were not saved together; save the artifact again, "
             "or go on with the run that saves it"
         )
+
+
+_FORM: dict[str, Any] = {
+    "family": str,
+    "base_model_name_or_path": str,
+    "revision": str | None,
+    "vae": str | None,
+    "num_heads": int | None,
+}
+"""Settings of ``accelkit.json`` that are read again, each with its type."""
 
 
 def _call(pipe: Any) -> str:

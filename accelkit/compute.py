@@ -53,7 +53,7 @@ class Merge:
     @classmethod
     def parse(cls, text: str) -> Merge:
         """Read ``0.3`` (every block) or ``0.3:B4`` (two blocks at either end)."""
-        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?::\s*(?:(all)|([FRB])(\d+)))?\s*", text)
+        match = re.fullmatch(r"([0-9.eE+-]+)\s*(?::\s*(?:(all)|([FRB])(\d{1,9})))?", text.strip())
         try:
             ratio = float(match[1]) if match else math.nan
         except ValueError:

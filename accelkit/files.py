@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
 
 RESUME, AGAIN = "go on with --resume latest", "run the same command again"
@@ -164,14 +165,6 @@ def write_bytes(path: Path, content: bytes, go_on: str = RESUME) -> None:
 def write_json(path: Path, data: Any, go_on: str = RESUME) -> None:
     """Write plain data; see :func:`writing`."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode(), go_on)
-
-
-def read_json(path: Path) -> Any:
-    """Return a JSON file's content; AccelkitError if it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AccelkitError(f"cannot read {path}: {error}") from error
 
 
 def write_record(path: Path, data: dict[str, Any], go_on: str = RESUME) -> None:

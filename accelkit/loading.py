@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
+from accelkit.documents import is_utf8, read_object
 from accelkit.errors import AccelkitError
-from accelkit.files import read_json
 from accelkit.noise import reference_process
+from accelkit.sizes import check_configs
 from accelkit.tensors import check_tensors
 
 FETCH_AGAIN = "download, copy or save it again"
@@ -78,7 +79,7 @@ def is_alone(model: str | Path) -> bool:
     if str(model) == BUILTIN or not path.is_dir():
         return is_original(model)
     alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-    return alone and read_json(path / "config.json").get("_class_name") in _PIPELINES
+    return alone and read_object(path / "config.json").get("_class_name") in _PIPELINES
 
 
 def open_network(path: Path, num_heads: int | None = None, variant: str | None = None) -> Any:
@@ -105,8 +106,9 @@ def open_network(path: Path, num_heads: int | None = None, variant: str | None =
 
         from accelkit import models
 
+        check_configs(path)
         check_tensors(path, FETCH_AGAIN)
-        name = str(read_json(path / "config.json").get("_class_name"))
+        name = str(read_object(path / "config.json").get("_class_name"))
         kind = getattr(models, name, None) or getattr(diffusers, name)
         network = open_whole(kind, path, variant=variant)
     from accelkit.backbones import backbone_of
@@ -135,13 +137,14 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
     folder = place
     if not Path(place).is_dir():
         folder = load.download(place, revision=revision, variant=variant)
+    index = read_object(Path(folder) / "model_index.json")
+    check_configs(Path(folder))
     there = {part.name: variants(part) for part in Path(folder).iterdir() if part.is_dir()}
     for part in there:
         _check_variant(Path(folder, part), variant)
     if variant is not None and not any(variant in names for names in there.values()):
         raise AccelkitError(f"no weights of {place} are of the variant {variant!r}; leave it out")
     check_tensors(Path(folder), FETCH_AGAIN)
-    index = read_json(Path(folder) / "model_index.json")
     given: dict[str, Any] = {}
     for part in ("transformer", "unet"):
         name = str((index.get(part) or [None])[-1])
@@ -245,6 +248,11 @@ def reading(name: str) -> Any:
     except AccelkitError:
         raise
     except Exception as error:  # each library beneath has its own family of errors
+        if not is_utf8(name):
+            raise AccelkitError(
+                f"cannot read the model {name}: its path is not UTF-8, and safetensors opens no "
+                "other; rename it"
+            ) from error
         where = "" if Path(name).exists() or name == BUILTIN else " here or from the hub"
         raise AccelkitError(
             f"cannot read the model {name}{where}: {type(error).__name__}: {_first_line(error)}"
@@ -284,6 +292,8 @@ def open_autoencoder(place: str, variant: str | None = None) -> Any:
 
         from accelkit.backbones.autoencoder import kind_of_class
 
+        if Path(place).is_dir():
+            check_configs(Path(place))
         named = diffusers.AutoencoderKL.load_config(place).get("_class_name")
         kind: Any = getattr(diffusers, str(named), None)
         if not hasattr(kind, "encode"):  # no autoencoder: its weights will not fit one

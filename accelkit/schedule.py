@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
+import os.path
 import re
-import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.compute import Compute, Merge
+from accelkit.documents import read_json, read_toml
 from accelkit.errors import AccelkitError
 
 
@@ -43,6 +43,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.layers, bool) or not isinstance(self.layers, int):
             raise TypeError(f"layers is the model's number of blocks, not {self.layers!r}")
+        if self.layers < 1:
+            raise AccelkitError(
+                f"layers is the model's number of blocks, at least 1, not {self.layers}"
+            )
         edges, computes = tuple(float(e) for e in self.edges), tuple(self.computes)
         if not edges or len(edges) != len(computes):
             raise AccelkitError(
@@ -100,7 +104,7 @@ class Schedule:
     def _read(cls, word: str, depth: int, family: str) -> Schedule:
         if word.lower() == "full":
             return cls.uniform(depth, depth, name="full")
-        if match := re.fullmatch(r"uniform:(-?\d+)", word, re.IGNORECASE):
+        if match := re.fullmatch(r"uniform:(-?\d{1,9})", word, re.IGNORECASE):
             return cls.uniform(int(match[1]), depth, name=word)
         if Path(word).suffix.lower() in {".toml", ".json"}:
             stored = cls.load(word)
@@ -121,18 +125,20 @@ class Schedule:
 
     @classmethod
     def _literal(cls, text: str, layers: int) -> Schedule:
-        form = r"\s*(-?\d+)\s*(?:\+tome:([^@]+?)\s*)?@\s*(\S+?)\s*"
-        pairs = [re.fullmatch(form, part) for part in text.split(",")]
+        pairs = [part.partition("@") for part in text.split(",")]
+        # int() refuses thousands of digits, and no network has a depth of ten
+        form = re.compile(r"(-?\d{1,9})\s*(?:\+tome:([^@]+))?")
+        depths = [form.fullmatch(depth.strip()) for depth, _, _ in pairs]
         try:
-            edges = [float(m[3]) for m in pairs if m]
+            edges = [float(edge) for _, _, edge in pairs]
         except ValueError:
             edges = []
-        if len(edges) != len(pairs) or not all(math.isfinite(e) for e in edges):
+        if not edges or not all(depths) or not all(map(math.isfinite, edges)):
             raise AccelkitError(
                 f"cannot read the schedule {text!r}; write depth@upper-edge pairs, "
                 "e.g. 28@0.2,24@0.4,20@0.6,16@0.8,12@1"
             )
-        computes = [Compute(int(m[1]), Merge.parse(m[2]) if m[2] else None) for m in pairs if m]
+        computes = [Compute(int(m[1]), Merge.parse(m[2]) if m[2] else None) for m in depths if m]
         return cls(tuple(edges), tuple(computes), layers, text)
 
     @classmethod
@@ -142,7 +148,7 @@ class Schedule:
         if not isinstance(data, dict) or set(data) - optional != {"layers", "intervals"}:
             raise AccelkitError(
                 "a schedule is a table with 'layers', 'intervals' and optionally 'name', got "
-                f"{sorted(data) if isinstance(data, dict) else type(data).__name__}"
+                f"{sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__}"
             )
         try:
             rows = [dict(row) for row in data["intervals"]]
@@ -152,7 +158,7 @@ class Schedule:
             return cls(edges, computes, data["layers"], *named)
         except AccelkitError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AccelkitError(
                 f"each interval of a schedule holds 'until' and 'depth', numbers both ({error})"
             ) from error
@@ -168,13 +174,15 @@ class Schedule:
     def load(cls, path: str | Path) -> Schedule:
         """Read a TOML or JSON file that holds :meth:`to_dict`'s form."""
         path = Path(path)
-        if not path.is_file():
+        if not os.path.exists(path):  # also where the name is too long for one
             raise AccelkitError(f"no schedule file at {path}")
-        reader = tomllib.loads if path.suffix.lower() == ".toml" else json.loads
+        what = "the schedule file"
+        toml = path.suffix.lower() == ".toml"
+        content = read_toml(path, what) if toml else read_json(path, what)
         try:
-            return cls.from_dict(reader(path.read_text(encoding="utf-8")))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise AccelkitError(f"cannot read the schedule file {path}: {error}") from error
+            return cls.from_dict(content)
+        except AccelkitError as error:
+            raise AccelkitError(f"cannot read {what} {path}: {error}") from error
 
     def rescaled(self, layers: int) -> Schedule:
         """Return it for a model of ``layers`` blocks: equal fractions, halves up.

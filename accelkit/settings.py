@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
+import os.path
 from pathlib import Path
 from typing import Any
 
+from accelkit.documents import read_toml
 from accelkit.errors import AccelkitError
 
 
@@ -21,16 +22,15 @@ def read_recipe(path: str | Path, tables: tuple[str, ...] = ()) -> dict[str, Any
         AccelkitError: missing or no valid TOML.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AccelkitError(f"no recipe at {path}") from None
-    except (OSError, ValueError) as error:
-        raise AccelkitError(f"cannot read the recipe {path}: {error}") from error
+    if not os.path.exists(path):
+        raise AccelkitError(f"no recipe at {path}")
     flat: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in read_toml(path, "the recipe").items():
         grouped = value if isinstance(value, dict) and key not in tables else {key: value}
-        flat |= {name.replace("-", "_"): v for name, v in grouped.items()}
+        for name, setting in grouped.items():
+            if (name := name.replace("-", "_")) in flat:
+                raise AccelkitError(f"the recipe {path} sets {name} twice; leave one out")
+            flat[name] = setting
     return flat
 
 

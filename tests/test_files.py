@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accelkit import files, tensors
+from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
 from accelkit.files import DamagedError
 
@@ -128,7 +129,7 @@ class TestWriting:
 
         monkeypatch.setattr(os, "fsync", refusing)
         files.write_json(tmp_path / "a.json", {"a": 1})
-        assert files.read_json(tmp_path / "a.json") == {"a": 1}
+        assert read_json(tmp_path / "a.json") == {"a": 1}
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
     @pytest.mark.parametrize("at", ["mkdir", "fsync", "replace"])
@@ -144,7 +145,7 @@ class TestWriting:
         monkeypatch.undo()
         assert str(caught.value).count("\n") == 0
         assert "--resume latest: what was written before is intact" in str(caught.value)
-        assert files.read_json(tmp_path / "a.json") == {"old": 1}
+        assert read_json(tmp_path / "a.json") == {"old": 1}
         assert names(tmp_path) == ["a.json"]
 
 

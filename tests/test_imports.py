@@ -17,6 +17,7 @@ KERNELS = ROOT / "kernels" / "accelkit_kernels"
 # Each may import what stands in its own tier or in one above.
 TIERS = [
     {"errors"},
+    {"documents", "sizes", "locks"},
     {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
     {"tensors"},
     {"weights"},

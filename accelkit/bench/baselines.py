@@ -47,7 +47,7 @@ class Option:
         """Return what is written behind the name of a cache; AccelkitError if it cannot be."""
         if text in self.words:
             return text
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             value = type(self.default)(text)
             if self.least is not None and self.least <= float(value) < math.inf:
                 return value

@@ -311,7 +311,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def _steps(text: str, name: str) -> int:
     if not text and name.strip().lower() == "steps":
         return FEWER
-    if re.fullmatch(r"0*[1-9]\d*", text):
+    if re.fullmatch(r"0*[1-9]\d{0,8}", text):
         return int(text)
     raise AccelkitError(
         f"cannot read {name!r}: write steps:20 for 20 steps, or steps alone for as many as cost "

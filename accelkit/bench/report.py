@@ -28,7 +28,7 @@ def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
     Raises:
         AccelkitError: a picture of samples cannot be read, or there is no room to write.
     """
-    made = document(directory, results)
+    made = document(directory, _encodable(results))
     files = {directory / HTML: html(made).encode(), directory / MARKDOWN: markdown(made).encode()}
     for plot in _plots(made):
         files[directory / FOLDER / f"{plot.name}.png"] = png(plot)
@@ -39,6 +39,17 @@ def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
         if path not in files:  # of an earlier run
             path.unlink(missing_ok=True)
     return list(files)
+
+
+def _encodable(value: Any) -> Any:
+    """Return plain data with escapes for what is no Unicode, such as bytes of a path."""
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return value
 
 
 def _files_of_plots(directory: Path, names: Iterable[str]) -> list[Path]:

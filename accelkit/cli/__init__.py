@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import traceback
-import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from accelkit import AccelkitError, __version__
+from accelkit import __version__
 from accelkit.cli.benching import bench, report
 from accelkit.cli.reproducing import reproduce
+from accelkit.cli.terminal import say, show_anywhere, show_warnings_as_lines, worded
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import convert, inspect, sample, schedules
-from accelkit.errors import AccelkitWarning, Stopped
+from accelkit.errors import Stopped
 from accelkit.loading import quiet
 
 EXAMPLES = """
@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_INTERRUPTED = 130
 _debug = False
 
 for command in (finetune, train, sample, bench, report, reproduce, schedules, convert, inspect):
@@ -66,29 +67,36 @@ def _globals(
 
 
 def main() -> None:
-    """Run the command line: errors are one line and exit status 2, ``--debug`` shows where."""
+    """Run the command line: errors are one line and exit status 2, ``--debug`` shows where.
+
+    A fault of accelkit's own is one line as well, and exit status 1.
+    """
     quiet()
-    _show_warnings_as_lines()
+    show_anywhere()
+    show_warnings_as_lines()
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == _INTERRUPTED:
+            say("interrupted")
+        sys.exit(status)
     except Stopped as stopped:
-        typer.echo(f"accelkit: {stopped}", err=True)
+        say(stopped)
         sys.exit(128 + stopped.signum)
-    except (AccelkitError, TypeError, OSError) as error:
-        if _debug:
-            traceback.print_exc()
-        elif not isinstance(error, AccelkitError):
-            typer.echo(f"accelkit: {type(error).__name__}: {_one_line(error)}", err=True)
-        else:
-            typer.echo(f"accelkit: {_one_line(error)}", err=True)
-        sys.exit(2)
+    except typer.Abort:  # by which older versions of the parser mean Ctrl-C
+        say("interrupted")
+        sys.exit(_INTERRUPTED)
     except Exception as error:
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        # the parser's own, which it would draw in a box
-        typer.echo(f"accelkit: {' '.join(message().split())} See --help.", err=True)
-        sys.exit(2)
+        message = worded(error)
+        if _debug and not hasattr(error, "format_message"):
+            traceback.print_exc()
+        elif message is not None:
+            say(message)
+        else:
+            say(
+                f"a fault of accelkit's own, {type(error).__name__}: {error}; please report it "
+                "with what the same command prints after accelkit --debug"
+            )
+        sys.exit(1 if message is None else 2)
     finally:
         _leave_processes()
 
@@ -97,20 +105,3 @@ def _leave_processes() -> None:
     """Part from the other processes of the run, if it had any."""
     if (accelerate := sys.modules.get("accelerate")) and accelerate.PartialState._shared_state:
         accelerate.PartialState().destroy_process_group()
-
-
-def _show_warnings_as_lines() -> None:
-    """Print accelkit's warnings as its errors are: where in the code they arose tells nothing."""
-    shown = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, AccelkitWarning):
-            typer.echo(f"accelkit: warning: {_one_line(message)}", err=True)
-        else:
-            shown(message, category, *rest, **more)
-
-    warnings.showwarning = show
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

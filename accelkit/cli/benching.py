@@ -23,6 +23,7 @@ from accelkit.cli.options import (
     SkipBad,
     Vae,
     Variant,
+    check_output,
     fill_in_data,
     listed,
     made_of_builtin,
@@ -149,6 +150,7 @@ def bench(
         reference=settings["reference"],
     )
     weights = tuned_weights(settings["tuned"])
+    check_output(settings["output"])
     if shown(settings):
         return
     from accelkit.jobs.bench import bench as job

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from accelkit.documents import is_utf8, read_json
 from accelkit.errors import AccelkitError
 
 Model = Annotated[
@@ -140,7 +141,6 @@ def made_of_builtin(settings: dict[str, Any]) -> bool:
     if model == "builtin":
         return True
     from accelkit.assets import BUILTIN, builtin
-    from accelkit.files import read_json
 
     stored = Path(model) / "accelkit.json"
     if stored.is_file():
@@ -159,8 +159,18 @@ def fill_in_data(settings: dict[str, Any]) -> None:
     settings["data"] = settings["data"] or "digits"
 
 
+def check_output(path: Path) -> None:
+    """Raise AccelkitError for a directory whose weights could be written and not read again."""
+    if not is_utf8(path):
+        raise AccelkitError(
+            f"the path of the output {path} is not UTF-8, and safetensors reads from no other; "
+            "give another -o"
+        )
+
+
 def run_of(kind: Any, settings: dict[str, Any]) -> Any:
     """Build the run's settings, whose options are named for the command line."""
+    check_output(settings["output"])
     if settings["resume"] not in (None, "latest"):
         raise AccelkitError(f"--resume takes 'latest', got {settings['resume']!r}")
     return kind(

@@ -17,6 +17,7 @@ from accelkit.cli.options import (
     Revision,
     SkipBad,
     Vae,
+    check_output,
     reporter,
     tuned_weights,
 )
@@ -96,6 +97,7 @@ def reproduce(
 
     folder = f"{name}-{scale}" + (f"-seed{seed}" if seed else "")
     place = output or Path("runs") / "reproduce" / folder
+    check_output(place)
     with reporter() as report:
         results = job(
             table,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from accelkit.schedule import Schedule
 
-out = Console()
+out = Console(markup=False, emoji=False)  # a name is shown as it is, brackets and all
 
 
 def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> Table:

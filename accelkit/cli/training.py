@@ -239,18 +239,21 @@ def train(
 
     _supervise(settings)
     config = pick(TrainConfig, settings)
-    if shown({**settings, **sizes}):
-        return
     from accelkit.jobs.fresh import ModelConfig
-    from accelkit.jobs.scratch import PIPELINE, scratch
+    from accelkit.jobs.scratch import PIPELINE, checked_schedule, scratch
     from accelkit.train.autoencoder import AutoencoderConfig
 
+    model = checked(ModelConfig, sizes["model"], "model")
+    autoencoder = checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder")
+    checked_schedule(settings["schedule"], model, autoencoder, config)
+    if shown({**settings, **sizes}):
+        return
     with reporter() as report:
         scratch(
             source_of(settings),
             settings["schedule"],
-            checked(ModelConfig, sizes["model"], "model"),
-            checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder"),
+            model,
+            autoencoder,
             config,
             run_of(Run, settings),
             report,

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from accelkit.backbones.original import load_original, save_original
+from accelkit.documents import read_object
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, read_json
+from accelkit.files import AGAIN
 from accelkit.jobs.common import save_pipeline
 from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 
@@ -44,7 +45,7 @@ def convert(
     if not (folder / "config.json").is_file():
         raise AccelkitError(f"{source} is no model directory: it has no config.json")
     if not is_alone(folder):
-        named = read_json(folder / "config.json").get("_class_name")
+        named = read_object(folder / "config.json").get("_class_name")
         raise AccelkitError(
             f"{source} holds a {named}; what has an original layout is DiTTransformer2DModel, "
             "UViTTransformer2DModel"

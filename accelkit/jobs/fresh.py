@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
 from accelkit.noise import reference_process
+from accelkit.sizes import MOST, MOST_LAYERS
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class ModelConfig:
                 raise AccelkitError(
                     f"{field.name} is a whole number, at least 1, not {value!r}; see [model]"
                 )
+            if value > (most := MOST_LAYERS if field.name == "layers" else MOST):
+                raise AccelkitError(f"{field.name} is at most {most:,}, not {value}; see [model]")
         if self.family == "uvit" and (self.layers < 2 or self.layers % 2):
             raise AccelkitError(
                 f"layers = {self.layers}; a U-ViT has as many decoder blocks as encoder blocks "
@@ -58,6 +64,51 @@ class ModelConfig:
     def depth(self) -> int:
         """How many blocks a schedule counts."""
         return self.layers // 2 if self.family == "uvit" else self.layers
+
+
+def check_sizes(config: ModelConfig, vae: Any) -> None:
+    """Try out whether a network can be built and trained; nothing is allocated.
+
+    Args:
+        config: the network's architecture.
+        vae: the autoencoder, an ``AutoencoderKL`` on any device, the meta device too.
+
+    Raises:
+        AccelkitError: sizes that do not go together, or more parameters than there is memory for.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1) * config.patch_size
+    if config.image_size % factor:
+        raise AccelkitError(
+            f"image_size {config.image_size} is not a multiple of {factor}, the autoencoder's "
+            "factor times the patch size"
+        )
+    try:
+        with torch.device("meta"):
+            network = _PIPELINES[config.family](config, vae, ()).transformer
+    except Exception as error:  # of torch, over sizes whose product is no number of bytes
+        raise AccelkitError(
+            f"no network of these sizes can be built ({error}); give smaller ones in [model]"
+        ) from error
+    count = sum(p.numel() for part in (network, vae) for p in part.parameters())
+    # positions have a row for each token; the autoencoder's first layer sees every pixel
+    held = sum(b.numel() for b in network.buffers())
+    held += vae.config.block_out_channels[0] * config.image_size**2
+    if (needed := _BYTES_TO_TRAIN * count + 4 * held) > (room := _memory()):
+        raise AccelkitError(
+            f"training {count:.3g} parameters on images of {config.image_size} pixels takes at "
+            f"least {needed / 2**30:,.0f} GiB, this machine has {room / 2**30:,.0f}; give smaller "
+            "sizes in [model] or [autoencoder]"
+        )
+
+
+_BYTES_TO_TRAIN = 5 * 4
+"""Of a parameter in float32: itself, its gradient, AdamW's two moments and the EMA teacher's."""
+
+
+def _memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fresh_pipeline(config: ModelConfig, vae: Any, classes: Sequence[str], seed: int) -> Any:

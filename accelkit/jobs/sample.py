@@ -15,6 +15,7 @@ from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.files import AGAIN, PARTIAL, explain_failure, remove, write_json
 from accelkit.jobs.common import Reporter, Source, open_model, save_picture
+from accelkit.locks import LOCK, alone_in
 from accelkit.sample.generate import Sampling, check_seed, generate, grid
 from accelkit.schedule import Schedule
 from accelkit.switch import disable, enable, enabled_on
@@ -61,10 +62,7 @@ def sample(
     if number < 1 or batch_size < 1:
         raise AccelkitError(f"give at least 1 image and a batch of 1, got {number}, {batch_size}")
     check_seed(seed)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
-        raise AccelkitError(
-            f"the output {output} is not an empty directory; use --overwrite or another -o"
-        )
+    _check_free(output, overwrite)
     pipe = open_model(source)
     runs: str | Schedule | None = schedule
     if (tuned_for := enabled_on(pipe)) is not None:
@@ -80,31 +78,39 @@ def sample(
         output.mkdir(parents=True, exist_ok=True)
     images: list[np.ndarray] = []
     rows, files = [], []
-    for start in range(0, number, batch_size):
-        places = range(start, min(start + batch_size, number))
-        chosen = [items[i % len(items)] for i in places]
-        batch = generate(pipe, chosen, [seed + i for i in places], how)
-        if not images:  # nothing of the input is refused from here on
-            _clear(output)
-        images.append(batch)
-        for place, label, image in zip(places, chosen, batch, strict=True):
-            files.append(output / f"{place:06d}{'' if label is None else f'-class{label}'}.png")
-            save_picture(image, files[-1], _AGAIN)
-            rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
-        reporter.advance("sampling", places.stop, number)
-    save_picture(grid(np.concatenate(images)), output / GRID, _AGAIN)
-    state = enabled_on(pipe)
-    write_json(
-        output / INDEX,
-        {
+    with alone_in(output, "another accelkit sample"):
+        _check_free(output, overwrite)  # another may have come and gone since
+        for start in range(0, number, batch_size):
+            places = range(start, min(start + batch_size, number))
+            chosen = [items[i % len(items)] for i in places]
+            batch = generate(pipe, chosen, [seed + i for i in places], how)
+            if not images:  # nothing of the input is refused from here on
+                _clear(output)
+            images.append(batch)
+            for place, label, image in zip(places, chosen, batch, strict=True):
+                files.append(output / f"{place:06d}{'' if label is None else f'-class{label}'}.png")
+                save_picture(image, files[-1], _AGAIN)
+                rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
+            reporter.advance("sampling", places.stop, number)
+        save_picture(grid(np.concatenate(images)), output / GRID, _AGAIN)
+        state = enabled_on(pipe)
+        about = {
             "model": source.model,
             "schedule": state and state.schedule.to_dict(),
             "sampling": vars(how),
             "images": rows,
-        },
-        _AGAIN,
-    )
+        }
+        write_json(output / INDEX, about, _AGAIN)
     return files
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    """Raise AccelkitError for a place that holds something, unless it may be overwritten."""
+    content = [e for e in output.iterdir() if e.name != LOCK] if output.is_dir() else []
+    if (output.exists() and not output.is_dir()) or (content and not overwrite):
+        raise AccelkitError(
+            f"the output {output} is not an empty directory; use --overwrite or another -o"
+        )
 
 
 def _clear(output: Path) -> None:

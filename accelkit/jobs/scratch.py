@@ -24,11 +24,11 @@ from accelkit.jobs.common import (
     save_pipeline,
     watch,
 )
-from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
+from accelkit.jobs.fresh import ModelConfig, check_sizes, fresh_pipeline
 from accelkit.loading import FETCH_AGAIN, open_whole, reading
 from accelkit.schedule import Schedule
 from accelkit.tensors import check_tensors
-from accelkit.train.autoencoder import AutoencoderConfig, train_autoencoder
+from accelkit.train.autoencoder import AutoencoderConfig, build_autoencoder, train_autoencoder
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import parts_of
 from accelkit.train.loop import train
@@ -61,16 +61,7 @@ def scratch(
             "raise num_classes"
         )
     given = None if source.vae is None else _open(source.vae, FETCH_AGAIN)
-    channels = autoencoder.channels if given is None else given.config.block_out_channels
-    factor = 2 ** (len(channels) - 1) * model.patch_size
-    if model.image_size % factor:
-        raise AccelkitError(
-            f"image_size {model.image_size} is not a multiple of {factor}, the autoencoder's "
-            "factor times the patch size"
-        )
-    parsed = Schedule.parse(schedule, model.depth, model.family)
-    if config.intermediate_weight:
-        parts_of(parsed)  # or it would fail when the autoencoder is trained
+    parsed = checked_schedule(schedule, model, given or autoencoder, config)
     settings = {
         "job": "train",
         "source": asdict(source),
@@ -93,6 +84,30 @@ def scratch(
             for network in (pipe.transformer, pipe.vae):
                 nn.Module.to(network, torch.float16)  # diffusers' own to() warns of nothing
             save_pipeline(pipe, where.output / PIPELINE)
+
+
+def checked_schedule(
+    schedule: str, model: ModelConfig, autoencoder: AutoencoderConfig | Any, config: TrainConfig
+) -> Schedule:
+    """Return the schedule, if the settings of a training go together; nothing is allocated.
+
+    Args:
+        schedule: as :meth:`accelkit.schedule.Schedule.parse` takes it.
+        model: the network's architecture.
+        autoencoder: how it is to be trained, or one that is.
+        config: how the network is to be trained.
+
+    Raises:
+        AccelkitError: they do not.
+    """
+    parsed = Schedule.parse(schedule, model.depth, model.family)
+    if config.intermediate_weight:
+        parts_of(parsed)  # or it would fail when the autoencoder is trained
+    if isinstance(autoencoder, AutoencoderConfig):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            autoencoder = build_autoencoder(autoencoder, model.image_size)
+    check_sizes(model, autoencoder)
+    return parsed
 
 
 def _autoencoder(

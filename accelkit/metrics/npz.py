@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,15 +17,6 @@ from accelkit.metrics.frechet import Gaussian
 IMAGES = "arr_0"
 POOLED = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-)
 
 
 def read_statistics(path: Path, names: tuple[str, str], width: int) -> Gaussian | None:
@@ -34,19 +26,22 @@ def read_statistics(path: Path, names: tuple[str, str], width: int) -> Gaussian 
         AccelkitError: the file cannot be read, the statistics are of another width, or they are
             no mean and covariance.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not set(names) <= set(file.files):
-                return None
-            mean, cov = (np.asarray(file[name], dtype=np.float64) for name in names)
-    except (*_BROKEN, TypeError) as error:
-        raise _unreadable(path, error) from error
-    if mean.shape != (width,) or cov.shape != (width, width):
+    with _reading(path):
+        headers = {name: _member(path, name) for name in names}
+        if None in headers.values():
+            return None
+        for name, header in headers.items():
+            if header is not None and header[2].kind not in "fiu":
+                raise ValueError(f"{name} is of dtype {header[2]}")
+    shapes = [header[0] for header in headers.values() if header is not None]
+    if shapes != [(width,), (width, width)]:  # known before there is memory for what they claim
         raise AccelkitError(
-            f"the statistics {' and '.join(names)} in {path} have shapes {mean.shape} and "
-            f"{cov.shape}, the extractor's features {(width,)} and {(width, width)}; give those "
+            f"the statistics {' and '.join(names)} in {path} have shapes {shapes[0]} and "
+            f"{shapes[1]}, the extractor's features {(width,)} and {(width, width)}; give those "
             "of the same extractor"
         )
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        mean, cov = (np.asarray(file[name], dtype=np.float64) for name in names)
     return Gaussian.of(mean, cov, (f"{names[0]} in {path}", f"{names[1]} in {path}"))
 
 
@@ -56,14 +51,11 @@ def image_shape(path: Path) -> tuple[int, ...] | None:
     Raises:
         AccelkitError: the file cannot be read, or holds an array of something else.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{IMAGES}.npy" not in archive.namelist():
-                return None
-            with archive.open(f"{IMAGES}.npy") as file:
-                shape, fortran, dtype = _header(file)
-    except _BROKEN as error:
-        raise _unreadable(path, error) from error
+    with _reading(path):
+        header = _member(path, IMAGES)
+    if header is None:
+        return None
+    shape, fortran, dtype = header
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or not shape[0]:
         raise AccelkitError(
             f"{IMAGES} in {path} is {dtype} of shape {shape}, expected images: uint8 "
@@ -78,15 +70,34 @@ def iter_images(path: Path, batch: int) -> Iterator[np.ndarray]:
     Raises:
         AccelkitError: the file is cut short or broken.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
-            shape, _, _ = _header(file)
-            for start in range(0, shape[0], batch):
-                size = (min(batch, shape[0] - start), *shape[1:])
-                data = file.read(int(np.prod(size)))
-                yield np.frombuffer(data, dtype=np.uint8).reshape(size)
-    except _BROKEN as error:
-        raise _unreadable(path, error) from error
+    with (
+        _reading(path),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{IMAGES}.npy") as file,
+    ):
+        shape, _, _ = _header(file)
+        for start in range(0, shape[0], batch):
+            size = (min(batch, shape[0] - start), *shape[1:])
+            data = file.read(math.prod(size))
+            yield np.frombuffer(data, dtype=np.uint8).reshape(size)
+
+
+def _member(path: Path, name: str) -> tuple[tuple[int, ...], bool, Any] | None:
+    """Return shape, order and dtype of an array, None if it is not there.
+
+    Raises:
+        Exception: it cannot be read, or is not as large as its header claims.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        with archive.open(f"{name}.npy") as file:
+            shape, fortran, dtype = _header(file)
+            claimed = file.tell() + math.prod(shape) * dtype.itemsize
+        found = archive.getinfo(f"{name}.npy").file_size
+    if min(shape, default=0) < 0 or (claimed != found and not dtype.hasobject):
+        raise ValueError(f"{name} claims {claimed:,} bytes and has {found:,}")
+    return shape, fortran, dtype
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
@@ -98,8 +109,14 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
     raise ValueError(f"array format {version}")
 
 
-def _unreadable(path: Path, error: Exception) -> AccelkitError:
-    return AccelkitError(
-        f"cannot read the reference {path} ({type(error).__name__}: {error}); expected an .npz of "
-        f"{' and '.join(POOLED)}, of {IMAGES}, or of both"
-    )
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except AccelkitError:
+        raise
+    except Exception as error:  # a broken archive makes its readers raise nearly anything
+        raise AccelkitError(
+            f"cannot read the reference {path} ({type(error).__name__}: {error}); expected an "
+            f".npz of {' and '.join(POOLED)}, of {IMAGES}, or of both"
+        ) from error
