@@ -135,3 +135,17 @@ def test_a_scheduler_without_a_run_has_none():
     for _ in range(4):
         each.at(500)
     assert each.bytes == 0
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_run_does_not_depend_on_what_ran_before(steps):
+    model = DiT().make()
+    run_of = Run(model, labels=(5,), schedule="full")
+
+    def sampled():
+        run_of.scheduler.set_timesteps(steps)
+        run_of.labels = torch.tensor([5])
+        return torch.stack([run_of.at(place) for place in range(steps)])
+
+    first = sampled()
+    assert all(torch.equal(sampled(), first) for _ in range(4))
