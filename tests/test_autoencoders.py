@@ -1,6 +1,7 @@
 """Pictures to latents and back: what diffusers' own pipelines make of the same latents."""
 
 import inspect
+import json
 
 import diffusers
 import numpy as np
@@ -8,13 +9,17 @@ import pytest
 import text_pipes
 import torch
 from diffusers.models import autoencoders as theirs_all
+from PIL import Image
+from safetensors.torch import load_file
 from small_dit import inputs
+from typer.testing import CliRunner
 
 from accelkit.autoencoders import decoded, posterior, scaling
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.autoencoder import KINDS, autoencoder_of, channels_of, factor_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.backbones.watched import learn
+from accelkit.cli import app
 from accelkit.data.latents import encode_latents
 from accelkit.data.sources import open_source
 from accelkit.errors import AccelkitError
@@ -246,8 +251,6 @@ def test_a_class_decodes_as_in_its_pipeline(make, make_dit):
 
 @pytest.fixture
 def folder(tmp_path):
-    from PIL import Image
-
     draw = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(3):
@@ -257,8 +260,6 @@ def folder(tmp_path):
 
 
 def pixels_of(folder):
-    from PIL import Image
-
     arrays = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
     return torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -377,6 +378,21 @@ def test_an_own_class_is_as_the_one_it_is_derived_from(make_dit):
             decoded(filled(Own, **LEVELS), torch.ones(1, 4, 2, 2)),
             filled(kl).decode(torch.ones(1, 4, 2, 2) / 0.18215).sample,
         )
+
+
+@pytest.mark.parametrize("make", [tiny, quantised, compressing])
+def test_fine_tuning_behind_a_deterministic_autoencoder(make, make_dit, folder, tmp_path):
+    dit_pipe(make_dit, filled(make)).save_pretrained(tmp_path / "model")
+    small = ["--steps", "1", "--batch-size", "2", "--sampling-steps", "1"]
+    small += ["--eval-images", "2", "--eval-batch-size", "2", "--json"]
+    given = ["finetune", "--model", tmp_path / "model", "--data", folder, "-o", tmp_path / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
+        command = [*map(str, given), "--schedule", "2@0.5,1@1", *small]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert [row["weights"] for row in json.loads(done.stdout)["rows"]][-1] == "tuned"
+    shard = next((tmp_path / "cache" / "latents").glob("*/shard-*.safetensors"))
+    assert set(load_file(shard)) == {"mean", "index"}  # no deviation
 
 
 # --- another autoencoder than the network was trained with, and none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -136,19 +137,17 @@ def scaling(vae: Any | None, applied: Collection[str] = AT_USE) -> tuple[Any, An
     return given.get("shift_factor") or 0.0, factor
 
 
-def check_autoencoder(vae: Any | None, channels: int) -> None:
-    """Raise AccelkitError unless ``vae`` makes pictures of latents of so many channels.
-
-    Args:
-        vae: the autoencoder; None where the latents are to be the pictures themselves.
-        channels: of the denoiser's samples.
-    """
+def check_autoencoder(pipe: Any, channels: int) -> None:
+    """Raise AccelkitError unless ``pipe`` makes pictures of latents of so many channels."""
+    vae = autoencoder_of(pipe)
     if vae is None:
-        if channels not in _PIXELS:
+        takes = set(inspect.signature(type(pipe).__init__).parameters) & set(_NAMES)
+        needed = takes - set(getattr(pipe, "_optional_components", ()))
+        if needed or channels not in _PIXELS:
             raise AccelkitError(
                 f"the pipeline has no autoencoder and its network makes {channels} channels, which "
-                "are no pictures (1 or 3); give it the autoencoder that the network was trained "
-                "with: pipe.vae = ..."
+                "are no pictures; give it the autoencoder that the network was trained with: "
+                "pipe.vae = ..."
             )
         return
     if (own := channels_of(vae)) != channels:
@@ -158,4 +157,4 @@ def check_autoencoder(vae: Any | None, channels: int) -> None:
         )
 
 
-_PIXELS = (1, 3)  # grey and RGB
+_PIXELS = (1, 3, 4)  # grey, RGB and RGB with an alpha channel

@@ -71,8 +71,8 @@ class Conditioning:
         Raises:
             AccelkitError: its autoencoder makes no pictures of the network's latents.
         """
+        check_autoencoder(pipe, self.shape[0])
         vae = autoencoder_of(pipe)
-        check_autoencoder(vae, self.shape[0])
         return self.shape[-1] * (1 if vae is None else factor_of(vae))
 
     def upcasts(self, pipe: Any) -> bool:
@@ -103,7 +103,7 @@ class Conditioning:
 
         Or one whose autoencoder makes no pictures of the network's latents.
         """
-        check_autoencoder(autoencoder_of(pipe), self.shape[0])
+        check_autoencoder(pipe, self.shape[0])
 
     def encode(self, pipe: Any, items: Sequence[Item]) -> Rows:
         """Return the rows of ``items``, on the CPU.

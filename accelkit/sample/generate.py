@@ -175,11 +175,10 @@ def decode(pipe: Any, latents: Tensor) -> np.ndarray:
         raise AccelkitError(
             f"decode takes latents in maps, (B, C, h, w), got {tuple(latents.shape)}"
         )
-    vae = autoencoder_of(pipe)
-    check_autoencoder(vae, latents.shape[1])
+    check_autoencoder(pipe, latents.shape[1])
     learn(pipe)
     calls = conditioning_of(backbone_of(denoiser_of(pipe)))
-    pixels = decoded(vae, latents, calls.latent_settings, calls.upcasts(pipe))
+    pixels = decoded(autoencoder_of(pipe), latents, calls.latent_settings, calls.upcasts(pipe))
     pixels = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
 
