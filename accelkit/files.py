@@ -186,7 +186,10 @@ def read_record(path: Path, what_to_do: str = "") -> Any:
         DamagedError: the content does not match its checksum.
         AccelkitError: the file is missing, or no JSON.
     """
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except AccelkitError as error:
+        raise AccelkitError(f"{error}; {what_to_do}" if what_to_do else str(error)) from error
     recorded = data.pop(SUM, None) if isinstance(data, dict) else None
     if recorded is not None and recorded != _sum_of(data):
         edited = f' (or, if you edited it, remove its "{SUM}")'

@@ -213,7 +213,7 @@ class RunDirectory:
         except DamagedError:
             raise
         except AccelkitError as error:
-            raise AccelkitError(f"cannot read the run's settings: {error}; {afresh}") from error
+            raise AccelkitError(f"cannot read the run's settings: {error}") from error
         if not isinstance(found, dict):
             raise AccelkitError(f"{path} holds no settings of a run; {afresh}")
         return found

@@ -18,7 +18,7 @@ import accelkit
 from accelkit.bench import harness, judging
 from accelkit.bench.results import read_results
 from accelkit.cli import app
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.switch import enabled_on
 
 SMALL = (
@@ -182,6 +182,28 @@ def test_timing_goes_on_with_the_round_it_was_killed_in(bench, ran, tmp_path, mo
     first = [row[0]["seconds"] for row in all_rounds]
     assert results["rows"][0]["first_call_seconds"] == first[0]
     assert results["rows"][0]["seconds"] == np.median(first[1:])
+
+
+def test_what_was_damaged_is_measured_again(bench, tmp_path):
+    options = ("--schedules", "uniform:3", "--baselines", "", "--samplers", "ddim:2")
+    bench(*options)
+    run = tmp_path / "run"
+    pictures = {path: path.read_bytes() for path in run.rglob("samples/*.png")}
+    (times,) = (p for p in run.glob("cells/*/cell.json") if '"times"' in p.read_text())
+    for path in (times, *run.glob("cells/*/samples.png")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.warns(AccelkitWarning) as caught:
+        bench(*options)
+    (warning,) = (str(w.message) for w in caught if w.category is AccelkitWarning)
+    assert f"cannot use {times} (" in warning
+    assert warning.endswith("; measuring again")
+    assert {path: path.read_bytes() for path in run.rglob("samples/*.png")} == pictures
+    (run / "results.json").write_bytes(b"{" + (run / "results.json").read_bytes())
+    with pytest.raises(AccelkitError, match=r"results\.json"):
+        bench(*options)
+    (run / "results.json").unlink()
+    bench(*options)
 
 
 def test_other_weights_are_other_measurements(bench, make_pipe, model, ran):
