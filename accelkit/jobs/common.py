@@ -27,6 +27,7 @@ from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.switch import disable, enabled_on
 from accelkit.tensors import add_sums
 from accelkit.train.config import TrainConfig
+from accelkit.train.launch import together
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
 
@@ -175,12 +176,13 @@ def claimed(
     accelerator = make_accelerator(config, log_with=where.report_to, project_dir=str(where.output))
     run = RunDirectory(where.output)
     try:
-        if accelerator.is_main_process:
-            run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
-        accelerator.wait_for_everyone()
-        if where.report_to:
-            accelerator.init_trackers("tracking", config=config.to_dict())
-        yield run, accelerator
+        with together(accelerator.num_processes):
+            if accelerator.is_main_process:
+                run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
+            accelerator.wait_for_everyone()
+            if where.report_to:
+                accelerator.init_trackers("tracking", config=config.to_dict())
+            yield run, accelerator
     except AccelkitError:
         if accelerator.is_main_process and not where.resume:
             run.abandon()  # so that the same command, corrected, can have the directory

@@ -88,13 +88,20 @@ class World:
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+        from accelkit.train.launch import together
+
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timedelta(days=1))
 
-        def told(said: Any) -> Any:
-            return broadcast_object_list([said])[0]
+        def meet() -> None:
+            with together(state.num_processes):
+                state.wait_for_everyone()
 
-        return World(state.process_index, state.num_processes, state.wait_for_everyone, told)
+        def told(said: Any) -> Any:
+            with together(state.num_processes):
+                return broadcast_object_list([said])[0]
+
+        return World(state.process_index, state.num_processes, meet, told)
 
 
 class RowShards:

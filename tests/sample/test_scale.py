@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 from hypothesis import given
@@ -179,6 +180,26 @@ def test_a_full_disk_is_named(numbered, tmp_path, monkeypatch):
 def test_work_that_cannot_be_done_is_refused(change, complaint):
     with pytest.raises(AccelkitError, match=complaint):
         Work(**{"images": 5, "items": (1,), "sampling": HOW, "seed": 0, **change})
+
+
+@pytest.mark.parametrize("waits", ["meet", "told"])
+def test_a_process_that_has_ended_is_told_of_in_a_sentence(monkeypatch, waits):
+    """As gloo says it; tests/train/test_processes.py kills one."""
+
+    class State:
+        process_index, num_processes = 0, 2
+
+        def __init__(self, **options):
+            pass
+
+        def wait_for_everyone(self, *said):
+            raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::]:1")
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", State().wait_for_everyone)
+    world = World.launched()
+    with pytest.raises(AccelkitError, match="another of the 2 processes has ended"):
+        world.meet() if waits == "meet" else world.told(None)
 
 
 def test_batches_of_nothing_are_refused(tmp_path):
