@@ -16,6 +16,7 @@ from accelkit.jobs.common import (
     Reporter,
     Run,
     Source,
+    announce,
     claimed,
     encoded,
     items_of,
@@ -80,6 +81,7 @@ def finetune(
     with claimed(settings, config, where) as (run, accelerator):
         before = _own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
         watching = watch(pipe, items, config, where, accelerator, reporter)
@@ -113,6 +115,7 @@ def finetune(
             plan,
             where.output,
             reporter,
+            images=images,
             training=config.to_dict(),
         )
         save({"rows": results["rows"]})

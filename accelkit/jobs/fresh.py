@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,13 +60,13 @@ class ModelConfig:
         return self.layers // 2 if self.family == "uvit" else self.layers
 
 
-def fresh_pipeline(config: ModelConfig, vae: Any, classes: Sequence[str], seed: int) -> Any:
+def fresh_pipeline(config: ModelConfig, vae: Any, classes: Mapping[int, str], seed: int) -> Any:
     """Return a pipeline around an untrained network.
 
     Args:
         config: the network's architecture.
         vae: the autoencoder, an ``AutoencoderKL``.
-        classes: names of the data's classes; a pipeline that keeps names keeps them.
+        classes: names of the data's classes by label; a pipeline that keeps names keeps them.
         seed: of the weights, which are drawn as the family's authors draw them.
     """
     pipe = _PIPELINES[config.family](config, vae, classes)
@@ -87,7 +87,7 @@ def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
     }
 
 
-def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
+def _dit(config: ModelConfig, vae: Any, classes: Mapping[int, str]) -> Any:
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
     latents = _latents(config, vae)
@@ -97,13 +97,13 @@ def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
         num_embeds_ada_norm=config.num_classes,
         norm_eps=1e-6,
     )
-    names = dict(enumerate(classes))
+    names = dict(classes)
     pipe = DiTPipeline(network, vae, reference_process(), id2label=names or None)
     pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
     return pipe
 
 
-def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
+def _uvit(config: ModelConfig, vae: Any, classes: Mapping[int, str]) -> Any:
     from accelkit.models import UViTPipeline, UViTTransformer2DModel
 
     network = UViTTransformer2DModel(
@@ -115,7 +115,7 @@ def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
     return UViTPipeline(network, reference_process(), vae)
 
 
-_PIPELINES: dict[str, Callable[[ModelConfig, Any, Sequence[str]], Any]] = {
+_PIPELINES: dict[str, Callable[[ModelConfig, Any, Mapping[int, str]], Any]] = {
     "dit": _dit,
     "uvit": _uvit,
 }

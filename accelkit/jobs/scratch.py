@@ -10,9 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from accelkit.data.sources import ImageSource, iter_images, open_source
+from accelkit.data.sources import ImageSource, iter_images
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Run, Source, claimed, encoded, items_of, watch
+from accelkit.jobs.common import (
+    Reporter,
+    Run,
+    Source,
+    announce,
+    claimed,
+    encoded,
+    items_of,
+    open_data,
+    watch,
+)
 from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
 from accelkit.loading import reading
 from accelkit.schedule import Schedule
@@ -41,12 +51,7 @@ def scratch(
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.errors.Stopped: a signal ended it; it can be resumed.
     """
-    images = open_source(source.data, skip_bad=source.skip_bad)
-    if len(images.classes) > model.num_classes:
-        raise AccelkitError(
-            f"{source.data} has {len(images.classes)} classes, the model {model.num_classes}; "
-            "raise num_classes"
-        )
+    images = open_data(source, model.num_classes, "raise num_classes")
     given = None if source.vae is None else _open(source.vae)
     channels = autoencoder.channels if given is None else given.config.block_out_channels
     factor = 2 ** (len(channels) - 1) * model.patch_size
@@ -70,8 +75,9 @@ def scratch(
     }
     with claimed(settings, config, where) as (run, accelerator):
         vae = given or _autoencoder(images, model, autoencoder, where, accelerator, reporter)
-        pipe = fresh_pipeline(model, vae, images.classes, config.seed)
+        pipe = fresh_pipeline(model, vae, images.names, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         items = items_of(images, pipe.transformer)
         watching = watch(pipe, items, config, where, accelerator, reporter)
         train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
