@@ -65,6 +65,11 @@ def read_metadata(files: Files) -> Metadata:
     """
     found = Metadata()
     origin: dict[PurePosixPath, str] = {}
+    if binary := [path for path in files.paths if path.name == "metadata.parquet"]:
+        raise refusal(
+            f"{files.where}/{binary[0]} may hold labels or captions, and accelkit reads "
+            f"{' and '.join(_READERS)}; save it as one of them, or remove it"
+        )
     for path in sorted(filter(is_metadata, files.paths)):
         where = f"{files.where}/{path}"
         for number, row in _rows(files, path, where):

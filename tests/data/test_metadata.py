@@ -169,6 +169,12 @@ def test_two_files_that_describe_an_image_are_refused(tmp_path):
         open_source(write_folder(tmp_path, files))
 
 
+def test_a_table_in_another_format_is_refused(tmp_path):
+    place = write_folder(tmp_path, {**FLAT, "metadata.parquet": b""})
+    with pytest.raises(AccelkitError, match=r"metadata\.parquet may hold .*save it as one of them"):
+        open_source(place)
+
+
 def test_a_missing_label_is_refused(described):
     with pytest.raises(AccelkitError, match=r"1 of 12 images .* have no label, e\.g\. 9\.png"):
         open_source(described([{"file_name": n, "label": 1} for n in list(FLAT) if n != "9.png"]))
