@@ -10,6 +10,7 @@ import typer
 from accelkit.cli.options import (
     AsJson,
     Baselines,
+    ClassMap,
     Data,
     DryRun,
     Guidance,
@@ -109,6 +110,7 @@ def bench(
     variant: Variant = None,
     vae: Vae = None,
     num_heads: NumHeads = 0,
+    class_map: ClassMap = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Compare schedules with every alternative, in time and quality, and write a report.

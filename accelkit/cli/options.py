@@ -31,6 +31,14 @@ Data = Annotated[
         "the built-in model: digits."
     ),
 ]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help='Labels of the data\'s classes: a JSON object such as {"cat": 3, "dog": 5}, or the '
+        "names of all the model's classes, one a line. Default: 0, 1, … in the names' order.",
+    ),
+]
 SkipBad = Annotated[bool, typer.Option(help="Go on without images that cannot be read.")]
 Recipe = Annotated[Path | None, typer.Option(help="TOML file that sets any of these options.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier run left there.")]

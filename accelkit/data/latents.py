@@ -28,7 +28,7 @@ class Latents:
 
     Attributes:
         path: the folder of shards.
-        classes: names of the classes, the label being the place; empty without labels.
+        classes: names of the classes in the order of their labels; empty without labels.
         skipped: how many images could not be read.
 
     Raises:

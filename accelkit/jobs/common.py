@@ -21,6 +21,7 @@ from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
+from accelkit.data.words import refusal
 from accelkit.errors import AccelkitError
 from accelkit.files import RESUME, writing
 from accelkit.sample.generate import Sampling, generate, grid
@@ -69,6 +70,7 @@ class Source:
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.
         variant: of the model's weights, such as ``fp16``.
+        class_map: file that sets the labels of the data's classes.
     """
 
     model: str = BUILTIN
@@ -79,6 +81,7 @@ class Source:
     skip_bad: bool = False
     flip: bool = False
     variant: str | None = None
+    class_map: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,19 +120,37 @@ def open_unscheduled(source: Source) -> Any:
 
 
 def open_images(source: Source, model: Any) -> ImageSource:
-    """Return the data, refusing more classes than the model has, or none of the captions it takes.
+    """Return the data, refusing labels that the model lacks, or none of the captions it takes.
 
     Raises:
         AccelkitError: the data do not suit the model, or accelkit cannot call it.
     """
-    images = open_source(source.data, skip_bad=source.skip_bad)
     known = backbone_of(model).num_classes
-    if known is not None and len(images.classes) > known:
-        raise AccelkitError(
-            f"{source.data} has {len(images.classes)} classes, the model has {known}; "
-            "leave some out or give another model"
-        )
+    images = open_data(source, known, "leave some out or give another model")
+    if known is None and source.class_map:
+        raise AccelkitError(f"this {type(model).__name__} takes no class; leave --class-map out")
     items_of(images, model)
+    return images
+
+
+def open_data(source: Source, known: int | None, remedy: str) -> ImageSource:
+    """Return the data, refusing labels beyond the ``known`` ones of a model.
+
+    Raises:
+        AccelkitError: they cannot be read, or there are more classes, or higher labels; ``remedy``
+            says what to do about the model.
+    """
+    images = open_source(source.data, skip_bad=source.skip_bad, class_map=source.class_map)
+    if known is not None and len(images.classes) > known:
+        raise refusal(
+            f"{source.data} has {len(images.classes)} classes, the model has {known}; {remedy}"
+        )
+    if known is not None and images.classes and images.class_labels[-1] >= known:
+        raise refusal(
+            f"class {images.classes[-1]} of {source.data} has the label {images.class_labels[-1]}, "
+            f"the model has {known} classes, 0 to {known - 1}; set another label by --class-map, "
+            f"or {remedy}"
+        )
     return images
 
 
@@ -143,9 +164,11 @@ def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
     backbone = backbone_of(model)
     if conditioning_of(backbone).text:
         if images.captions is None:
-            raise AccelkitError(
-                f"a {type(model).__name__} is prompted by text and {images.name} has no captions; "
-                "put a metadata.jsonl (file_name and text a line) or a .txt for each image there"
+            also = "".join(f" ({note})" for note in images.notes)
+            raise refusal(
+                f"a {type(model).__name__} is prompted by text and {images.name} has no captions"
+                f"{also}; put a metadata.jsonl (file_name and text a line) or a .txt for each "
+                "image there"
             )
         return tuple(dict.fromkeys(images.captions))
     if backbone.num_classes is None or (images.labels is None and backbone.null_class is not None):
@@ -155,7 +178,7 @@ def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
             f"this {type(model).__name__} takes a class with every image, {images.name} has none; "
             "put the images into a folder per class"
         )
-    return tuple(range(len(images.classes)))
+    return images.class_labels
 
 
 def image_size(pipe: Any) -> int:
@@ -237,6 +260,12 @@ def encoded(
     if latents.skipped:
         reporter.say(f"skipped {latents.skipped} images that cannot be read")
     return latents
+
+
+def announce(images: ImageSource, where: Run, accelerator: Any, reporter: Reporter) -> None:
+    """Say what a run trains on as it begins; one that is resumed has said it."""
+    if accelerator.is_main_process and not where.resume:
+        reporter.say(f"training on {images.summary()}")
 
 
 def prompted(

@@ -21,6 +21,7 @@ from accelkit.jobs.common import (
     Reporter,
     Run,
     Source,
+    announce,
     claimed,
     encoded,
     identify,
@@ -87,6 +88,7 @@ def finetune(
         identify(run, accelerator, images, model=fingerprint(pipe), **_captions(images, backbone))
         before = _own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
         watching = watch(pipe, items, config, where, accelerator, reporter)
@@ -130,6 +132,7 @@ def finetune(
             plan,
             where.output,
             reporter,
+            images=images,
             training=config.to_dict(),
         )
         save({"rows": results["rows"]})

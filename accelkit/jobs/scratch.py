@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 from accelkit.data.shards import fingerprint_of
-from accelkit.data.sources import ImageSource, iter_images, open_source
-from accelkit.errors import AccelkitError
+from accelkit.data.sources import ImageSource, iter_images
 from accelkit.jobs.common import (
     Reporter,
     Run,
     Source,
+    announce,
     claimed,
     encoded,
     identify,
     items_of,
+    open_data,
     save_pipeline,
     watch,
 )
@@ -54,12 +55,7 @@ def scratch(
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.errors.Stopped: a signal ended it; it can be resumed.
     """
-    images = open_source(source.data, skip_bad=source.skip_bad)
-    if len(images.classes) > model.num_classes:
-        raise AccelkitError(
-            f"{source.data} has {len(images.classes)} classes, the model {model.num_classes}; "
-            "raise num_classes"
-        )
+    images = open_data(source, model.num_classes, "raise num_classes")
     given = None if source.vae is None else _open(source.vae, FETCH_AGAIN)
     parsed = checked_schedule(schedule, model, given or autoencoder, config)
     settings = {
@@ -75,8 +71,9 @@ def scratch(
     with claimed(settings, config, where) as (run, accelerator):
         vae = given or _autoencoder(images, model, autoencoder, where, accelerator, reporter)
         identify(run, accelerator, images, autoencoder=fingerprint_of(vae))
-        pipe = fresh_pipeline(model, vae, images.classes, config.seed)
+        pipe = fresh_pipeline(model, vae, images.names, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         items = items_of(images, pipe.transformer)
         watching = watch(pipe, items, config, where, accelerator, reporter)
         train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)

@@ -23,7 +23,7 @@ from torch import nn
 
 from accelkit.adapter import Adapter
 from accelkit.backbones import backbone_of
-from accelkit.backbones.conditioning import conditioning_of
+from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
