@@ -157,6 +157,13 @@ class Conditioning:
         """Return what the model returned in the layout of ``latents`` (B, C or 2C, h, w)."""
         return output
 
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """Return what ``pipe`` gives its flow-matching scheduler besides a number of steps.
+
+        These are arguments of ``set_timesteps``: ``sigmas``, ``timesteps``, ``mu``.
+        """
+        return {}
+
 
 def _required(parameter: inspect.Parameter) -> bool:
     # text has a default in many a signature, but no model that takes it runs without

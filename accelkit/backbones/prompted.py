@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,11 @@ class _SD3(Captions):
         made = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         return [(name, v) for name, v in zip(self.returns, made, strict=False) if name]
 
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        _, height, width = self.shape
+        patch = self.model.config.patch_size
+        return _shift(pipe.scheduler.config, (height // patch) * (width // patch), most=1.16)
+
 
 class _Flux(Captions):
     """Latents are packed into patches of 2x2; a distilled guidance scale is the pipeline's own."""
@@ -144,6 +150,13 @@ class _Flux(Captions):
         _, channels, height, width = latents.shape
         patches = output.view(len(output), height // 2, width // 2, channels, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        _, height, width = self.shape
+        config = pipe.scheduler.config
+        evenly = {"sigmas": np.linspace(1, 1 / steps, steps)}
+        given = {} if config.get("use_flow_sigmas") else evenly
+        return given | _shift(config, (height // 2) * (width // 2))
 
 
 class _HunyuanDiT(Captions):
@@ -224,6 +237,17 @@ class _Wan(Captions):
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         return output.squeeze(2)
+
+
+def _shift(config: Any, tokens: int, most: float = 1.15) -> dict[str, float]:
+    """Return ``mu`` for images of so many tokens, if a scheduler's sigmas are shifted by it."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", most)
+    return {"mu": calculate_shift(tokens, *lengths, *shifts)}
 
 
 def _refuse_images(model: Any) -> None:

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -114,6 +114,15 @@ class WatchedCaptions(Captions):
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         """Return what the pipeline gives its scheduler."""
         return self.how.sign * output
+
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """Return what the pipeline gives its scheduler."""
+        try:
+            return _spacing(pipe, steps)
+        except _StrangeError as reason:
+            raise AccelkitError(
+                f"cannot tell the timesteps of {type(pipe).__name__}: {reason}"
+            ) from None
 
 
 class _StrangeError(Exception):
@@ -333,6 +342,24 @@ def _run(
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise _StrangeError(f"it does not run on prompts alone: {why}") from error
     return calls
+
+
+def _spacing(pipe: Any, steps: int) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call of ``set_timesteps`` that space the steps."""
+    own, scheduler = copy.copy(pipe), copy.copy(pipe.scheduler)
+    given: dict[str, Any] = {}
+
+    @wraps(pipe.scheduler.set_timesteps)  # its arguments are looked up
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        takes = inspect.signature(pipe.scheduler.set_timesteps)
+        given.update(takes.bind(*args, **kwargs).arguments)
+        raise _Enough
+
+    vars(scheduler)["set_timesteps"] = set_timesteps
+    vars(own)["scheduler"] = scheduler
+    _run(own, [_PROMPTS[0]], steps)
+    known = ("sigmas", "timesteps", "mu")
+    return {name: given[name] for name in known if given.get(name) is not None}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from accelkit.backbones.autoencoder import autoencoder_of, check_autoencoder
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import STOCHASTIC, make_sampler, resolved
+from accelkit.sample.samplers import STOCHASTIC, resolved, sampler_for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sampling:
             AccelkitError: the sampler does not follow the pipeline's process, the pipeline calls
                 its network as accelkit does not, or there are fewer channels than are to be guided.
         """
-        make_sampler(self.sampler, pipe.scheduler, self.steps)
+        sampler_for(pipe, self.sampler, self.steps)
         calls = conditioning_of(backbone_of(denoiser_of(pipe)))
         calls.suits(pipe)
         channels = calls.shape[0]
@@ -107,10 +107,13 @@ def generate_latents(
     calls = conditioning_of(backbone_of(model))
     if len(items) != len(seeds):
         raise AccelkitError(f"got {len(items)} labels for {len(seeds)} seeds; give one of each")
-    learned = calls.learns_variance
-    sampler = make_sampler(how.sampler, pipe.scheduler, how.steps, learned)
-    uses_variance = how.sampler == "ddpm" and learned
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampler = sampler_for(pipe, how.sampler, how.steps)
+    if hasattr(sampler, "set_begin_index"):  # two timesteps may be rounded to the same number
+        sampler.set_begin_index(0)
+    uses_variance = sampler.config.get("variance_type") == "learned_range"
+    draws_noise = how.sampler in STOCHASTIC or sampler.config.get("stochastic_sampling")
+    noise = {"generator": generators} if draws_noise else {}
     device, dtype = model.device, model.dtype
     shape = (len(items), *calls.shape)
     x = randn_tensor(shape, generators, torch.device("cpu")).to(device, dtype)
@@ -140,7 +143,6 @@ def generate_latents(
                 variance = variance.chunk(2)[0]
             if uses_variance:
                 predicted = torch.cat([predicted, variance], dim=1)
-            noise = {"generator": generators} if how.sampler in STOCHASTIC else {}
             x = sampler.step(predicted, t, x, **noise).prev_sample
     return x
 
