@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
 from accelkit.documents import is_utf8, read_object
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import reference_process
 from accelkit.sizes import check_configs
 
@@ -139,6 +140,8 @@ def _diffusers_pipeline(place: str, revision: str | None) -> Any:
 def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
     """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
 
+    Warns of weights that the network has no place for.
+
     Raises:
         AccelkitError: the files lack some of its weights, which diffusers would leave random.
     """
@@ -147,6 +150,13 @@ def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
         raise AccelkitError(
             f"the weights in {place} are not those of a {kind.__name__} as its config describes "
             f"it: {len(missing)} are missing, e.g. {', '.join(missing[:3])}"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{len(extra)} of the weights in {place} have no place in a {kind.__name__} as its "
+            f"config describes it and are left out, e.g. {', '.join(extra[:3])}",
+            AccelkitWarning,
+            stacklevel=2,
         )
     return model
 
