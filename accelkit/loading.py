@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelkit.assets import BUILTIN, builtin
 from accelkit.documents import is_utf8, read_object
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import reference_process
 from accelkit.sizes import check_configs
 from accelkit.tensors import check_tensors
@@ -167,6 +168,8 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
 def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:
     """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
 
+    Warns of weights that the network has no place for.
+
     Args:
         kind: the network's class.
         place: directory or hub id.
@@ -186,6 +189,13 @@ def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **op
         raise AccelkitError(
             f"the weights in {place} are not those of a {kind.__name__} as its config describes "
             f"it: {len(missing)} are missing, e.g. {', '.join(missing[:3])}"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{len(extra)} of the weights in {place} have no place in a {kind.__name__} as its "
+            f"config describes it and are left out, e.g. {', '.join(extra[:3])}",
+            AccelkitWarning,
+            stacklevel=2,
         )
     return model
 

@@ -22,7 +22,7 @@ Vae = Annotated[
     typer.Option(help="Directory or hub id of an original-layout file's autoencoder."),
 ]
 NumHeads = Annotated[
-    int, typer.Option(help="Attention heads of an original-layout file; 0: as published.")
+    int, typer.Option(min=0, help="Attention heads of an original-layout file; 0: as published.")
 ]
 Data = Annotated[
     str | None,

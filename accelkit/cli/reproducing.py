@@ -90,6 +90,9 @@ def reproduce(
         return
     table = publication(name)
     brought = tuned_weights(tuned)
+    from accelkit.sample.generate import check_seed
+
+    check_seed(seed)
     if table.full is None or dry_run:
         _show(table, scale, as_json)
         return

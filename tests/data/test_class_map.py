@@ -80,7 +80,7 @@ def test_it_sets_labels_that_a_table_has(tmp_path, class_map):
         ({"ant": 1, "bee": 2, "cat": True}, "has True for cat"),
         ({"ant": 1, "bee": 2, "cat": None}, "has None for cat"),
         ({"ant": 1, "bee": 2, "cat": 10**20}, "has 100000000000000000000 for cat"),
-        ('{"ant": 1, "ant": 2, "bee": 3, "cat": 4}', "'ant' is in it twice"),
+        ('{"ant": 1, "ant": 2, "bee": 3, "cat": 4}', "it names 'ant' twice"),
         (["ant", "bee", "cat"], "is no JSON object such as"),
         ({}, "is no JSON object such as"),
         ("{", "cannot read the class map"),

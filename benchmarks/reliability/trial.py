@@ -1,0 +1,224 @@
+"""Runs of the command line, each in a process of its own, and what a user sees of them.
+
+Processes are forked from one that has imported everything, which saves ten seconds each.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import torch
+
+from accelkit import cli
+from accelkit.errors import LONGEST
+
+SILENT, TRACEBACK, DEAD_END, HANG = "silent", "traceback", "dead end", "hang"
+FAULTS = (SILENT, TRACEBACK, DEAD_END, HANG)
+"""Wrong without a word; a traceback, crash or fault of accelkit's own; a refusal whose advice does
+not help, or no readable message at all; no end, or all memory taken."""
+
+SECONDS = 120.0
+_ADDRESSES = 16 * 2**30
+_APPETITE = 4 * 2**30
+_WRITES = {
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.copyfile",
+    "shutil.move",
+    "shutil.rmtree",
+}
+_MESSAGE = "accelkit: "
+_WARNING = "accelkit: warning: "
+_OWN_FAULT = "accelkit: a fault of accelkit's own"
+
+Event = tuple[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a command.
+
+    Attributes:
+        status: exit status, negative for the signal that ended it; None if it took too long.
+        out, err: what it printed.
+        seconds: how long it took.
+        writes: how many operations that change the disk it began; 0 if it was killed.
+        peak: most bytes of memory in use.
+    """
+
+    status: int | None
+    out: str
+    err: str
+    seconds: float
+    writes: int
+    peak: int
+
+    @property
+    def messages(self) -> list[str]:
+        """Its lines to the user, without warnings."""
+        lines = self.err.splitlines()
+        return [x for x in lines if x.startswith(_MESSAGE) and not x.startswith(_WARNING)]
+
+    @property
+    def warned(self) -> bool:
+        """Whether it said that something is not as it should be."""
+        return _WARNING in self.err
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it whatever it was to do."""
+        if self.status is None or self.peak > _APPETITE:
+            return HANG
+        if "Traceback (most recent call last)" in self.err or _OWN_FAULT in self.err:
+            return TRACEBACK
+        if self.status < 0:
+            return TRACEBACK
+        readable = all(len(line) <= LONGEST and line.isprintable() for line in self.messages)
+        if not readable or (self.status != 0 and len(self.messages) != 1):
+            return DEAD_END
+        return None
+
+
+def prepare() -> None:
+    """Make this process fit to be forked, and its children keep off GPUs and the hub."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    torch.set_num_threads(1)  # a pool of threads does not survive
+
+
+def run(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    seconds: float = SECONDS,
+    kill_at: Callable[[int, Event], bool] | None = None,
+    kill_after: float | None = None,
+) -> Ran:
+    """Run ``accelkit`` with arguments in a working directory.
+
+    Args:
+        arguments: of the command line.
+        folder: the working directory.
+        seconds: after which it is given up.
+        kill_at: told the number of each operation that changes the disk, from 0, and the operation;
+            where it says so the process is killed before.
+        kill_after: seconds after which it is killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="accelkit-trial-") as kept:
+        texts = Path(kept)
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _be(arguments, folder, texts, kill_at)
+        limit = began + (seconds if kill_after is None else kill_after)
+        status, usage = _wait(child, limit)
+        gone = kill_after is None and status is None
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            _, status, usage = os.wait4(child, 0)
+        counted = texts / "writes"
+        return Ran(
+            None if gone else os.waitstatus_to_exitcode(status),
+            (texts / "out").read_text(errors="backslashreplace"),
+            (texts / "err").read_text(errors="backslashreplace"),
+            time.monotonic() - began,
+            int(counted.read_text()) if counted.exists() else 0,
+            usage.ru_maxrss * 1024,
+        )
+
+
+def _wait(child: int, limit: float) -> tuple[int | None, Any]:
+    """Return a process's status and usage, None for the status if it has not ended by then."""
+    while time.monotonic() < limit:
+        found, status, usage = os.wait4(child, os.WNOHANG)
+        if found:
+            return status, usage
+        time.sleep(0.002)
+    return None, None
+
+
+def _be(
+    arguments: Sequence[str],
+    folder: Path,
+    texts: Path,
+    kill_at: Callable[[int, Event], bool] | None,
+) -> None:
+    """Become the command; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(texts / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        os.environ["ACCELKIT_CACHE"] = str(folder / "cache")
+        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.argv = ["accelkit", *arguments]
+        count = _counting(kill_at)
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        (texts / "writes").write_text(str(count()))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def _counting(kill_at: Callable[[int, Event], bool] | None) -> Callable[[], int]:
+    """Count operations that change the disk from here on; return what tells how many there were."""
+    done = 0
+
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        if name == "open":
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        else:
+            changes = name in _WRITES
+        if changes:
+            if kill_at is not None and kill_at(done, (name, arguments)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+
+    sys.addaudithook(hook)
+    return lambda: done
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        name: what is done.
+        judge: does it in an empty folder, and returns the fault and what shows it, or None.
+    """
+
+    name: str
+    judge: Callable[[Path], tuple[str, str] | None]
+
+
+def shown(ran: Ran) -> str:
+    """Return what identifies a run's end: status and last line."""
+    lines = [line for line in ran.err.splitlines() if line.strip()]
+    return f"status {ran.status}, {lines[-1][:300] if lines else 'nothing printed'}"
+
+
+Trials = Iterator[Trial]
