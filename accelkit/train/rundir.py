@@ -129,8 +129,8 @@ class RunDirectory:
             self._lock = None
 
     def abandon(self) -> None:
-        """Leave nothing of a run that has done nothing yet."""
-        if self._content() == [SETTINGS]:
+        """Leave nothing of a run that has done nothing yet, if it was opened here."""
+        if self._lock is not None and self._content() == [SETTINGS]:
             (self.path / SETTINGS).unlink()
             (self.path / _LOCK).unlink()
             self.path.rmdir()

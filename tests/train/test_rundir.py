@@ -289,6 +289,18 @@ class TestOneRunAtATime:
         run.close()
         opened(path, resume=True).close()
 
+    @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+    def test_one_that_was_refused_leaves_the_others_alone(self, run, path, how):
+        """It has done nothing yet, so that there is nothing but its settings."""
+        other = RunDirectory(path)
+        with pytest.raises(AccelkitError):
+            other.open(SETTINGS, free=frozenset(), **{"resume": False, "overwrite": False} | how)
+        other.abandon()
+        other.close()
+        assert names(path) == [".lock", "run.json"]
+        run.abandon()
+        assert not path.exists()
+
     def test_another_process_until_it_is_killed(self, path):
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLD, str(path)],
