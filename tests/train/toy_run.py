@@ -122,7 +122,7 @@ def assert_same(one, other):
 def assert_close(one, other, atol=1e-4):
     """As close as two trainings are that add the same up in another order.
 
-    That is 3e-6 at most with four sets of kernels, and 1e-4 is a thirtieth of one step of AdamW.
+    That is 3e-6 at most with three sets of kernels, and 1e-4 is a thirtieth of one step of AdamW.
     A key's bias is left out: softmax does not see it, so that its gradient is what rounding leaves
     of zero. AdamW divides by its size and makes whole steps of it, in other directions elsewhere.
     """
