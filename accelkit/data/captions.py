@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 from accelkit.data.files import Files, next_to
-from accelkit.data.words import one_line, reason, refusal
-from accelkit.errors import AccelkitWarning
+from accelkit.data.words import reason
+from accelkit.errors import AccelkitError, AccelkitWarning, one_line
 
 _MOST_BYTES = 2**20
 
@@ -51,7 +51,7 @@ class Captions:
         if bare := self._bare:
             strange = sorted(map(str, self._rows.keys() - set(images)))
             also = f" (a row names {strange[0]}, which is no image there)" if strange else ""
-            raise refusal(
+            raise AccelkitError(
                 f"{len(bare)} of {len(images)} images in {where} have no caption, e.g. {bare[0]}"
                 f"{also}; give each a line in metadata.jsonl or a .txt beside it"
             )
@@ -81,6 +81,6 @@ class Captions:
         try:
             return self._files.content(path, _MOST_BYTES).decode("utf-8-sig").strip()
         except Exception as error:  # zipfile raises as many kinds as Pillow
-            raise refusal(
+            raise AccelkitError(
                 f"cannot read the captions {self._files.where}/{path}: {reason(error)}"
             ) from error

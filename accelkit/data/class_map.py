@@ -9,8 +9,9 @@ from typing import Any
 
 from accelkit.data.files import read_file
 from accelkit.data.metadata import repeated, whole_number
-from accelkit.data.words import reason, refusal
+from accelkit.data.words import reason
 from accelkit.documents import parse_json
+from accelkit.errors import AccelkitError
 
 _MOST_BYTES = 64 * 2**20
 
@@ -46,12 +47,12 @@ def read_class_map(path: str | Path) -> ClassMap:
             return _listed(str(path), text)
         content = parse_json(text)
     except (OSError, ValueError) as error:
-        raise refusal(
+        raise AccelkitError(
             f"cannot read the class map {path} ({reason(error)}); give a JSON object such as "
             '{"cat": 0, "dog": 1}, or a list of names, one a line'
         ) from error
     if not isinstance(content, dict) or not content:
-        raise refusal(
+        raise AccelkitError(
             f'the class map {path} is no JSON object such as {{"cat": 0, "dog": 1}}; write the '
             "data's classes and their labels so, or a list of names, one a line"
         )
@@ -61,7 +62,7 @@ def read_class_map(path: str | Path) -> ClassMap:
 def _label(path: str | Path, name: str, value: Any) -> int:
     label = whole_number(value)
     if label is None or isinstance(value, float):
-        raise refusal(
+        raise AccelkitError(
             f"the class map {path} has {reprlib.repr(value)} for {name}; a label is a whole "
             "number, 0 or more"
         )

@@ -16,8 +16,7 @@ from accelkit.data.captions import Captions
 from accelkit.data.class_map import ClassMap
 from accelkit.data.files import Files
 from accelkit.data.metadata import Label
-from accelkit.data.words import one_line, refusal
-from accelkit.errors import AccelkitWarning
+from accelkit.errors import AccelkitError, AccelkitWarning, one_line
 
 _PARTS = {
     *("train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"),
@@ -54,13 +53,13 @@ class Classes:
                 data do not have.
         """
         if missing := [name for name in self.names if name not in given.labels]:
-            raise refusal(
+            raise AccelkitError(
                 f"the class map {given.where} has no label for {len(missing)} of "
                 f"{len(self.names)} classes of {where}, e.g. {missing[0]}; add what is missing"
             )
         unknown = sorted(given.labels.keys() - set(self.names))
         if unknown and not given.of_model:
-            raise refusal(
+            raise AccelkitError(
                 f"the class map {given.where} names {unknown[0]}, which is no class of {where} "
                 f"({', '.join(self.names[:3])}, …); correct it, or remove it"
             )
@@ -68,7 +67,7 @@ class Classes:
         labels = [given.labels[name] for name in order]
         for (name, label), (other, again) in pairwise(zip(order, labels, strict=True)):
             if label == again:
-                raise refusal(
+                raise AccelkitError(
                     f"the class map {given.where} gives {name} and {other} the label {label}; give "
                     "each its own, or put their images into one folder"
                 )
@@ -115,7 +114,7 @@ def folder_classes(
         captions.check()  # or a stray text would take the classes away
         return None
     if loose:
-        raise refusal(
+        raise AccelkitError(
             f"{files.where} holds images ({loose[0]}, …) beside class folders "
             f"({names[0]}, …); put every image into a class, or remove the folders"
         )
@@ -123,7 +122,7 @@ def folder_classes(
     if all(name.lower() in _PARTS for name in names):
         if len(names) == 1 and all(len(image.parts) == 2 for image in images):
             return None
-        raise refusal(
+        raise AccelkitError(
             f"{files.where} holds parts of a data set ({', '.join(names[:3])}) where classes are "
             f"expected; name the part, as in {files.where}/{names[0]}"
         )
@@ -141,13 +140,13 @@ def recorded_classes(
         AccelkitError: an image has no label, or some have numbers and others names.
     """
     if bare := [image for image in images if image not in labels]:
-        raise refusal(
+        raise AccelkitError(
             f"{len(bare)} of {len(images)} images in {files.where} have no label, e.g. {bare[0]}, "
             "though others have one in dataset.json or metadata; add theirs, or remove them"
         )
     given = {labels[image] for image in images}
     if len({type(label) for label in given}) > 1:
-        raise refusal(
+        raise AccelkitError(
             f"the labels in {files.where} are partly numbers and partly names; make them all one"
         )
     ordered = sorted(given)
@@ -159,7 +158,7 @@ def recorded_classes(
 def _check_folders(files: Files, images: Sequence[PurePosixPath], names: Sequence[str]) -> None:
     where = files.where
     if empty := sorted(files.folders - set(names)):
-        raise refusal(
+        raise AccelkitError(
             f"{where}/{empty[0]} holds no images, and without it the classes after it would "
             "have other labels; put images in, or remove it"
         )
@@ -168,7 +167,7 @@ def _check_folders(files: Files, images: Sequence[PurePosixPath], names: Sequenc
     # one sub-folder alone, as in Tiny ImageNet, is a class's own way to keep its images
     for (name, first), (again, second) in pairwise(within):
         if name == again:
-            raise refusal(
+            raise AccelkitError(
                 f"{where}/{name} holds folders of images ({first}, {second}, …) where a class "
                 f"holds images; name the part that has the classes, as in {where}/{name}"
             )

@@ -13,8 +13,9 @@ from typing import Any
 
 from accelkit.data.files import Files
 from accelkit.data.metadata import MOST_BYTES, located, whole_number
-from accelkit.data.words import reason, refusal
+from accelkit.data.words import reason
 from accelkit.documents import parse_json
+from accelkit.errors import AccelkitError
 
 NAME = "dataset.json"
 
@@ -33,7 +34,7 @@ def read_labels(files: Files) -> dict[PurePosixPath, int] | None:
     if not found:
         return None
     if (folder := found[0].parent) != PurePosixPath():
-        raise refusal(
+        raise AccelkitError(
             f"{files.where}/{folder} has labels of its own, in {NAME}; name it as the data, as in "
             f"{files.where}/{folder}"
         )
@@ -41,7 +42,9 @@ def read_labels(files: Files) -> dict[PurePosixPath, int] | None:
     try:
         content = parse_json(files.content(found[0], MOST_BYTES).decode("utf-8-sig"))
     except Exception as error:  # zipfile raises as many kinds as Pillow
-        raise refusal(f"cannot read {where} ({reason(error)}); correct or remove it") from error
+        raise AccelkitError(
+            f"cannot read {where} ({reason(error)}); correct or remove it"
+        ) from error
     if not isinstance(content, dict) or "labels" not in content:
         return None
     rows = [] if content["labels"] is None else content["labels"]
@@ -55,7 +58,7 @@ def read_labels(files: Files) -> dict[PurePosixPath, int] | None:
         if label is None:
             raise _strange(where, row)
         if name in labels:
-            raise refusal(f"{where} labels {name} twice; remove one of the two")
+            raise AccelkitError(f"{where} labels {name} twice; remove one of the two")
         labels[name] = label
     return labels
 
@@ -69,7 +72,7 @@ def _label(value: Any) -> int | None:
 
 
 def _strange(where: str, value: Any) -> Exception:
-    return refusal(
+    return AccelkitError(
         f"{where} holds {reprlib.repr(value)} where labels are expected as in "
         '{"labels": [["00000/img00000000.png", 6], …]}, whole numbers or one-hot; correct or '
         "remove it"

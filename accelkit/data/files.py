@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from accelkit.data.words import by_suffix, refusal
+from accelkit.data.words import by_suffix
+from accelkit.errors import AccelkitError
 
 _LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
 """What operating systems leave in folders and archives, besides hidden files."""
@@ -79,13 +80,15 @@ def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
     if os.path.isdir(path):
         return Folder(path)
     if not os.path.exists(path):
-        raise refusal(f"no data at {path}; give digits, a folder of images or a zip of one")
+        raise AccelkitError(f"no data at {path}; give digits, a folder of images or a zip of one")
     if _ARCHIVE.fullmatch(path.name):
-        raise refusal(
+        raise AccelkitError(
             f"no data at {path} that can be read: of archives accelkit reads zips; unpack it into "
             "a folder per class, or with captions, and give that folder"
         )
-    raise refusal(f"no data at {path}, a file; give digits, a folder of images or a zip of one")
+    raise AccelkitError(
+        f"no data at {path}, a file; give digits, a folder of images or a zip of one"
+    )
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -99,7 +102,7 @@ def read_file(path: Path, most: int) -> bytes:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise refusal("it is a pipe, a device or a folder, not a file")
+            raise AccelkitError("it is a pipe, a device or a folder, not a file")
         _check_size(status.st_size, most)
         return file.read(status.st_size)  # read() reserves what it is asked for
 
@@ -116,7 +119,7 @@ class Folder(Files):
             folder = waiting.pop()
             real = os.path.realpath(root / folder)
             if real in reached:
-                raise refusal(
+                raise AccelkitError(
                     f"{root / reached[real]} and {root / folder} are the same folder, whose images "
                     "would count twice; remove the link"
                 )
@@ -141,7 +144,7 @@ class Zip(Files):
         try:
             members = self._archive().infolist()
         except Exception as error:  # a broken directory raises as many kinds as a broken member
-            raise refusal(f"cannot read the zip {path}: {error}") from error
+            raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._members: dict[PurePosixPath, zipfile.ZipInfo] = {}
         self._folders: set[PurePosixPath] = set()
         for member in members:
@@ -165,7 +168,7 @@ class Zip(Files):
         name = _name(member)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:/", name):
-            raise refusal(
+            raise AccelkitError(
                 f"{self._path} holds {name!r}, a name that leads out of it; pack it again with "
                 "names relative to the data set's folder"
             )
@@ -175,16 +178,16 @@ class Zip(Files):
             self._folders.add(path)
             return
         if path in self._members:
-            raise refusal(
+            raise AccelkitError(
                 f"{self._path} holds {path} twice and does not say which is meant; pack it again"
             )
         if member.flag_bits & _ENCRYPTED:
-            raise refusal(
+            raise AccelkitError(
                 f"{self._path} is encrypted ({path}); unpack it with its password and give the "
                 "folder"
             )
         if member.compress_type not in _METHODS:
-            raise refusal(
+            raise AccelkitError(
                 f"{self._path} is compressed by method {member.compress_type} ({path}); accelkit "
                 f"reads members that are {' or '.join(_METHODS.values())}: pack it again so, or "
                 "unpack it and give the folder"
@@ -214,7 +217,7 @@ def refuse_archives(files: Files) -> None:
         AccelkitError: it holds archives, as ImageNet's and WebDataset's shards are.
     """
     if found := sorted(path for path in files.paths if _ARCHIVE.fullmatch(path.name)):
-        raise refusal(
+        raise AccelkitError(
             f"{files.where} holds archives ({found[0]}; {by_suffix(found)}), whose images would be "
             "left out; unpack them into folders, or move them elsewhere"
         )
@@ -222,7 +225,9 @@ def refuse_archives(files: Files) -> None:
 
 def _check_size(size: int, most: int) -> None:
     if size > most:
-        raise refusal(f"it is {size / 2**20:,.0f} MiB large, at most {most / 2**20:,.0f} are read")
+        raise AccelkitError(
+            f"it is {size / 2**20:,.0f} MiB large, at most {most / 2**20:,.0f} are read"
+        )
 
 
 def _name(member: zipfile.ZipInfo) -> str:
@@ -254,6 +259,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return list(found)
     except OSError as error:
-        raise refusal(
+        raise AccelkitError(
             f"cannot read the folder {folder} ({error.strerror}); allow it, or move it elsewhere"
         ) from error

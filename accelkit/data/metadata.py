@@ -18,8 +18,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from accelkit.data.files import Files
-from accelkit.data.words import reason, refusal
+from accelkit.data.words import reason
 from accelkit.documents import parse_json
+from accelkit.errors import AccelkitError
 
 NAME, TEXT, LABEL = "file_name", "text", "label"
 MOST_BYTES = 2**30
@@ -66,7 +67,7 @@ def read_metadata(files: Files) -> Metadata:
     found = Metadata()
     origin: dict[PurePosixPath, str] = {}
     if binary := [path for path in files.paths if path.name == "metadata.parquet"]:
-        raise refusal(
+        raise AccelkitError(
             f"{files.where}/{binary[0]} may hold labels or captions, and accelkit reads "
             f"{' and '.join(_READERS)}; save it as one of them, or remove it"
         )
@@ -75,7 +76,7 @@ def read_metadata(files: Files) -> Metadata:
         for number, row in _rows(files, path, where):
             image = located(path.parent, row[NAME])
             if image in origin:
-                raise refusal(
+                raise AccelkitError(
                     f"{image} has two rows, {origin[image]} and line {number} of {where}; remove "
                     "one of them"
                 )
@@ -112,7 +113,9 @@ def _rows(files: Files, path: PurePosixPath, where: str) -> list[Row]:
     try:
         text = files.content(path, MOST_BYTES).decode("utf-8-sig")
     except Exception as error:  # zipfile raises as many kinds as Pillow
-        raise refusal(f"cannot read {where} ({reason(error)}); correct or remove it") from error
+        raise AccelkitError(
+            f"cannot read {where} ({reason(error)}); correct or remove it"
+        ) from error
     try:
         rows = list(_READERS[path.name](text))
         for number, row in rows:
@@ -122,7 +125,7 @@ def _rows(files: Files, path: PurePosixPath, where: str) -> list[Row]:
             if len(having) == 2:
                 raise _RowError(next(n for n, row in rows if name not in row), f"no {name}")
     except _RowError as error:
-        raise refusal(
+        raise AccelkitError(
             f'line {error.number} of {where} is not of the form {{"{NAME}": "a.png", "{TEXT}": '
             f'"a caption"}} or {{"{NAME}": "a.png", "{LABEL}": 3}}: {error.why}; correct it'
         ) from error

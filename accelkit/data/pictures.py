@@ -7,8 +7,6 @@ import io
 import numpy as np
 from PIL import Image
 
-from accelkit.data.words import refusal
-
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 UNREAD = {
@@ -45,7 +43,7 @@ def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
             narrow that it would be enlarged beyond what the memory holds.
     """
     if image.mode == "F":
-        raise refusal("its pixels are floating-point numbers; save it with 8 bits")
+        raise AccelkitError("its pixels are floating-point numbers; save it with 8 bits")
     if image.mode.startswith("I"):  # which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     image = image.convert("RGB")
@@ -54,7 +52,9 @@ def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     wide, high = round(image.width * scale), round(image.height * scale)
     if wide * high > _MOST_PIXELS:
-        raise refusal(f"it is {image.width}x{image.height}, too narrow for {size}x{size}; crop it")
+        raise AccelkitError(
+            f"it is {image.width}x{image.height}, too narrow for {size}x{size}; crop it"
+        )
     if (wide, high) != image.size:
         image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = (wide - size) // 2, (high - size) // 2

@@ -20,8 +20,8 @@ from accelkit.data.digits import SIZE, digits
 from accelkit.data.files import Files, next_to, open_files, refuse_archives
 from accelkit.data.metadata import Label, Metadata, is_metadata, read_metadata
 from accelkit.data.pictures import MOST_BYTES, SUFFIXES, UNREAD, crop_and_resize, decode
-from accelkit.data.words import by_suffix, labelled, one_line, reason, refusal
-from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.data.words import by_suffix, labelled, reason
+from accelkit.errors import AccelkitError, AccelkitWarning, one_line
 
 
 class ImageSource(ABC):
@@ -151,7 +151,7 @@ def iter_images(
     if images:
         yield np.array(indices), np.stack(images)
     elif not found:
-        raise refusal(f"none of the {len(source)} images in {source.name} can be read")
+        raise AccelkitError(f"none of the {len(source)} images in {source.name} can be read")
 
 
 class _Digits(ImageSource):
@@ -198,7 +198,7 @@ class _Images(ImageSource):
         refuse_archives(files)
         if not self._names:
             found = f", found {by_suffix(files.paths)}" if files.paths else ""
-            raise refusal(
+            raise AccelkitError(
                 f"no images in {files.where}; expected {', '.join(sorted(SUFFIXES))} files, "
                 f"in a sub-folder per class or without any{found}"
             )
@@ -210,7 +210,7 @@ class _Images(ImageSource):
         self._classes = self._classified(metadata.labels, recorded)
         if class_map is not None:
             if self._classes is None:
-                raise refusal(
+                raise AccelkitError(
                     f"{files.where} has no classes that the class map {class_map.where} could "
                     "label; leave it out, or put the images into a folder per class"
                 )
@@ -223,7 +223,7 @@ class _Images(ImageSource):
 
     def _refuse_unread_labels(self) -> None:
         if found := next_to(self._names, self._files, ".cls"):  # of WebDataset, unpacked
-            raise refusal(
+            raise AccelkitError(
                 f"{self._files.where} has labels in files such as {min(found.values())}, which "
                 'accelkit does not read; write them to metadata.jsonl, {"file_name": …, "label": '
                 "…} a line, and remove those files"
@@ -234,7 +234,7 @@ class _Images(ImageSource):
     ) -> Classes | None:
         files, images = self._files, self._names
         if recorded and rows:
-            raise refusal(
+            raise AccelkitError(
                 f"{files.where} has labels both in {dataset_json.NAME} and in metadata; remove "
                 "one of them"
             )
@@ -310,7 +310,7 @@ class _Images(ImageSource):
     def _unreadable(self, name: PurePosixPath, error: Exception) -> AccelkitError:
         # Pillow's own words for an unknown format name an address in memory
         known = not isinstance(error, UnidentifiedImageError)
-        return refusal(
+        return AccelkitError(
             f"cannot read the image {self._files.where}/{name} "
             f"({reason(error) if known else 'not in a known format'}); "
             "remove it or use --skip-bad"

@@ -1,4 +1,4 @@
-"""Messages about data: one line each, whatever file names hold, and counts of files."""
+"""What messages about data say: reasons, counts of files, classes and their labels."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-from accelkit.errors import AccelkitError
-
-LONGEST = 400
-"""Characters of a message."""
-
-
-def one_line(text: str, most: int = LONGEST) -> str:
-    """Return ``text`` without line breaks and control characters, its middle cut if too long.
-
-    A file's name may hold either, and bytes that are no text. Messages begin with what was given
-    and end with what to do, so both ends are kept.
-    """
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(plain) <= most:
-        return plain
-    end = most * 3 // 8
-    return f"{plain[: most - end - 1]}…{plain[-end:]}"
-
-
-def refusal(text: str) -> AccelkitError:
-    """Return the error to raise for data that cannot be used."""
-    return AccelkitError(one_line(text))
+from accelkit.errors import AccelkitError, one_line
 
 
 def reason(error: Exception) -> str:

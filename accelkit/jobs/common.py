@@ -21,7 +21,6 @@ from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
-from accelkit.data.words import refusal
 from accelkit.errors import AccelkitError
 from accelkit.files import RESUME, writing
 from accelkit.sample.generate import Sampling, generate, grid
@@ -142,11 +141,11 @@ def open_data(source: Source, known: int | None, remedy: str) -> ImageSource:
     """
     images = open_source(source.data, skip_bad=source.skip_bad, class_map=source.class_map)
     if known is not None and len(images.classes) > known:
-        raise refusal(
+        raise AccelkitError(
             f"{source.data} has {len(images.classes)} classes, the model has {known}; {remedy}"
         )
     if known is not None and images.classes and images.class_labels[-1] >= known:
-        raise refusal(
+        raise AccelkitError(
             f"class {images.classes[-1]} of {source.data} has the label {images.class_labels[-1]}, "
             f"the model has {known} classes, 0 to {known - 1}; set another label by --class-map, "
             f"or {remedy}"
@@ -165,7 +164,7 @@ def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
     if conditioning_of(backbone).text:
         if images.captions is None:
             also = "".join(f" ({note})" for note in images.notes)
-            raise refusal(
+            raise AccelkitError(
                 f"a {type(model).__name__} is prompted by text and {images.name} has no captions"
                 f"{also}; put a metadata.jsonl (file_name and text a line) or a .txt for each "
                 "image there"
