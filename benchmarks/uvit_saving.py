@@ -15,7 +15,7 @@ from accelkit.models.uvit import PUBLISHED
 from accelkit.models.vp_sde import VPSDEScheduler
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, generate
-from accelkit.sample.samplers import make_sampler
+from accelkit.sample.samplers import sampler_for
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
@@ -30,7 +30,7 @@ def main() -> None:
     pipe = UViTPipeline(UViTTransformer2DModel(**PUBLISHED[given.model]), VPSDEScheduler())
     pipe.transformer.eval()
     how = Sampling("dpm-fast", given.steps)
-    sampler = make_sampler("dpm-fast", pipe.scheduler, given.steps)
+    sampler = sampler_for(pipe, "dpm-fast", given.steps)
     levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
     backbone = backbone_of(pipe.transformer)
     tuned = copy.deepcopy(pipe)

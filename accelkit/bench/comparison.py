@@ -27,7 +27,7 @@ from accelkit.data.shards import fingerprint
 from accelkit.files import AGAIN, sum_of_file, write_bytes, writing
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, generate, grid
-from accelkit.sample.samplers import make_sampler
+from accelkit.sample.samplers import sampler_for
 from accelkit.sample.scale import Work, World
 from accelkit.schedule import Schedule
 
@@ -51,6 +51,7 @@ class Comparison:
 
     Attributes:
         judge: what images are judged by, None for no figures of quality.
+        first_levels: the noise level of each sampling's first network call, by ``name:steps``.
 
     Raises:
         AccelkitError: a method or sampler of the plan cannot be read, or does not suit the model.
@@ -72,9 +73,12 @@ class Comparison:
         self.samplings: list[Sampling] = plan.samplings(pipe)
         self._works = [Work(plan.images, items, how, plan.seed) for how in self.samplings]
         self._methods = self._all_methods()
+        self.first_levels: dict[str, float] = {}
         for work in self._works:  # whose steps the process may not have
             for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
-                make_sampler(how.sampler, pipe.scheduler, how.steps)
+                sampler = sampler_for(pipe, how.sampler, how.steps)
+                first = NoiseAxis.of(sampler).level(float(sampler.timesteps[0]))
+                self.first_levels[_worded(how)] = first
         self._weights = {id(p): fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
         self._machine = machine()
         self._common = {  # what all measurements depend on
@@ -131,7 +135,7 @@ class Comparison:
 
     def _variants(self, work: Work) -> list[Variant]:
         how = work.sampling
-        sampler = make_sampler(how.sampler, self.pipe.scheduler, how.steps)
+        sampler = sampler_for(self.pipe, how.sampler, how.steps)
         levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
         methods = fewer_steps(self._methods, how.steps, denoiser_of(self.pipe), levels)
         variants = [Variant(self.pipe, method) for method in methods]

@@ -20,7 +20,7 @@ from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.files import AGAIN, read_record, write_record
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, decode, generate_latents
-from accelkit.sample.samplers import make_sampler
+from accelkit.sample.samplers import sampler_for
 from accelkit.sample.scale import Work
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
@@ -247,7 +247,7 @@ def time_depths(
     model: Any = denoiser_of(pipe)
     backbone = backbone_of(model)
     calls = conditioning_of(backbone)
-    sampler = make_sampler(work.sampling.sampler, pipe.scheduler, work.sampling.steps)
+    sampler = sampler_for(pipe, work.sampling.sampler, work.sampling.steps)
     latents = torch.randn(size, *calls.shape, generator=torch.Generator().manual_seed(0))
     latents = latents.to(model.device, model.dtype)
     timestep = sampler.timesteps[len(sampler.timesteps) // 2].expand(size).to(model.device)
@@ -282,7 +282,7 @@ def cost(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     """
     schedule, model = variant.method.schedule, denoiser_of(variant.pipe)
     how = variant.sampling(sampling)
-    sampler = make_sampler(how.sampler, variant.pipe.scheduler, how.steps)
+    sampler = sampler_for(variant.pipe, how.sampler, how.steps)
     levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
     known = variant.method.baseline is None
     kept = (1 - ideal_saving(model, schedule, levels)) * how.steps / sampling.steps

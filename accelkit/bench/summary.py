@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from accelkit.bench.findings import (
     BEHIND,
     EQUAL,
@@ -25,6 +27,7 @@ from accelkit.bench.findings import (
     verdict,
 )
 from accelkit.bench.formats import counted, listed, percent, significant
+from accelkit.noise import level_of_log_snr
 
 Point = tuple[str, str]
 
@@ -40,6 +43,8 @@ _PLACES = {
     TIMING: "Within the timing noise of it",
     BEHIND: "Behind it",
 }
+_EVEN = float(level_of_log_snr(np.zeros(())))
+"""The noise level of as much noise as data."""
 _VERDICTS = {
     LOWER: "Better than fewer steps",
     SAME: "As good as fewer steps",
@@ -190,6 +195,15 @@ def _cautions(results: dict[str, Any], findings: Findings) -> list[Point]:
         texts.append(
             f"{images:,} images per row are too few to tell {tied:,} of "
             f"{counted(len(pairs), 'pair')} of methods apart by FID"
+        )
+    levels = protocol.get("first_levels", {})
+    scored = [row for row in findings.rows if row["fid"] is not None]
+    late = [setting(r) for r in scored if levels.get(f"{r['sampler']}:{r['steps']}", 1.0) < _EVEN]
+    if late:
+        texts.append(
+            f"the figures of {listed(list(dict.fromkeys(late)))} mean nothing: as diffusers spaces "
+            "the timesteps, the network is first called at the noise level of nearly clean images, "
+            "on pure noise"
         )
     if any(row["fid"] is not None and not row["fid_jackknife"] for row in findings.rows):
         texts.append("some FIDs have no jackknife: their differences may be noise")

@@ -11,7 +11,7 @@ from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.sample.generate import Sampling
-from accelkit.sample.samplers import make_sampler
+from accelkit.sample.samplers import sampler_for
 
 
 class Unavailable(AccelkitError):  # noqa: N818 - no error of the comparison: a row of it
@@ -47,7 +47,7 @@ class Target:
     def calls(self) -> int:
         """How many network calls a run has."""
         how = self.sampling
-        return len(make_sampler(how.sampler, self.pipe.scheduler, how.steps).timesteps)
+        return len(sampler_for(self.pipe, how.sampler, how.steps).timesteps)
 
 
 def cannot_run(title: str, model: nn.Module, error: Exception) -> Unavailable:

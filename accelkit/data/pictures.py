@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from accelkit.errors import AccelkitError
+
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 UNREAD = {

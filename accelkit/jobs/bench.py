@@ -289,6 +289,7 @@ def _protocol(
         "guidance_channels": plan.guidance_channels,
         "kernels": plan.kernels,
         "samplers": [f"{how.sampler}:{how.steps}" for how in comparison.samplings],
+        "first_levels": comparison.first_levels,
         "rounding": "round(255 x) to uint8",
         "extractor": judge and judge.extractor.record(),
         "reference": judge and judge.reference.record(),

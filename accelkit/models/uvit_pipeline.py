@@ -15,8 +15,12 @@ from torch import Tensor
 from accelkit.backbones.autoencoder import scaling
 from accelkit.errors import AccelkitError
 from accelkit.models.uvit import UViTTransformer2DModel
+from accelkit.noise import NoiseAxis
 
 Generators = torch.Generator | list[torch.Generator] | None
+
+_PREDICTED = ("discrete VP", "continuous VP, linear beta")
+"""Processes whose noise the network predicts, at their index."""
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -78,11 +82,12 @@ class UViTPipeline(DiffusionPipeline):
         Raises:
             AccelkitError: labels that the network lacks or none where it has classes, as many
                 generators as images are not given, guidance of a network that knows no missing
-                label, another output type, or a scheduler of flow matching.
+                label, another output type, or a scheduler of another process than those with
+                betas and the VP SDE.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise AccelkitError(f"output_type={output_type!r}; give pil, np, pt or latent")
-        if not hasattr(self.scheduler, "init_noise_sigma"):
+        if not NoiseAxis.of(self.scheduler).kind.startswith(_PREDICTED):
             raise AccelkitError(
                 f"a U-ViT predicts the noise, which {type(self.scheduler).__name__} does not "
                 "sample with; give a scheduler of a process with betas, or of the VP SDE"
@@ -103,6 +108,8 @@ class UViTPipeline(DiffusionPipeline):
 
         # Timesteps stay on the CPU, where reading one does not wait for the device.
         self.scheduler.set_timesteps(num_inference_steps)
+        if hasattr(self.scheduler, "set_begin_index"):  # two timesteps may be rounded alike
+            self.scheduler.set_begin_index(0)
         x = x * self.scheduler.init_noise_sigma
         options = self._step_options(generator)
         for t in self.progress_bar(self.scheduler.timesteps):

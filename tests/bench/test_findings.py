@@ -272,6 +272,18 @@ def test_equal_images_are_not_too_few():
     assert "to tell 2 of 3 pairs of methods apart" in text  # the equal pair is not among them
 
 
+@pytest.mark.parametrize(("level", "means"), [(0.0, False), (0.25, False), (0.5, True)])
+def test_figures_of_images_from_noise_that_is_taken_for_data(level, means):
+    """One step of "leading" is at timestep 0, where the network is told there is no noise."""
+    results = one_row()
+    results["rows"][0] |= {"sampler": "ddim", "steps": 1, "fid": 300.0}
+    results["protocol"] |= {"extractor": {"dim": 2}, "first_levels": {"ddim:1": level}}
+    text = dict(summary(results, Findings(results))).get("Caution", "")
+    assert ("the figures of DDIM 1 mean nothing" in text) is not means
+    results["rows"][0]["fid"] = None
+    assert "mean nothing" not in str(summary(results, Findings(results)))
+
+
 def test_fewer_steps_beside_a_method_are_rather_no_faster():
     steps = [
         {"method": "full", "kind": "full", "steps": n, "seconds": s, "fid": 3.0}

@@ -270,6 +270,13 @@ def test_full_depth_is_called_full_however_it_is_spelled(bench):
     assert [row["method"] for row in results["rows"]] == ["full", "uniform:2"]
 
 
+def test_the_noise_at_which_each_row_begins_is_recorded(bench):
+    """Timesteps 0, 500, 500 and 666, with which the saved scheduler's spacing begins."""
+    options = ("--schedules", "full", "--baselines", "steps:2", "--samplers", "ddim:1,dpm:1")
+    levels = bench(*options)["protocol"]["first_levels"]
+    assert levels == {"ddim:1": 0.0, "ddim:2": 0.5, "dpm:1": 0.5, "dpm:2": 0.666}
+
+
 def test_a_long_literal_has_a_short_file(bench, tmp_path):
     edges = [f"{1 + i % 6}@{(i + 1) / 60:.4f}" for i in range(59)]
     literal = ",".join([*edges, "6@1"])

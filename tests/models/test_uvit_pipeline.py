@@ -10,7 +10,11 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SCMScheduler,
+    UniPCMultistepScheduler,
 )
 
 import accelkit
@@ -103,6 +107,33 @@ def test_other_samplers_scale_noise_and_input_themselves():
         x = scheduler.step(eps, t, x).prev_sample
     torch.testing.assert_close(made, x)
     assert scheduler.init_noise_sigma > 10
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        EDMEulerScheduler(),
+        SCMScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_of_another_process_is_refused(scheduler):
+    """Most of which have the interface of those that a U-ViT samples with."""
+    named = f"a U-ViT predicts the noise, which {type(scheduler).__name__} does not sample with"
+    with pytest.raises(AccelkitError, match=named):
+        build(scheduler)(num_inference_steps=2)
+
+
+def test_timesteps_that_are_rounded_alike_are_all_visited():
+    """The first two as well, by whose value a scheduler looks for its place."""
+    pipe = build(DPMSolverMultistepScheduler(use_exponential_sigmas=True, num_train_timesteps=20))
+    made = pipe(num_inference_steps=100, output_type="latent").images
+    first, second = pipe.scheduler.timesteps[:2]
+    assert first == second
+    assert pipe.scheduler.step_index == 100
+    assert made.isfinite().all()
 
 
 def test_latents_are_decoded_at_the_autoencoders_scale():
