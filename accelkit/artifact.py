@@ -15,7 +15,13 @@ from accelkit.cost import ideal_saving
 from accelkit.documents import check_regular, read_json
 from accelkit.errors import AccelkitError
 from accelkit.files import explain_full_disk, write_json
-from accelkit.loading import is_alone, open_pipeline, reading, refuse_original_settings
+from accelkit.loading import (
+    is_alone,
+    open_pipeline,
+    reading,
+    refuse_original_settings,
+    refuse_revision,
+)
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
 
@@ -228,7 +234,9 @@ def _is_artifact(source: str | Path, revision: str | None) -> bool:
 
 def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:
     folder = Path(source)
-    if not folder.is_dir():
+    if folder.is_dir():
+        refuse_revision(str(source), revision)
+    else:
         with reading(str(source)):
             from huggingface_hub import snapshot_download
 
