@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from accelkit.adapter import Adapter, refuse_peft
 from accelkit.assets import BUILTIN, builtin
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.cost import ideal_saving
-from accelkit.documents import check_regular, read_json
+from accelkit.documents import check_regular
 from accelkit.errors import AccelkitError
-from accelkit.files import explain_full_disk, write_json
+from accelkit.files import read_record, write_bytes, write_record
 from accelkit.loading import (
+    FETCH_AGAIN,
     is_alone,
     open_pipeline,
     reading,
@@ -24,6 +24,8 @@ from accelkit.loading import (
 )
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
+from accelkit.tensors import load_tensors, recorded_sum, write_tensors
+from accelkit.weights import check_weights
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
 FORMAT = 1
@@ -35,6 +37,7 @@ def save(
     *,
     base_model: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
     training: dict[str, Any] | None = None,
@@ -50,6 +53,7 @@ def save(
         base_model: what the rest of the pipeline is loaded from: ``builtin``, a directory or hub
             id. Default: where ``pipe`` was loaded from.
         revision: of the base model.
+        variant: of the base model's weights.
         vae: directory or hub id of the autoencoder of a base model in the original layout.
         num_heads: attention heads of such a model of unpublished size.
         training: settings worth keeping, plain data.
@@ -65,8 +69,6 @@ def save(
             PEFT adapters, or ``vae`` or ``num_heads`` is given for a base model that is not in the
             original layout.
     """
-    from safetensors.torch import save_file
-
     state = enabled_on(pipe)
     if state is None:
         raise AccelkitError("this pipeline runs no schedule; accelkit.enable one, then save")
@@ -82,13 +84,8 @@ def save(
     model = state.backbone.model
     refuse_peft(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / (WEIGHTS + ".partial")
     weights = model.state_dict() if adapter is None else adapter.tensors
-    tensors = {k: v.detach().cpu().clone() for k, v in weights.items()}
-    with explain_full_disk(part):
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(directory / WEIGHTS)
+    write_tensors(directory / WEIGHTS, {k: v.detach().cpu().clone() for k, v in weights.items()})
     from accelkit import __version__
 
     config = {
@@ -98,17 +95,18 @@ def save(
         "schedule": state.schedule.to_dict(),
         "base_model_name_or_path": base,
         "revision": revision,
+        **({} if variant is None else {"variant": variant}),
         **({} if adapter is None else {"lora": adapter.about(model)}),
         "vae": vae and _findable(vae),
         "num_heads": num_heads,
+        "weights": recorded_sum(directory / WEIGHTS),
         "training": training or {},
         "metrics": metrics or {},
     }
-    write_json(directory / CONFIG, config)
-    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors writes for one user only
+    write_record(directory / CONFIG, config)
     saving = ideal_saving(model, state.schedule)
     card = _card(config, directory, state.schedule, saving, _call(pipe))
-    (directory / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+    write_bytes(directory / CARD, card.encode(errors="backslashreplace"))
     return directory
 
 
@@ -133,9 +131,9 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         The handle that :func:`accelkit.enable` gives.
 
     Raises:
-        AccelkitError: nothing is there, it is broken, it was made for another model or, if an
-            adapter, for other weights, or ``pipe`` carries PEFT adapters; ``pipe`` is then as it
-            was.
+        AccelkitError: nothing is there, it is broken or damaged, its weights are not finite, it
+            was made for another model or, if an adapter, for other weights, or ``pipe`` carries
+            PEFT adapters; ``pipe`` is then as it was.
     """
     folder, config = _fetch(source, revision)
     model = denoiser_of(pipe)
@@ -149,10 +147,12 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             f"{backbone.family} of {backbone.depth}"
         )
     with reading(str(source)):
-        from safetensors.torch import load_file
-
         check_regular(folder / WEIGHTS)
-        weights = load_file(folder / WEIGHTS)
+        weights = load_tensors(folder / WEIGHTS, FETCH_AGAIN)
+        _refuse_mixture(folder, config)
+    own = model.state_dict()
+    floating = {k: w for k, w in weights.items() if k not in own or own[k].is_floating_point()}
+    check_weights(floating, str(folder / WEIGHTS))
     refuse_peft(model)
     if (found := config.get("lora")) is not None:
         adapter = Adapter(found["rank"], weights)
@@ -161,7 +161,6 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
         state = enable(pipe, schedule)
         adapter.apply(model)
         return state
-    own = model.state_dict()
     strange = set(weights.keys() ^ own.keys())
     strange |= {k for k in weights.keys() & own.keys() if weights[k].shape != own[k].shape}
     if strange:
@@ -178,6 +177,7 @@ def from_pretrained(
     source: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
 ) -> Any:
@@ -188,6 +188,7 @@ def from_pretrained(
             original-layout file, a hub id) is returned as it is, without a schedule, with the
             original DiT's numerics restored where its config records them.
         revision: of a hub id.
+        variant: of a pipeline's weights, such as ``fp16``, or of an artifact's base model's.
         vae: directory or hub id of the autoencoder that goes with an original-layout file.
         num_heads: attention heads of an original-layout file of unpublished size.
 
@@ -197,9 +198,12 @@ def from_pretrained(
     """
     config = config_of(source, revision)
     if config is None:
-        return open_pipeline(source, revision=revision, vae=vae, num_heads=num_heads)
+        return open_pipeline(
+            source, revision=revision, variant=variant, vae=vae, num_heads=num_heads
+        )
     refuse_original_settings(str(source), vae, num_heads)
-    pipe = open_pipeline(**base_of(config))
+    base = base_of(config)
+    pipe = open_pipeline(**base | {"variant": variant or base["variant"]})
     load(pipe, source, revision=revision)
     return pipe
 
@@ -215,7 +219,7 @@ def config_of(source: str | Path, revision: str | None = None) -> dict[str, Any]
 
 def base_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an artifact's base model is opened by, as :func:`open_pipeline` takes it."""
-    rest = {name: config.get(name) for name in ("revision", "vae", "num_heads")}
+    rest = {name: config.get(name) for name in ("revision", "variant", "vae", "num_heads")}
     return {"model": config["base_model_name_or_path"], **rest}
 
 
@@ -247,7 +251,7 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
             )
     if not (folder / CONFIG).is_file():
         raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
-    config = read_json(folder / CONFIG)
+    config = read_record(folder / CONFIG, FETCH_AGAIN)
     known = isinstance(config, dict) and config.get("format") == FORMAT and "schedule" in config
     known = known and all(isinstance(config.get(n), kinds) for n, kinds in _FORM.items())
     lora = known and config.get("lora", {"rank": 0, "probes": []})  # none: whole weights
@@ -260,6 +264,17 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, An
     except AccelkitError as error:
         raise AccelkitError(f"cannot read the schedule in {folder / CONFIG}: {error}") from error
     return folder, config
+
+
+def _refuse_mixture(folder: Path, config: dict[str, Any]) -> None:
+    """Raise AccelkitError for weights and settings of two saves, the second of which was killed."""
+    recorded, found = config.get("weights"), recorded_sum(folder / WEIGHTS)
+    # weights that another program has written again have no checksum, earlier settings record none
+    if recorded and found and recorded != found:
+        raise AccelkitError(
+            f"{CONFIG} and {WEIGHTS} in {folder} were not saved together; save the artifact again, "
+            "or go on with the run that saves it"
+        )
 
 
 _FORM: dict[str, Any] = {

@@ -17,10 +17,10 @@ import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from accelkit import merging, others
+from accelkit import merging, others, recording
 from accelkit.backbones.base import rows
 from accelkit.hooking import HOOK, Hook, parameters, put
-from accelkit.routing import Pass, Plan, Router
+from accelkit.routing import Call, Pass, Router
 
 
 def attach(router: Router) -> None:
@@ -60,16 +60,21 @@ def _attach_merging(router: Router) -> None:
             put(attention, _AttentionHook(router, index, attention))
 
 
+_PASSES = "_accelkit_passes"
+
+
 def plan_ahead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Plan a call of a compiled model, whose graph cannot look at its timestep.
 
-    The graph is specialised to what is spent, so there is one for each depth and merging.
+    The passes become one more argument of the call: ``kwargs`` is the dictionary that the model is
+    about to be called with. The graph is specialised to what is spent, so there is one for each
+    depth and merging.
     """
     model = getattr(module, "_orig_mod", module)
     hook = HookRegistry.check_if_exists_or_initialize(model).get_hook(HOOK)
-    if not isinstance(hook, _CallHook):  # a full schedule hooks nothing
+    if not isinstance(hook, _CallHook) or _PASSES in kwargs:  # a full schedule hooks nothing
         return
-    hook.router.ready = hook.plan_for_graph(args, kwargs)
+    kwargs[_PASSES] = hook.plan_for_graph(args, kwargs)
 
 
 _OTHER_GRAPHS = 8  # dynamo's own limit, for what else differs between calls
@@ -88,13 +93,16 @@ class _CallHook(Hook):
 
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Pass]:
         """Return the passes that a call needs."""
-        self.watch.look()
+        recording.refuse(self.router.schedule)
+        if not torch.compiler.is_dynamo_compiling():  # which cannot follow what is done there
+            self.watch.look()
         call = dict(zip(self.names, args, strict=False)) | kwargs
         backbone = self.router.backbone
         timestep = backbone.timestep(call)
         grid = backbone.grid(call) if self.router.schedule.merges else None
-        batch, narrows = len(self._sample(call)), backbone.narrows(call)
-        passes = self.router.passes(timestep, batch, narrows, grid)
+        one = len(self.router.schedule.computes) == 1 and recording.by()
+        batch = 1 if one else len(self._sample(call))  # which a recording had better not depend on
+        passes = self.router.passes(timestep, batch, backbone.narrows(call), grid)
         if len(passes) > 1 or passes[0].plan.active is not None:
             others.check_mixed(backbone.model)
         return passes
@@ -111,10 +119,9 @@ class _CallHook(Hook):
         return passes
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, router = self.fn_ref.original_forward, self.router
+        forward, passes = self.fn_ref.original_forward, kwargs.pop(_PASSES, None)
         if self.is_outside:
             return forward(*args, **kwargs)
-        passes, router.ready = router.ready if torch.compiler.is_compiling() else None, None
         return self._route(passes or self.plan(args, kwargs), forward, args, kwargs)
 
     def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -125,33 +132,30 @@ class _CallHook(Hook):
         router = self.router
         taps = router.taps if torch.is_grad_enabled() else None
         if len(passes) == 1 and passes[0].rows is None and taps is None:
-            return self._run(passes[0].plan, forward, args, kwargs)
-        call = dict(self.signature.bind(router.backbone.model, *args, **kwargs).arguments)
-        del call[next(iter(call))]  # the module itself
-        whole = torch.arange(len(self._sample(call)))
+            return self._run(Call(passes[0].plan), passes[0], forward, args, kwargs)
+        arguments = dict(self.signature.bind(router.backbone.model, *args, **kwargs).arguments)
+        del arguments[next(iter(arguments))]  # the module itself
+        whole = torch.arange(len(self._sample(arguments)))
         order = [whole if p.rows is None else p.rows for p in passes]
-        order = [index.to(self._sample(call).device) for index in order]
+        order = [index.to(self._sample(arguments).device) for index in order]
+        calls = [Call(p.plan) for p in passes]
         outputs = [
-            self._run(p.plan, forward, (), self._select(call, index))
-            for p, index in zip(passes, order, strict=True)
+            self._run(call, each, forward, (), self._select(arguments, index))
+            for call, each, index in zip(calls, passes, order, strict=True)
         ]
         if taps is not None:
-            plans = [p.plan for p in passes]
             taps.finish(
-                lambda index: forward(**self._select(call, index)),
-                list(zip(plans, order, strict=True)),
+                lambda call, rows: router.run(call, forward, **self._select(arguments, rows)),
+                list(zip(calls, order, strict=True)),
             )
         return _joined(outputs, torch.argsort(torch.cat(order)))
 
-    def _run(self, plan: Plan, forward: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, call: Call, each: Pass, forward: Any, args: Any, kwargs: Any) -> Any:
         router = self.router
-        router.running, router.left = plan, {}
-        try:
-            if router.fused is None:
-                return forward(*args, **kwargs)
-            return router.fused(plan, forward, args, kwargs)
-        finally:
-            router.running, router.left = None, {}
+        if router.fused is None or torch.compiler.is_compiling():
+            return router.run(call, forward, *args, **kwargs)
+        step = router.step(each.timestep)
+        return router.run(call, router.fused, each.plan, step, forward, args, kwargs)
 
     def _sample(self, call: dict[str, Any]) -> Tensor:
         names = self.router.backbone.batched
@@ -200,27 +204,45 @@ class _BlockHook(Hook):
 
     def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run the block by ``forward``, compiled or not."""
-        router, backbone = self.router, self.router.backbone
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        hidden = call[backbone.hidden]
-        plan = router.plan_of(hidden)
-        stay = plan.staying(self.index)
+        router = self.router
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        call = router.call_of(arguments[router.backbone.hidden])
+        if call.again:  # for the hooks within the block
+            return router.run(call, self._run, call, arguments, forward, args, kwargs)
+        return self._run(call, arguments, forward, args, kwargs)
+
+    def _run(self, call: Call, arguments: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+        backbone, stay = self.router.backbone, call.plan.staying(self.index)
         if stay is None:
             return forward(*args, **kwargs)
-        depth = plan.depth if plan.active is None else None
-        if not backbone.sequential:
-            if stay == 0:
-                return backbone.skipped(self.index, call, depth)
-            ran = forward(**self._narrow(call, slice(stay)))
-            if stay == len(hidden):
-                return ran
-            passed = backbone.skipped(self.index, self._narrow(call, slice(stay, None)), None)
-            return torch.cat([ran, passed])
-        if stay < len(hidden) and self.index <= plan.depth and router.running is not None:
-            router.left[self.index] = hidden[stay:]
+        hidden = arguments[backbone.hidden]
+        leaves = stay < len(hidden) and self.index <= call.plan.depth
+        if backbone.sequential and leaves and not call.again:
+            call.left[self.index] = hidden[stay:]
         if stay == 0:
-            return backbone.skipped(self.index, call, depth)
-        return forward(**self._narrow(call, slice(stay)))
+            return self._skipped(call, arguments)
+        ran = forward(**self._narrow(arguments, slice(stay)))
+        if backbone.sequential or stay == len(hidden):
+            return ran
+        passed = backbone.skipped(self.index, self._narrow(arguments, slice(stay, None)), None)
+        return torch.cat([ran, passed])
+
+    def _skipped(self, call: Call, arguments: dict[str, Any]) -> Any:
+        """Return what a block that all samples skip does, or passes on for a shortcut to do."""
+        backbone, plan = self.router.backbone, call.plan
+        depth = plan.depth if plan.active is None else None
+        if (
+            depth is not None
+            and self.index == depth
+            and not any(map(others.watched, list(backbone.blocks)[depth:]))
+        ):
+            call.shortcut = backbone.shortcut(depth, arguments[backbone.hidden])
+        if call.shortcut is None:
+            return backbone.skipped(self.index, arguments, depth)
+        call.skipped.append(arguments)
+        if self.index + 1 < backbone.depth:
+            return backbone.passed_on(arguments)
+        return call.shortcut(call.skipped)
 
     def _narrow(self, call: dict[str, Any], index: slice) -> dict[str, Any]:
         backbone = self.router.backbone
@@ -229,16 +251,19 @@ class _BlockHook(Hook):
 
 
 class _PlanHook(Hook):
-    """Asks for the plan that a block is run for, also where that is run again for its gradients."""
+    """Keeps the plan that a block is run for, for when it is run again for its gradients."""
 
     def __init__(self, router: Router, block: nn.Module) -> None:
         super().__init__(router)
         self.names = parameters(block)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        self.router.plan_of(call[self.router.backbone.hidden])
-        return self.fn_ref.original_forward(*args, **kwargs)
+        router, forward = self.router, self.fn_ref.original_forward
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        call = router.call_of(arguments[router.backbone.hidden])
+        if call.again:
+            return router.run(call, forward, *args, **kwargs)
+        return forward(*args, **kwargs)
 
 
 class _AttentionHook(Hook):
@@ -252,8 +277,9 @@ class _AttentionHook(Hook):
         self.name = parameters(attention)[0]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, plan = self.fn_ref.original_forward, self.router.block
-        assert plan is not None  # its block has begun
+        forward, call = self.fn_ref.original_forward, self.router.call
+        assert call is not None  # its block has begun
+        plan = call.plan
         ratio = 0.0 if plan.merge is None else self.ratios[plan.merge]
         if plan.grid is None or not ratio:
             return forward(*args, **kwargs)
@@ -279,10 +305,10 @@ class _ExitHook(Hook):
         self.name = parameters(exit)[0]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        router, forward = self.router, self.fn_ref.original_forward
-        plan, left = router.running, router.left
-        if plan is None or not left:
+        call, forward = self.router.call, self.fn_ref.original_forward
+        if call is None or not call.left:
             return forward(*args, **kwargs)
+        plan, left = call.plan, call.left
         ran = args[0] if args else kwargs[self.name]
         # the deepest rows are still here if they ran every block, or the model passed over the next
         parts = [] if plan.depth in left else [ran]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from accelkit.documents import is_utf8, read_object
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise import reference_process
 from accelkit.sizes import check_configs
+from accelkit.tensors import check_tensors
 
+FETCH_AGAIN = "download, copy or save it again"
+"""What to do about a damaged file of weights."""
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
 """The autoencoder DiT was evaluated with (Peebles and Xie 2023, section 4)."""
@@ -23,6 +27,7 @@ def open_pipeline(
     model: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
 ) -> Any:
@@ -36,17 +41,21 @@ def open_pipeline(
             convert`` makes of one) or a hub id. The original's numerics are restored where
             recorded.
         revision: of a hub id: branch, tag or commit.
+        variant: of the weights, as in ``diffusion_pytorch_model.fp16.safetensors``; components that
+            lack it are opened from their plain weights.
         vae: directory or hub id of the autoencoder that goes with a network alone.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
 
     Raises:
-        AccelkitError: nothing is there, it is no pipeline, it cannot be read, or ``vae`` or
-            ``num_heads`` is given for what is no original-layout checkpoint.
+        AccelkitError: nothing is there, it is no pipeline, it cannot be read, its weights are of a
+            variant that is not asked for, or ``vae`` or ``num_heads`` is given for what is no
+            original-layout checkpoint; its weights are damaged, not finite or no floating point
+            numbers.
     """
     name = str(model)
     refuse_revision(name, revision)
     if is_alone(model):
-        return _around(Path(model), vae, num_heads)
+        return _around(Path(model), vae, num_heads, variant)
     refuse_original_settings(name, vae, num_heads)
     with reading(name):
         import diffusers.utils.logging
@@ -54,8 +63,8 @@ def open_pipeline(
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        pipe = _diffusers_pipeline(located(name), revision)
-    return _ready(pipe)
+        pipe, folder = _diffusers_pipeline(located(name), revision, variant)
+        return _ready(pipe, name, folder)
 
 
 def is_original(model: str | Path) -> bool:
@@ -73,17 +82,21 @@ def is_alone(model: str | Path) -> bool:
     return alone and read_object(path / "config.json").get("_class_name") in _PIPELINES
 
 
-def open_network(path: Path, num_heads: int | None = None) -> Any:
+def open_network(path: Path, num_heads: int | None = None, variant: str | None = None) -> Any:
     """Return a DiT or U-ViT alone, as :func:`open_pipeline` takes it, in eval mode.
 
     Args:
         path: file or directory.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
+        variant: of the weights in a directory.
 
     Raises:
-        AccelkitError: it cannot be read, or has its heads told by its config.
+        AccelkitError: it cannot be read, its weights are of a variant that is not asked for, or has
+            its heads told by its config.
     """
     if not path.is_dir():
+        if variant is not None:
+            raise AccelkitError(f"{path} is one file, which has no variants; leave variant= out")
         from accelkit.backbones.original import load_original
 
         return load_original(path, num_heads=num_heads)
@@ -94,8 +107,10 @@ def open_network(path: Path, num_heads: int | None = None) -> Any:
         from accelkit import models
 
         check_configs(path)
+        check_tensors(path, FETCH_AGAIN)
         name = str(read_object(path / "config.json").get("_class_name"))
-        network = open_whole(getattr(models, name, None) or getattr(diffusers, name), path)
+        kind = getattr(models, name, None) or getattr(diffusers, name)
+        network = open_whole(kind, path, variant=variant)
     from accelkit.backbones import backbone_of
 
     backbone_of(network).restore()
@@ -118,38 +133,62 @@ def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) 
         )
 
 
-def _diffusers_pipeline(place: str, revision: str | None) -> Any:
+def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -> tuple[Any, Path]:
+    """Return a pipeline and the folder that it was read from."""
     import diffusers
 
     from accelkit import models
 
     load = diffusers.DiffusionPipeline
-    folder = place if Path(place).is_dir() else load.download(place, revision=revision)
+    folder = place
+    if not Path(place).is_dir():
+        folder = load.download(place, revision=revision, variant=variant)
     index = read_object(Path(folder) / "model_index.json")
     check_configs(Path(folder))
-    load = getattr(models, str(index.get("_class_name")), load)
+    there = {part.name: variants(part) for part in Path(folder).iterdir() if part.is_dir()}
+    for part in there:
+        _check_variant(Path(folder, part), variant)
+    if variant is not None and not any(variant in names for names in there.values()):
+        raise AccelkitError(f"no weights of {place} are of the variant {variant!r}; leave it out")
+    check_tensors(Path(folder), FETCH_AGAIN)
     given: dict[str, Any] = {}
     for part in ("transformer", "unet"):
         name = str((index.get(part) or [None])[-1])
         kind = getattr(models, name, None) or getattr(diffusers, name, None)
         if kind is not None:
-            given[part] = open_whole(kind, folder, subfolder=part)
+            given[part] = open_whole(kind, folder, variant=variant, subfolder=part)
+    name = str(index.get("_class_name"))
+    if name == "DiTPipeline" and "transformer" in given:
+        load = models.dit_pipeline_for(given["transformer"], (index.get("vae") or [None])[-1])
+    else:
+        load = getattr(models, name, load)
     if isinstance(names := index.get("id2label"), dict):
         # JSON has text for keys only, of which diffusers warns, expecting numbers
         given["id2label"] = {int(label): name for label, name in names.items()}
-    pipe = load.from_pretrained(folder, **given)
+    pipe = load.from_pretrained(folder, variant=variant, **given)
     pipe.register_to_config(_name_or_path=place)
-    return pipe
+    return pipe, Path(folder)
 
 
-def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
+def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:
     """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
 
     Warns of weights that the network has no place for.
 
+    Args:
+        kind: the network's class.
+        place: directory or hub id.
+        variant: of the weights; the plain ones are opened where a directory lacks it.
+        **options: of ``from_pretrained``.
+
     Raises:
-        AccelkitError: the files lack some of its weights, which diffusers would leave random.
+        AccelkitError: the files lack some of its weights, which diffusers would leave random, or
+            are of a variant that is not asked for.
     """
+    folder = Path(place, options.get("subfolder", ""))
+    _check_variant(folder, variant)
+    if variant in variants(folder):
+        options["variant"] = variant
     model, info = kind.from_pretrained(place, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise AccelkitError(
@@ -164,6 +203,31 @@ def open_whole(kind: Any, place: str | Path, **options: Any) -> Any:
             stacklevel=2,
         )
     return model
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)"
+    r"(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<older>[^.]+))?\.(?:safetensors|bin)"
+)
+
+
+def variants(folder: Path) -> set[str]:
+    """Return the variants of the weights in a component's directory, "" for the plain ones."""
+    if not folder.is_dir():
+        return set()
+    found = (_WEIGHTS.fullmatch(path.name) for path in folder.iterdir())
+    return {match["variant"] or match["older"] or "" for match in found if match}
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    """Raise AccelkitError if a component's weights are all of variants, ``variant`` not among."""
+    found = sorted(variants(folder))
+    if not found or "" in found or variant in found:
+        return
+    raise AccelkitError(
+        f"the weights in {folder} are of the variant {' and '.join(found)} only; give "
+        f"variant={found[0]!r} (--variant {found[0]})"
+    )
 
 
 def located(name: str | Path, index: str = "model_index.json") -> str:
@@ -215,32 +279,51 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _around(path: Path, vae: str | None, num_heads: int | None) -> Any:
-    transformer = open_network(path, num_heads).float()
+def _around(path: Path, vae: str | None, num_heads: int | None, variant: str | None) -> Any:
+    from accelkit.backbones.autoencoder import channels_of
+
+    transformer = open_network(path, num_heads, variant).float()
     channels = transformer.config.in_channels
     autoencoder = None
     if channels != _PIXELS or vae is not None:
-        with reading(vae or ORIGINAL_VAE):
-            from diffusers import AutoencoderKL
-
-            if Path(vae or ORIGINAL_VAE).is_dir():
-                check_configs(Path(vae or ORIGINAL_VAE))
-            autoencoder = open_whole(AutoencoderKL, vae or ORIGINAL_VAE)
-        if autoencoder.config.latent_channels != channels:
+        autoencoder = open_autoencoder(vae or ORIGINAL_VAE, variant)
+        if (made := channels_of(autoencoder)) != channels:
             raise AccelkitError(
-                f"the autoencoder {vae or ORIGINAL_VAE} makes {autoencoder.config.latent_channels} "
-                f"latent channels, {path} takes {channels}; give its own"
+                f"the autoencoder {vae or ORIGINAL_VAE} makes {made} latent channels, {path} takes "
+                f"{channels}; give its own"
             )
-    return _ready(_PIPELINES[type(transformer).__name__](transformer, autoencoder))
+    pipe = _PIPELINES[type(transformer).__name__](transformer, autoencoder)
+    return _ready(pipe, str(path), path if path.is_dir() else None)
+
+
+def open_autoencoder(place: str, variant: str | None = None) -> Any:
+    """Return the autoencoder of a directory or hub id, of the class that its config names.
+
+    Raises:
+        AccelkitError: it cannot be read, or accelkit cannot map pictures by its class.
+    """
+    with reading(place):
+        import diffusers
+
+        from accelkit.backbones.autoencoder import kind_of_class
+
+        if Path(place).is_dir():
+            check_configs(Path(place))
+        named = diffusers.AutoencoderKL.load_config(place).get("_class_name")
+        kind: Any = getattr(diffusers, str(named), None)
+        if not hasattr(kind, "encode"):  # no autoencoder: its weights will not fit one
+            kind = diffusers.AutoencoderKL
+        kind_of_class(kind)
+        return open_whole(kind, place, variant=variant)
 
 
 _PIXELS = 3  # channels of a network without an autoencoder
 
 
 def _dit_pipeline(transformer: Any, vae: Any) -> Any:
-    from diffusers import DiTPipeline
+    from accelkit.models import dit_pipeline_for
 
-    return DiTPipeline(transformer, vae, reference_process())
+    return dit_pipeline_for(transformer, vae)(transformer, vae, reference_process())
 
 
 def _uvit_pipeline(transformer: Any, vae: Any) -> Any:
@@ -267,13 +350,24 @@ _PIPELINES = {
 """What goes around a network alone, by its class."""
 
 
-def _ready(pipe: Any) -> Any:
+def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
     """Check that a pipeline is one accelkit can drive, and quieten its progress bar."""
+    from torch import nn
+
     from accelkit.backbones import backbone_of, denoiser_of
+    from accelkit.weights import check_model
 
     backbone_of(denoiser_of(pipe)).restore()
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            check_model(module, f"the {part} of {name}", folder and _folder_of(part, folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _folder_of(part: str, folder: Path) -> Path:
+    """Return where a component's files are, ``folder`` itself for a network alone."""
+    return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def quiet() -> None:

@@ -118,6 +118,12 @@ def is_ours(name: str) -> bool:
     return name.startswith(OURS)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether something hooked on a module may look at its states or change them."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or not all(map(is_ours, list_of_hooks(module)))
+
+
 def foreign(model: nn.Module) -> list[str]:
     """Return the names of diffusers' hooks on a model or in it that are not accelkit's."""
     names = dict.fromkeys(name for module in model.modules() for name in list_of_hooks(module))

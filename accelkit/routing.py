@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from accelkit import others
+from accelkit import others, recording
 from accelkit.backbones import Backbone
 from accelkit.backbones.base import TIMES
 from accelkit.compute import Compute
@@ -48,10 +48,54 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the blocks and the rows it is for, in this order; None for all as they are."""
+    """One pass over the blocks, planned.
+
+    Attributes:
+        plan: what it runs.
+        rows: those of the batch that it is for, in this order; None for all as they are.
+        timestep: the scheduler's timestep of all samples of the call; None where they have several
+            or reading it would wait for a GPU.
+    """
 
     plan: Plan
-    rows: Tensor | None
+    rows: Tensor | None = None
+    timestep: float | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One pass under way: its plan, and what its hooks hand on to each other.
+
+    Attributes:
+        plan: what it runs.
+        again: whether it is not the model's forward that is under way, but one of its blocks that
+            gradient checkpointing runs again.
+        left: hidden states of the rows that left, by the block before which they left.
+        shortcut: makes up for all skipped blocks at once, None where each does so by itself
+            (:meth:`accelkit.backbones.Backbone.shortcut`).
+        skipped: arguments of the blocks that the shortcut makes up for.
+        seen: index and arguments of the blocks that taps were shown.
+        leaving: hidden states that only the exit runs on, None in a pass over the blocks.
+    """
+
+    plan: Plan
+    again: bool = False
+    left: dict[int, Tensor] = field(default_factory=dict)
+    shortcut: Callable[[list[dict[str, Any]]], Any] | None = None
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    leaving: Tensor | None = None
+
+
+class _Calls(threading.local):
+    """A thread's calls under way, the innermost last.
+
+    The list is made with the thread's first look and only ever appended to and popped from:
+    torch.compile carries that over a graph break, and loses an attribute that is set.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[Call] = []
 
 
 class Router:
@@ -64,10 +108,6 @@ class Router:
             call, since a pipeline's scheduler may be exchanged.
 
     Attributes:
-        running: the plan of the pass under way, None outside of the model's forward.
-        block: the plan of the last block begun, be it run again for its gradients.
-        left: hidden states of the rows that left it, by the block that they left before.
-        ready: passes planned ahead of a compiled call, whose graph cannot look at timesteps.
         taps: what taps the exits on the way (:class:`accelkit.taps.Taps`), None for nothing.
         fused: the model's forward in few operations (:mod:`accelkit.fused`), None for its own.
     """
@@ -77,25 +117,36 @@ class Router:
     ) -> None:
         self.backbone = backbone
         self.schedule = schedule
-        self.running: Plan | None = None
-        self.block: Plan | None = None
-        self.left: dict[int, Tensor] = {}
-        self.ready: list[Pass] | None = None
         self.taps: Any = None
         self.fused: Any = None
         self.scheduler = scheduler
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
         self._axis: tuple[Any, NoiseAxis] | None = None
         self._visited: tuple[Tensor, int, list[float]] | None = None
-        self._call = threading.local()  # .timestep of all of its samples, where that is known
+        self._calls = _Calls()
 
     @property
     def axis(self) -> NoiseAxis:
         """The noise axis of the scheduler in use."""
-        scheduler = self.scheduler()
-        if self._axis is None or self._axis[0] is not scheduler:
-            self._axis = (scheduler, NoiseAxis.of(scheduler))
-        return self._axis[1]
+        scheduler, known = self.scheduler(), self._axis  # another thread may exchange it
+        if known is None or known[0] is not scheduler:
+            known = self._axis = (scheduler, NoiseAxis.of(scheduler))
+        return known[1]
+
+    @property
+    def call(self) -> Call | None:
+        """The pass under way in this thread, the innermost of nested ones."""
+        stack = self._calls.stack
+        return stack[-1] if stack else None
+
+    def run(self, call: Call, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what ``forward`` returns, with ``call`` under way."""
+        stack = self._calls.stack
+        stack.append(call)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            stack.pop()
 
     def passes(
         self,
@@ -112,23 +163,20 @@ class Router:
             narrows: whether a batch of mixed depths can be run in one pass that samples leave.
             grid: height and width of the map of tokens, for a schedule that merges some.
         """
-        spent = [self.schedule.computes[0]]  # needs no look at the timestep if there is no other
-        self._call.timestep = None
-        if len(self.schedule.computes) > 1 and batch:
+        computes, values = self.schedule.computes, None
+        if len(computes) > 1 and batch:
             values = self._values(timestep)
-            self._call.timestep = values[0] if len(values) == 1 else None
+        elif self.fused is not None and not recording.by() and batch and _on_the_host(timestep):
+            values = self._values(timestep)  # one depth needs no look, its modulations may
+        spent = [computes[0]]  # of one depth, or of no samples
+        if len(computes) > 1 and values is not None:
             spent = [self.schedule.at(self.axis.level(t)) for t in values]
-        elif (
-            batch
-            and isinstance(timestep, Tensor)
-            and timestep.is_cpu
-            and not any(timestep.stride())
-        ):
-            self._call.timestep = self._values(timestep)[0]
+        time = values[0] if values is not None and len(values) == 1 else None
         grad = torch.is_grad_enabled()
         kinds = set(spent)
         if len(kinds) == 1:
-            return [Pass(Plan(spent[0].depth, None, self._merging(spent[0]), grad, grid), None)]
+            plan = Plan(spent[0].depth, None, self._merging(spent[0]), grad, grid)
+            return [Pass(plan, timestep=time)]
         if len(spent) != batch:
             raise AccelkitError(
                 f"got {len(spent)} timesteps for a batch of {batch}; give one, or one per sample"
@@ -145,48 +193,48 @@ class Router:
         index = None if order == list(range(batch)) else torch.tensor(order)
         return [Pass(Plan(max(depths), active, self._merging(spent[0]), grad, grid), index)]
 
-    def step(self) -> tuple[Tensor, int] | None:
-        """Return the scheduler's timesteps and which of them the call under way is for.
+    def step(self, timestep: float | None) -> tuple[Tensor, int] | None:
+        """Return the scheduler's timesteps and which of them ``timestep`` is.
 
-        None where its samples have several, the scheduler does not have it, or nobody looked: a
-        schedule of one depth does not wait for a GPU to tell.
+        None where that is None, or the scheduler is in no run of such a timestep.
         """
         steps = self._steps()
-        if steps is None or self._call.timestep not in steps[1]:
+        if steps is None or timestep not in steps[1]:
             return None
         if getattr(self.scheduler(), "num_inference_steps", None) is None:  # it has all there are
             return None
-        return steps[0], steps[1].index(self._call.timestep)
+        return steps[0], steps[1].index(timestep)
 
     def _merging(self, compute: Compute) -> int | None:
         return None if compute.merge is None else self.schedule.merges.index(compute.merge)
 
-    def plan_of(self, hidden: Tensor) -> Plan:
-        """Return the plan of the pass that a block is run for on ``hidden``.
+    def call_of(self, hidden: Tensor) -> Call:
+        """Return the pass that a block is run for on ``hidden``.
 
-        Outside of the model's forward gradient checkpointing runs a block again, on the very
-        tensor that it was given at first.
+        Gradient checkpointing runs a block again, on the very tensor that it was given at first:
+        in a backward, which another thread may make, or another call of the model.
         """
-        plan = self.running
-        if plan is None:
-            if (plan := self._plans.get(hidden)) is None:
-                others.check(self.backbone, self.schedule)  # which may name what did it
-                raise AccelkitError(
-                    "a block was run that no call of its model is under way for: something took "
-                    "the schedule's hook off the model, or called the block by itself; call "
-                    "accelkit.disable"
-                )
-            self.block = plan
-            return plan
-        if plan.grad and not torch.is_grad_enabled():
+        call, compiling = self.call, torch.compiler.is_compiling()
+        backward = not compiling and torch._C._current_graph_task_id() != -1
+        plan = self._plans.get(hidden) if call is None or backward else None
+        if plan is not None and (call is None or plan is not call.plan):
+            return Call(plan, again=True)
+        if call is None:
+            recording.refuse(self.schedule)
+            others.check(self.backbone, self.schedule)  # which may name what did it
+            raise AccelkitError(
+                "a block was run that no call of its model is under way for: something took "
+                "the schedule's hook off the model, or called the block by itself; call "
+                "accelkit.disable"
+            )
+        if call.plan.grad and not torch.is_grad_enabled():
             raise AccelkitError(
                 "a schedule cannot run inside reentrant gradient checkpointing, where gradients of "
                 "samples that leave would be lost; enable it with use_reentrant=False"
             )
-        if plan.grad and not torch.compiler.is_compiling():
-            self._plans[hidden] = plan
-        self.block = plan
-        return plan
+        if call.plan.grad and not compiling:
+            self._plans[hidden] = call.plan
+        return call
 
     def _values(self, timestep: Tensor | float) -> list[float]:
         """The scheduler's timesteps of those that the model is given."""
@@ -253,9 +301,15 @@ class Router:
         if not isinstance(steps, Tensor) or steps.ndim != 1 or not len(steps):
             return None
         version = -1 if steps.is_inference() else steps._version
-        if self._visited is None or self._visited[0] is not steps or self._visited[1] != version:
-            self._visited = (steps, version, steps.tolist())
-        return steps, self._visited[2]
+        known = self._visited  # another thread may exchange it
+        if known is None or known[0] is not steps or known[1] != version:
+            known = self._visited = (steps, version, steps.tolist())
+        return steps, known[2]
+
+
+def _on_the_host(timestep: Tensor | float) -> bool:
+    """Whether a timestep is that of all samples, and can be read without waiting for a GPU."""
+    return isinstance(timestep, Tensor) and timestep.is_cpu and not any(timestep.stride())
 
 
 _COARSE = (torch.bfloat16, torch.float16)

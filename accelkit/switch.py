@@ -33,8 +33,8 @@ class Enabled:
     def __init__(self, router: routing.Router, kernels: str) -> None:
         self._router = router
         self.kernels = kernels
-        if kernels == "auto" and (fused := fused_forward(router.backbone)) is not None:
-            router.fused, fused.step = fused, router.step
+        if kernels == "auto":
+            router.fused = fused_forward(router.backbone)
         self.schedule: Schedule = router.schedule
         self.backbone: Backbone = router.backbone
         self.handle: Any = None  # of the hook on what torch.compile wrapped the model in
@@ -100,10 +100,12 @@ def enable(
         A handle that can be used in a ``with``, which disables at its end.
 
     Raises:
-        AccelkitError: the model has a schedule already, no backbone is known for its class, the
-            schedule does not fit, the scheduler cannot be placed on the noise axis, or ``kernels``
-            is neither.
+        AccelkitError: the model has a schedule already, or a part of it has, no backbone is known
+            for its class, the schedule does not fit, the scheduler cannot be placed on the noise
+            axis, or ``kernels`` is neither.
         TypeError: ``target`` or ``schedule`` is of another type.
+
+    Whatever is raised, the model is as it was before.
     """
     if kernels not in KERNELS:
         raise AccelkitError(f"kernels={kernels!r}; expected one of {', '.join(KERNELS)}")
@@ -113,6 +115,8 @@ def enable(
             f"this {type(model).__name__} runs {old.schedule.name or old.schedule} already; "
             "call accelkit.disable first"
         )
+    _check_overlap(model)
+    _check_pipeline(target, model)
     backbone = backbone_of(model)
     backbone.check()
     _check_blocks(backbone)
@@ -154,10 +158,16 @@ def enabled_on(target: Any) -> Enabled | None:
 
 
 def _install(state: Enabled) -> None:
+    model = state.backbone.model
     if (fused := state._router.fused) is not None:
         fused.open()
-    hooks.attach(state._router)
-    model = state.backbone.model
+    try:
+        hooks.attach(state._router)
+    except BaseException:
+        hooking.detach(model)
+        if fused is not None:
+            fused.close()
+        raise
     setattr(model, _STATE, state)
     # diffusers' hooks keep running the original's weights in a deep copy, silently
     copier = _Copier(state)
@@ -266,6 +276,31 @@ def _check_blocks(backbone: Backbone) -> None:
                 f"{', '.join(names)}; set its states and hidden, or, where blocks take different "
                 "ones, say in skipped what a skipped block returns"
             )
+
+
+def _check_overlap(model: nn.Module) -> None:
+    """Raise AccelkitError where a module of ``model`` is hooked for another network's schedule."""
+    for name, module in model.named_modules():
+        if hooking.HOOK not in others.list_of_hooks(module):
+            continue
+        if module is model:
+            raise AccelkitError(
+                f"this {type(model).__name__} is part of a network that runs a schedule; call "
+                "accelkit.disable on that network first"
+            )
+        raise AccelkitError(
+            f"part of this {type(model).__name__}, {name}, runs a schedule; call accelkit.disable "
+            "on it first"
+        )
+
+
+def _check_pipeline(target: Any, model: nn.Module) -> None:
+    """Raise AccelkitError for a pipeline that gives its network no one noise level a sample."""
+    if getattr(getattr(target, "config", None), "expand_timesteps", False):
+        raise AccelkitError(
+            f"this {type(target).__name__} gives its {type(model).__name__} a timestep for every "
+            "token (expand_timesteps), so that a sample has no one noise level to schedule"
+        )
 
 
 def _tell_of_another_network(target: Any, model: nn.Module) -> None:

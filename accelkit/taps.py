@@ -9,6 +9,7 @@ because they run in its own forward: once more for each exit, around no block at
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from accelkit import hooking
 from accelkit.backbones.base import Backbone, rows
 from accelkit.errors import AccelkitError
-from accelkit.routing import Plan
+from accelkit.routing import Call, Plan, Router
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled
 
@@ -84,9 +85,7 @@ class Taps:
         check(enabled.backbone, enabled.schedule)
         self._router, self._backbone, self._heads = enabled._router, enabled.backbone, heads
         self.depths = enabled.schedule.depths[:-1]
-        self._seen: list[tuple[Plan, int, dict[str, Any]]] = []
-        self._taken: list[Tap] = []
-        self._leaving: Tensor | None = None  # hidden states that only the exit is run on
+        self._last = _Last()
 
     def __enter__(self) -> Taps:
         self._router.taps = self
@@ -104,47 +103,44 @@ class Taps:
         counted = {block: index for index, block in enumerate(self._backbone.blocks)}
         for block in self._backbone.all_blocks:
             hooking.put(block, _BlockTap(self, block, counted.get(block)), hooking.TAP)
-        hooking.put(exit, _ExitTap(self, exit), hooking.TAP)
+        hooking.put(exit, _ExitTap(self._router, exit), hooking.TAP)
 
     def pop(self) -> list[Tap]:
-        """Return what the last call gave, shallowest first, and forget it.
+        """Return what this thread's last call gave, shallowest first, and forget it.
 
         No more than one tap for a depth, none where no sample of the batch runs deeper.
         """
-        taken, self._taken = self._taken, []
+        taken, self._last.taken = self._last.taken, []
         return taken
 
-    def see(self, index: int, call: dict[str, Any]) -> None:
+    def see(self, index: int, arguments: dict[str, Any]) -> None:
         """Keep what block ``index`` was called with, if something is tapped there or before."""
-        plan = self._router.running  # None when a block is run again for its gradients
-        if plan is not None and plan.grad and index >= self.depths[0]:
-            self._seen.append((plan, index, call))
+        call = self._router.call  # None when a block is run again for its gradients
+        if call is not None and not call.again and call.plan.grad and index >= self.depths[0]:
+            call.seen.append((index, arguments))
 
-    def finish(self, run: Callable[[Tensor], Any], passes: list[tuple[Plan, Tensor]]) -> None:
+    def finish(self, run: Callable[[Call, Tensor], Any], passes: list[tuple[Call, Tensor]]) -> None:
         """Turn what was seen in a model's call into predictions.
 
         Args:
             run: calls the model, below the schedule's hook, on these rows of the batch.
-            passes: the call's plans, and the rows of the batch that each was for.
+            passes: the call's passes, and the rows of the batch that each was for.
         """
-        seen, self._seen, self._taken = self._seen, [], []
+        self._last.taken = []
         for depth in self.depths:
             parts = []
-            for plan, index in passes:
-                calls = {i: call for p, i, call in seen if p is plan and i >= depth}
-                hidden = self._hidden(depth, plan, calls)
+            for call, index in passes:
+                seen = {i: arguments for i, arguments in call.seen if i >= depth}
+                hidden = self._hidden(depth, call.plan, seen)
                 if hidden is not None:
                     parts.append((hidden, index[: len(hidden)]))
             if parts:
-                self._leaving = torch.cat([hidden for hidden, _ in parts])
+                leaving = torch.cat([hidden for hidden, _ in parts])
                 where = torch.cat([index for _, index in parts])
-                try:
-                    with self._heads(depth):
-                        output = run(where)
-                finally:
-                    self._leaving = None
+                with self._heads(depth):
+                    output = run(Call(passes[0][0].plan, leaving=leaving), where)
                 output = output if isinstance(output, Tensor) else output[0]
-                self._taken.append(Tap(depth, where, output))
+                self._last.taken.append(Tap(depth, where, output))
 
     def _hidden(self, depth: int, plan: Plan, calls: dict[int, dict[str, Any]]) -> Tensor | None:
         """Return the exit's input for the samples of a pass that run deeper than ``depth``."""
@@ -163,6 +159,13 @@ class Taps:
         return hidden
 
 
+class _Last(threading.local):
+    """What a thread's last call gave."""
+
+    def __init__(self) -> None:
+        self.taken: list[Tap] = []
+
+
 class _BlockTap(hooking.Hook):
     """Shows the taps what a block is called with; passes states on where only the exit runs."""
 
@@ -172,24 +175,23 @@ class _BlockTap(hooking.Hook):
         self.names = hooking.parameters(block)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.taps._leaving is not None:
-            states = tuple(call[name] for name in self.router.backbone.states)
-            return states if len(states) > 1 else states[0]
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        if (call := self.router.call) is not None and call.leaving is not None:
+            return self.router.backbone.passed_on(arguments)
         if self.index is not None:
-            self.taps.see(self.index, call)
+            self.taps.see(self.index, arguments)
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
 class _ExitTap(hooking.Hook):
     """Gives the exit the tapped hidden states in place of those that no block has run on."""
 
-    def __init__(self, taps: Taps, exit: nn.Module) -> None:
-        super().__init__(taps._router)
-        self.taps = taps
+    def __init__(self, router: Router, exit: nn.Module) -> None:
+        super().__init__(router)
         self.name = hooking.parameters(exit)[0]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (hidden := self.taps._leaving) is not None:
-            args, kwargs = (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != self.name}
+        if (call := self.router.call) is not None and call.leaving is not None:
+            args = (call.leaving, *args[1:])
+            kwargs = {k: v for k, v in kwargs.items() if k != self.name}
         return self.fn_ref.original_forward(*args, **kwargs)

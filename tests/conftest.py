@@ -4,8 +4,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# What a machine or a CI service sets must not show: tables as wide as anywhere and without colour,
+# and no launcher's settings but those of the test.
+_DROPPED = {"FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "GITHUB_ACTIONS", "TTY_COMPATIBLE"}
+_DROPPED |= {"TERMINAL_WIDTH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+for _name in list(os.environ):
+    if _name in _DROPPED or _name.startswith("ACCELERATE_"):
+        del os.environ[_name]
+os.environ["COLUMNS"] = "80"
+
+# An example may take as long as a busy machine needs for it.
+hypothesis.settings.register_profile(
+    "anywhere", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("anywhere")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -164,6 +164,16 @@ class PixArt(DiT):
         }
 
 
+def mixed(family, timesteps):
+    """A call of as many samples as there are timesteps, each another one."""
+    count = len(timesteps)
+    call = family.call(100) | {"timestep": torch.tensor(timesteps)}
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor) and name != "timestep":
+            call[name] = seeded(count, *value.shape[1:]) if value.ndim > 1 else torch.arange(count)
+    return call
+
+
 @torch.no_grad()
 def outputs(family, model):
     """What the model gives at each of the depths, twice."""

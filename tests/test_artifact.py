@@ -3,12 +3,14 @@
 import ast
 import errno
 import json
+from functools import partial
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import accelkit
@@ -93,6 +95,9 @@ def test_disabling_leaves_the_tuned_weights(saved, tuned):
 
 def test_what_it_records(saved, base):
     config = json.loads((saved / "accelkit.json").read_text())
+    assert len(config.pop("sha256")) == 64
+    with safe_open(saved / "accelkit.safetensors", "pt") as file:
+        recorded = file.metadata()["accelkit.sha256"]
     assert config == {
         "format": 1,
         "accelkit": accelkit.__version__,
@@ -110,6 +115,7 @@ def test_what_it_records(saved, base):
         "revision": None,
         "vae": None,
         "num_heads": None,
+        "weights": recorded,
         "training": {"steps": 3},
         "metrics": {},
     }
@@ -190,6 +196,39 @@ def test_no_room_leaves_what_was_there(saved, make_pipe, base, monkeypatch):
     assert {n: (saved / n).read_bytes() for n in before} == before
 
 
+def test_weights_and_settings_of_two_saves_are_refused(saved, make_pipe, base, monkeypatch):
+    """Killed in between, the new weights would run on the old schedule."""
+    other = make_pipe(seed=2)
+    accelkit.enable(other, "uniform:3")
+    expected = outputs(other)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            accelkit.save(other, saved, base_model=str(base))
+    with pytest.raises(AccelkitError, match="were not saved together; save the artifact again"):
+        accelkit.from_pretrained(saved)
+    accelkit.save(other, saved, base_model=str(base))
+    assert torch.equal(outputs(accelkit.from_pretrained(saved)), expected)
+
+
+def test_weights_that_another_program_wrote_again_are_taken(saved, tuned):
+    path = saved / "accelkit.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path)
+    found = weights(accelkit.from_pretrained(saved))
+    assert all(torch.equal(found[k], v.half().float()) for k, v in weights(tuned).items())
+
+
+def test_what_a_killed_save_left_is_removed(saved, tuned, base):
+    (saved / "accelkit.safetensors.partial").mkdir()
+    (saved / "accelkit.safetensors.partial" / ".tmpAbCdEf").write_bytes(b"of safetensors")
+    accelkit.save(tuned, saved, base_model=str(base))
+    assert len(list(saved.iterdir())) == 3
+
+
 def test_saving_needs_a_schedule_and_a_base(pipe, tuned, tmp_path):
     with pytest.raises(AccelkitError, match="runs no schedule"):
         accelkit.save(pipe, tmp_path / "a", base_model="builtin")
@@ -201,7 +240,9 @@ def test_saving_needs_a_schedule_and_a_base(pipe, tuned, tmp_path):
 # what is refused: name -> what is done to an artifact's folder and what the message says
 def edit(folder, **changes):
     path = folder / "accelkit.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    del config["sha256"]
+    path.write_text(json.dumps(config))
 
 
 def cut(folder):
@@ -221,7 +262,34 @@ def shorten(tensors):
     tensors["proj_out_2.bias"] = tensors["proj_out_2.bias"][:-1].clone()
 
 
+def flip(content, at):
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+def zero(content, at):
+    return content[:at] + bytes(len(content[at : at + 4096])) + content[at + 4096 :]
+
+
+def spoil(name, how, at, folder):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(how(content, int(at * len(content))))
+
+
+def poison(value, name="transformer_blocks.3.attn1.to_q.weight"):
+    def change(tensors):
+        tensors[name][1, 2] = value
+
+    return lambda folder: reshape(folder, change)
+
+
+def as_integers(tensors):
+    tensors["proj_out_2.bias"] = tensors["proj_out_2.bias"].int()
+
+
 REFUSED = {
+    "NaN": (poison(torch.nan), r"blocks\.3\.attn1\.to_q\.weight in .* holds NaN or infinite"),
+    "infinity": (poison(-torch.inf), r"blocks\.3\.attn1\.to_q\.weight in .* NaN or infinite"),
+    "integers": (lambda f: reshape(f, as_integers), r"proj_out_2\.bias in .* stored as int32"),
     "another family": (lambda f: edit(f, family="uvit"), "made for a uvit of 6 blocks"),
     "another format": (lambda f: edit(f, format=2), "not of format 1"),
     "no format": (lambda f: (f / "accelkit.json").write_text("{}"), "not of format 1"),
@@ -235,7 +303,7 @@ REFUSED = {
         ),
         "above the model's 6",
     ),
-    "truncated weights": (cut, "cannot read the model"),
+    "truncated weights": (cut, r"accelkit\.safetensors is damaged"),
     "no weights": (lambda f: (f / "accelkit.safetensors").unlink(), "cannot read the model"),
     "a missing weight": (
         lambda f: reshape(f, lambda t: t.pop("proj_out_2.bias")),
@@ -246,6 +314,15 @@ REFUSED = {
         "1 keys differ, e.g. x",
     ),
     "another shape": (lambda f: reshape(f, shorten), "1 keys differ, e.g. proj_out_2.bias"),
+    **{
+        f"{file} with {what} {at}": (partial(spoil, file, how, at), message)
+        for file, message in (
+            ("accelkit.safetensors", r"accelkit\.safetensors is damaged|cannot read the model"),
+            ("accelkit.json", r"accelkit\.json is damaged|cannot read .*accelkit\.json"),
+        )
+        for what, how in (("a flipped bit at", flip), ("zeros at", zero))
+        for at in (0.1, 0.4, 0.7, 0.99)
+    },
 }
 
 
@@ -427,8 +504,10 @@ def test_an_artifact_of_an_original_checkpoint_is_opened_again(
 def test_an_artifact_from_before_these_were_recorded(saved, tuned):
     config = json.loads((saved / "accelkit.json").read_text())
     assert config["format"] == 1
-    old = {k: v for k, v in config.items() if k not in ("vae", "num_heads", "revision")}
+    newer = ("vae", "num_heads", "revision", "weights", "sha256")
+    old = {k: v for k, v in config.items() if k not in newer}
     (saved / "accelkit.json").write_text(json.dumps(old))
+    save_file(load_file(saved / "accelkit.safetensors"), saved / "accelkit.safetensors")
     assert torch.equal(outputs(accelkit.from_pretrained(saved)), outputs(tuned))
 
 

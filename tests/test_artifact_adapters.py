@@ -73,6 +73,7 @@ def test_an_adapter_for_another_model_leaves_the_pipeline_alone(adapted, make_pi
     else:
         config = json.loads((folder / "accelkit.json").read_text())
         config["lora"]["rank"] = 3
+        del config["sha256"]
         (folder / "accelkit.json").write_text(json.dumps(config))
     save_file(tensors, folder / "accelkit.safetensors")
     pipe = make_pipe()
@@ -83,10 +84,26 @@ def test_an_adapter_for_another_model_leaves_the_pipeline_alone(adapted, make_pi
     assert same(weights(pipe), before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3])
+def test_an_adapter_that_cannot_be_computed_with_is_refused(adapted, make_pipe, value):
+    folder, _, tensors = adapted
+    name = f"{LAYER}.lora_B.weight"
+    tensors[name] = torch.full((32, 2), value)
+    save_file(tensors, folder / "accelkit.safetensors")
+    pipe = make_pipe()
+    before = weights(pipe)
+    words = "stored as int64" if value == 3 else "NaN or infinite"
+    with pytest.raises(AccelkitError, match=rf"{name} in .*accelkit\.safetensors .*{words}"):
+        accelkit.load(pipe, folder)
+    assert enabled_on(pipe) is None
+    assert same(weights(pipe), before)
+
+
 def test_a_broken_record_of_an_adapter(adapted, make_pipe):
     folder, _, _ = adapted
     config = json.loads((folder / "accelkit.json").read_text())
     config["lora"] = {"ranks": 2}
+    del config["sha256"]
     (folder / "accelkit.json").write_text(json.dumps(config))
     with pytest.raises(AccelkitError, match=r"accelkit\.json"):
         accelkit.load(make_pipe(), folder)
@@ -170,6 +187,7 @@ def test_what_it_is_for_is_told_in_every_dtype(base, cast, scale):
 def test_what_is_told_of_an_adapter_is_whole(adapted, make_pipe, lora):
     folder, _, _ = adapted
     config = json.loads((folder / "accelkit.json").read_text())
+    del config["sha256"]
     (folder / "accelkit.json").write_text(json.dumps({**config, "lora": lora}))
     with pytest.raises(AccelkitError, match="is not of format 1"):
         accelkit.load(make_pipe(), folder)

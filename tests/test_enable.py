@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from diffusers import (
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
+    UNet2DConditionModel,
 )
+from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks import HookRegistry, ModelHook
 from plain import enable
 from small_dit import MIXED, SCHEDULE, by_hand, close, inputs, run, truncated
 
+from accelkit import hooks
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.schedule import Schedule
 from accelkit.switch import disable, enabled_on
@@ -118,6 +122,64 @@ def test_enabling_twice_raises_and_changes_nothing(dit):
         enable(dit, "full")
     assert enabled_on(dit) is state
     assert torch.equal(run(dit, *call), output)
+
+
+def test_a_part_and_the_whole_cannot_both_have_a_schedule():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        transformer_layers_per_block=3,
+    )
+    inner = unet.down_blocks[1].attentions[0]
+    plain = traces(unet)
+    with enable(inner, "3@0.5,1@1"):
+        before = traces(unet)
+        with pytest.raises(AccelkitError, match=r"part of this UNet2D.*, down_blocks\.1\."):
+            enable(unet, "uniform:2")
+        assert traces(unet) == before
+    assert traces(unet) == plain
+    with enable(unet, "uniform:2"):
+        before = traces(unet)
+        with pytest.raises(AccelkitError, match="part of this Transformer2DModel, transformer_blo"):
+            enable(inner, "3@0.5,1@1")
+        with pytest.raises(AccelkitError, match="BasicTransformerBlock is part of a network"):
+            enable(inner.transformer_blocks[2], "uniform:1")
+        assert traces(unet) == before
+    assert traces(unet) == plain
+
+
+def test_pipelines_that_give_every_token_a_timestep(dit):
+    pipe = SimpleNamespace(  # as Wan 2.2's of 5 billion parameters
+        transformer=dit, scheduler=None, config=FrozenDict(expand_timesteps=True)
+    )
+    before = traces(dit)
+    with pytest.raises(AccelkitError, match="a timestep for every token"):
+        enable(pipe, "uniform:2")
+    assert traces(dit) == before
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_an_enable_that_fails_half_way_leaves_the_model_as_it_was(dit, monkeypatch, kernels):
+    before = traces(dit)
+    put, done = hooks.put, []
+
+    def put_some(*args):
+        if len(done) == 3:
+            raise MemoryError("in the middle")
+        done.append(put(*args))
+
+    monkeypatch.setattr(hooks, "put", put_some)
+    with pytest.raises(MemoryError, match="in the middle"):
+        enable(dit, "4@0.5,2@1", kernels=kernels)
+    monkeypatch.undo()
+    assert traces(dit) == before
+    enable(dit, "4@0.5,2@1", kernels=kernels)
 
 
 def test_disabling_when_off_warns(dit):

@@ -9,15 +9,18 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
     UNet2DModel,
 )
+from typer.testing import CliRunner
 
 import accelkit
 from accelkit.backbones.original import numerics, save_original
+from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.loading import located, open_pipeline, reading
 
@@ -179,6 +182,89 @@ def test_pickled_code_in_a_pipeline_does_not_run(saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+# --- variants
+
+
+def save_variants(pipe, place, *names, **options):
+    for name in names:
+        pipe.save_pretrained(place, variant=name, **options)
+    return place
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "100KB"}], ids=["whole", "sharded"])
+def test_a_variant_is_named_and_opened(pipe, tmp_path, options):
+    place = save_variants(pipe, tmp_path / "model", "fp16", **options)
+    refused(place, f"the weights in {place}/", "of the variant fp16 only", "give variant='fp16'")
+    opened = open_pipeline(place, variant="fp16")
+    assert torch.equal(outputs(opened.transformer), outputs(pipe.transformer))
+    vae = pipe.vae.state_dict()
+    assert all(torch.equal(value, vae[key]) for key, value in opened.vae.state_dict().items())
+    assert torch.equal(
+        outputs(accelkit.from_pretrained(place, variant="fp16").transformer),
+        outputs(pipe.transformer),
+    )
+
+
+def test_one_of_several_variants(make_pipe, tmp_path):
+    pipes = {name: make_pipe(seed=seed) for seed, name in enumerate(("fp16", "non_ema"))}
+    for name, pipe in pipes.items():
+        save_variants(pipe, tmp_path / "model", name)
+    refused(tmp_path / "model", "of the variant fp16 and non_ema only", "give variant=")
+    for name, pipe in pipes.items():
+        opened = open_pipeline(tmp_path / "model", variant=name)
+        assert torch.equal(outputs(opened.transformer), outputs(pipe.transformer))
+    refused(tmp_path / "model", "fp16 and non_ema only", variant="bf16")
+
+
+def test_plain_weights_beside_a_variant(make_pipe, tmp_path):
+    """They are opened unless the variant is asked for, and where a component lacks it."""
+    plain, other = make_pipe(seed=0), make_pipe(seed=1)
+    plain.save_pretrained(tmp_path / "model")
+    other.transformer.save_pretrained(tmp_path / "model" / "transformer", variant="fp16")
+    for variant, pipe in ((None, plain), ("fp16", other)):
+        opened = open_pipeline(tmp_path / "model", variant=variant)
+        assert torch.equal(outputs(opened.transformer), outputs(pipe.transformer))
+        assert torch.equal(opened.vae.encoder.conv_in.weight, plain.vae.encoder.conv_in.weight)
+
+
+def test_a_variant_that_is_not_there(saved, original):
+    refused(saved, "no weights of", "are of the variant 'fp16'", variant="fp16")
+    refused("builtin", "are of the variant 'fp16'", variant="fp16")
+    refused(original, "one file, which has no variants", variant="fp16", num_heads=2)
+
+
+def test_a_variant_of_a_network_and_its_autoencoder_alone(pipe, tmp_path):
+    place = save_variants(pipe, tmp_path / "model", "fp16")
+    network, vae = place / "transformer", str(place / "vae")
+    refused(network, f"in {network} are of the variant fp16 only", vae=vae)
+    opened = open_pipeline(network, vae=vae, variant="fp16")
+    assert torch.equal(outputs(opened.transformer), outputs(pipe.transformer))
+    pipe.transformer.save_pretrained(tmp_path / "plain")
+    refused(tmp_path / "plain", f"in {vae} are of the variant fp16 only", vae=vae)
+
+
+def test_an_artifact_knows_the_variant_of_its_base(pipe, tmp_path):
+    place = save_variants(pipe, tmp_path / "model", "fp16")
+    with accelkit.enable(pipe, "4@0.5,2@1"):
+        accelkit.save(pipe, tmp_path / "known", base_model=str(place), variant="fp16")
+        accelkit.save(pipe, tmp_path / "unknown", base_model=str(place))
+    accelkit.from_pretrained(tmp_path / "known")
+    with pytest.raises(AccelkitError, match="give variant='fp16'"):
+        accelkit.from_pretrained(tmp_path / "unknown")
+    accelkit.from_pretrained(tmp_path / "unknown", variant="fp16")
+
+
+def test_a_variant_from_the_command_line(pipe, tmp_path):
+    place = str(save_variants(pipe, tmp_path / "model", "fp16"))
+    given = ["sample", "--model", place, "-n", "1", "--steps", "1", "-o", str(tmp_path / "made")]
+    with pytest.raises(AccelkitError, match="--variant fp16"):
+        CliRunner().invoke(app, given, catch_exceptions=False)
+    assert CliRunner().invoke(app, [*given, "--variant", "fp16"]).exit_code == 0
+    assert (tmp_path / "made" / "grid.png").is_file()
+    seen = CliRunner().invoke(app, ["inspect", "--model", place, "--variant", "fp16", "--json"])
+    assert json.loads(seen.stdout)["blocks"] == 6
+
+
 # --- original-layout files
 
 
@@ -218,6 +304,20 @@ def test_what_an_original_file_lacks_is_said(original, saved, tmp_path, monkeypa
     torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
     refused(tmp_path / "evil.pt", "could run code")
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_autoencoder_of_another_class(original, tmp_path):
+    levels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny = AutoencoderTiny(**levels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    tiny.save_pretrained(tmp_path / "tiny")
+    opened = open_pipeline(original, vae=str(tmp_path / "tiny"), num_heads=2)
+    assert type(opened.vae) is AutoencoderTiny
+    assert torch.equal(opened.vae.decoder.layers[0].weight, tiny.decoder.layers[0].weight)
+    assert opened(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
+    (tmp_path / "noisy").mkdir()
+    (tmp_path / "noisy" / "config.json").write_text('{"_class_name": "ConsistencyDecoderVAE"}')
+    refused(original, "ConsistencyDecoderVAE: its decoder draws noise", vae=str(tmp_path / "noisy"),
+            num_heads=2)  # fmt: skip
 
 
 # --- without a network

@@ -242,7 +242,8 @@ def test_checkpointing_keeps_no_activation_after_the_backward(dit):
     state = enable(dit, SCHEDULE)
     dit.enable_gradient_checkpointing()
     backward(dit, inputs(MIXED))
-    assert not state._router.left
+    assert state._router.call is None
+    assert not len(state._router._plans)
 
 
 @pytest.mark.parametrize("batches", [[MIXED], [[900, 900], [100, 100]]])

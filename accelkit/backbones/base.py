@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,8 +98,26 @@ class Backbone(ABC):
             call: its arguments by name, with the rows of these samples.
             depth: at which all samples of the batch leave; None if they differ.
         """
+        return self.passed_on(call)
+
+    def passed_on(self, call: dict[str, Any]) -> Any:
+        """Return the states of a block's call as a block returns them."""
         states = tuple(call[name] for name in self.states)
         return states if len(states) > 1 else states[0]
+
+    def shortcut(
+        self, depth: int, hidden: torch.Tensor
+    ) -> Callable[[list[dict[str, Any]]], Any] | None:
+        """Return what makes up for all blocks from ``depth`` on at once, None if nothing does.
+
+        It is given the arguments of those blocks' calls by name, the states in them those of the
+        first one, and returns what the last one would. Without it :meth:`skipped` is asked of each.
+
+        Args:
+            depth: at which all samples of the batch leave.
+            hidden: the states there.
+        """
+        return None
 
     def prepare(self, depth: int) -> None:  # noqa: B027 - few families have anything to
         """Make ready, outside of a compiled graph, what a pass of no gradients needs.

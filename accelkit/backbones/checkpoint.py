@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError
+from accelkit.files import AGAIN, writing
+from accelkit.tensors import load_tensors, write_tensors
 
 State = dict[str, Tensor]
-_WRAPPED = "module."
+
+_PARALLEL = "module."  # before every name, from a training on several devices
+_COMPILED = "_orig_mod"  # before the names of a compiled module, at any depth
 
 
 def read_state_dict(path: str | Path) -> State:
@@ -29,9 +31,19 @@ def read_state_dict(path: str | Path) -> State:
 
     ``.safetensors`` files and PyTorch pickles are read, the latter with ``weights_only=True``. A
     training checkpoint is unwrapped: its ``ema`` weights if it has them, else its ``model``, and
-    names that all begin with ``module.``, as distributed training leaves them. (Its
-    ``argparse.Namespace`` of arguments is let through: an inert bag of values.) Where the format
-    allows, the tensors are mapped from the file, so leave it in place while they are in use.
+    names without what wrappers of a module add to them: ``module.`` in front of all, from
+    distributed training, and ``_orig_mod.``, from ``torch.compile``. (Its ``argparse.Namespace`` of
+    arguments is let through: an inert bag of values.) Where the format allows, the tensors are
+    mapped from the file, so leave it in place while they are in use.
+
+    Raises:
+        AccelkitError: as :func:`read_checkpoint`.
+    """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:
+    """Return the weights, as :func:`read_state_dict`, and the arguments of their training, if kept.
 
     Raises:
         AccelkitError: no such file, truncated or corrupt, a pickle of more than plain data
@@ -48,6 +60,8 @@ def read_state_dict(path: str | Path) -> State:
     if path.stat().st_size == 0:
         raise AccelkitError(f"{path} is empty (0 bytes); download or copy it again")
     content = _load(path)
+    recorded = content.get("args") if isinstance(content, Mapping) else None
+    arguments = vars(recorded) if isinstance(recorded, argparse.Namespace) else {}
     for key in ("ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -64,19 +78,37 @@ def read_state_dict(path: str | Path) -> State:
             )
     if not content:
         raise AccelkitError(f"{path} holds no tensors; expected a state dict")
-    wrapped = all(name.startswith(_WRAPPED) for name in content)  # by a distributed training
-    cut = len(_WRAPPED) if wrapped else 0
-    return {name[cut:]: value.detach() for name, value in content.items()}
+    state = {name: value.detach() for name, value in content.items()}
+    return _unwrapped(path, state), arguments
+
+
+def _unwrapped(path: Path, state: State) -> State:
+    """Return a state dict without what wrappers add to its names."""
+    names = {
+        name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in state
+    }
+    while all(name.startswith(_PARALLEL) for name in names.values()):
+        names = {old: name.removeprefix(_PARALLEL) for old, name in names.items()}
+    if len(set(names.values())) < len(names):
+        twice = next(n for n in names.values() if list(names.values()).count(n) > 1)
+        raise AccelkitError(
+            f"{path} holds {twice} more than once, under names that wrappers of a module were part "
+            "of; save the state dict of one model alone"
+        )
+    return {names[old]: value for old, value in state.items()}
 
 
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_tensors(path, "download or copy it again")
+        _check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+    except AccelkitError:
+        raise
     except PermissionError:
         raise AccelkitError(f"{path} cannot be opened: permission denied") from None
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
@@ -91,17 +123,28 @@ def _load(path: Path) -> Any:
         ) from error
 
 
+def _check_zip(path: Path) -> None:
+    """Raise BadZipFile if a member of torch's archive, if it is one, does not match its checksum.
+
+    torch itself does not compare them.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:  # 0 where torch was told to leave it out
+                with archive.open(member) as file:
+                    while file.read(2**20):
+                        pass
+
+
 def write_state_dict(state: State, path: Path) -> None:
     """Write weights as ``.safetensors`` or as a PyTorch pickle, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(state, part)
-        else:
-            torch.save(state, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        write_tensors(path, state, AGAIN)
+        return
+    with writing(path, AGAIN) as part:
+        torch.save(state, part)
 
 
 def shape_of(path: str | Path, state: State, key: str, *axes: str) -> list[int]:

@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelkit.backbones.autoencoder import (
+    AT_USE,
+    autoencoder_of,
+    check_autoencoder,
+    factor_of,
+)
 from accelkit.backbones.base import Backbone
 from accelkit.errors import AccelkitError
 
@@ -28,14 +34,29 @@ class Conditioning:
     Attributes:
         backbone: the network's family.
         text: whether items are captions.
+        factor: pixels per latent along a side, as the pipeline has it; None before it is known.
+        latent_settings: settings of the autoencoder that the family's pipelines apply to latents
+            (:func:`accelkit.autoencoders.scaling`).
     """
 
     text = False
+    latent_settings = AT_USE
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.model: Any = backbone.model
+        self.factor: int | None = None
         self._takes = list(inspect.signature(type(self.model).forward).parameters.values())[1:]
+
+    def read_factor(self, pipe: Any) -> None:
+        """Read from ``pipe`` how many pixels a latent is along a side.
+
+        By the pipeline's own number, as its ``__call__`` has it, also where another autoencoder was
+        put into it later.
+        """
+        vae = autoencoder_of(pipe)
+        own = getattr(pipe, "vae_scale_factor", None)
+        self.factor = own or (1 if vae is None else factor_of(vae))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,14 +66,18 @@ class Conditioning:
         return config.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
 
     def pixels(self, pipe: Any) -> int:
-        """Return height and width in pixels of what ``pipe`` makes by itself."""
-        vae = getattr(pipe, "vae", None)
-        if vae is None:
-            return self.shape[-1]
-        if "scale_factor_spatial" in vae.config:  # of a video's
-            return self.shape[-1] * vae.config["scale_factor_spatial"]
-        levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
-        return self.shape[-1] * 2 ** (len(levels) - 1)
+        """Return height and width in pixels of what ``pipe`` makes by itself.
+
+        Raises:
+            AccelkitError: its autoencoder makes no pictures of the network's latents.
+        """
+        check_autoencoder(pipe, self.shape[0])
+        vae = autoencoder_of(pipe)
+        return self.shape[-1] * (1 if vae is None else factor_of(vae))
+
+    def upcasts(self, pipe: Any) -> bool:
+        """Whether ``pipe`` decodes in float32 where a half-precision autoencoder asks for it."""
+        return hasattr(pipe, "upcast_vae")  # as pipelines of diffusers before 1.0 call it
 
     @property
     def learns_variance(self) -> bool:
@@ -74,7 +99,11 @@ class Conditioning:
             )
 
     def suits(self, pipe: Any) -> None:
-        """Raise AccelkitError for a pipeline that calls its network in another way than here."""
+        """Raise AccelkitError for a pipeline that calls its network in another way than here.
+
+        Or one whose autoencoder makes no pictures of the network's latents.
+        """
+        check_autoencoder(pipe, self.shape[0])
 
     def encode(self, pipe: Any, items: Sequence[Item]) -> Rows:
         """Return the rows of ``items``, on the CPU.
@@ -111,9 +140,29 @@ class Conditioning:
             **{k: v.to(latents if v.is_floating_point() else device) for k, v in rows.items()},
         }
 
+    def size(self, latents: Tensor) -> list[int]:
+        """Return height and width in pixels of the pictures that ``latents`` stand for.
+
+        Raises:
+            AccelkitError: no pipeline has said how many pixels a latent is.
+        """
+        if self.factor is None:
+            raise AccelkitError(
+                f"a {type(self.model).__name__} is given the size of its pictures, for which its "
+                "pipeline has to be known; give it to conditioning_of(backbone, pipe)"
+            )
+        return [self.factor * side for side in latents.shape[-2:]]
+
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         """Return what the model returned in the layout of ``latents`` (B, C or 2C, h, w)."""
         return output
+
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """Return what ``pipe`` gives its flow-matching scheduler besides a number of steps.
+
+        These are arguments of ``set_timesteps``: ``sigmas``, ``timesteps``, ``mu``.
+        """
+        return {}
 
 
 def _required(parameter: inspect.Parameter) -> bool:
@@ -121,6 +170,12 @@ def _required(parameter: inspect.Parameter) -> bool:
     return parameter.name == "encoder_hidden_states" or (
         parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     )
+
+
+class _Scaled(Conditioning):
+    """Of pipelines that divide latents by the scaling factor and do nothing else to them."""
+
+    latent_settings = frozenset({"scaling_factor"})
 
 
 class Captions(Conditioning):
@@ -142,6 +197,7 @@ class Captions(Conditioning):
         Raises:
             AccelkitError: an item is a class.
         """
+        self.read_factor(pipe)
         prompts = ["" if item is None else item for item in items]
         if strange := [p for p in prompts if not isinstance(p, str)]:
             raise AccelkitError(
@@ -165,8 +221,12 @@ def register_conditioning(model: str | type, conditioning: type[Conditioning]) -
     _known[model if isinstance(model, str) else model.__name__] = conditioning
 
 
-def conditioning_of(backbone: Backbone) -> Conditioning:
+def conditioning_of(backbone: Backbone, pipe: Any | None = None) -> Conditioning:
     """Return how the network of ``backbone`` is called.
+
+    Args:
+        backbone: the network's family.
+        pipe: its pipeline, which says how many pixels a latent is. Encoding items says so as well.
 
     Raises:
         AccelkitError: its call needs more than class labels, and what is not known.
@@ -175,4 +235,10 @@ def conditioning_of(backbone: Backbone) -> Conditioning:
     learned = vars(backbone.model).get(LEARNED, Conditioning)
     conditioning = next((kind for kind in kinds if kind), learned)(backbone)
     conditioning.check()
+    if pipe is not None:
+        conditioning.read_factor(pipe)
     return conditioning
+
+
+register_conditioning("DiTTransformer2DModel", _Scaled)
+register_conditioning("UNet2DModel", _Scaled)  # LDMPipeline's

@@ -39,9 +39,16 @@ class DiT(Backbone):
         return self.model.norm_out  # type: ignore[return-value]
 
     @property
-    def null_class(self) -> int:
-        """The label table's last row."""
-        return self.model.config.num_embeds_ada_norm  # type: ignore[union-attr, return-value]
+    def null_class(self) -> int | None:
+        """The label table's last row, unless the config records that it has none."""
+        config: Any = self.model.config
+        return config.get(dit_original.NULL_KEY, config.num_embeds_ada_norm)
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are, the null class not counted."""
+        config: Any = self.model.config
+        return config.num_embeds_ada_norm + (self.null_class is None)
 
     @property
     def _embedders(self) -> list[Any]:

@@ -55,6 +55,7 @@ _FIXED: dict[str, Any] = {
 _NORM_EPS = 1e-6
 _FREQ_SHIFT = 0  # of the exponent's divisor, 128 - shift; diffusers' own is 1
 _SHIFT_KEY = "timestep_freq_shift"  # its name in config.json
+NULL_KEY = "null_class"  # in config.json where the label table has no row for no label: null
 
 # original module -> diffusers module
 _SHARED = {
@@ -98,7 +99,11 @@ def _layout(depth: int) -> dict[str, list[str]]:
 
 
 def read(
-    path: str | Path, state: State, num_heads: int | None, config: dict[str, Any]
+    path: str | Path,
+    state: State,
+    num_heads: int | None,
+    config: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> DiTTransformer2DModel:
     """Return the model of a state dict in the original layout.
 
@@ -107,6 +112,11 @@ def read(
     original's). ``timestep_freq_shift`` in the model's config records the original's timestep
     frequencies; after ``from_pretrained``, which ignores the entry, call :func:`restore_numerics`.
 
+    ``null_class=None`` says that the label table has no row for no label, its last row being a
+    class like the others: a network trained without label dropout. A training checkpoint shows it
+    by as many classes (``num_classes`` of its ``args``) as the table has rows; else the last row is
+    taken for the null class, as the original's is.
+
     The weights are copied: into every block those of the shared embedders, since diffusers keeps
     one copy per block and refuses to save blocks that share storage.
     """
@@ -114,6 +124,7 @@ def read(
 
     layout = _check_keys(path, state)
     sizes = _sizes(path, state, num_heads)
+    null, config = _null_class(path, sizes["num_embeds_ada_norm"], config, arguments)
     settle(path, DiTTransformer2DModel, sizes, config)
     config = {"norm_eps": _NORM_EPS} | config | sizes
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -137,8 +148,31 @@ def read(
         weights.update(zip(targets, rows, strict=True))
     model.load_state_dict(weights)
     model.register_to_config(**{_SHIFT_KEY: _FREQ_SHIFT})
+    if null is None:
+        model.register_to_config(**{NULL_KEY: None})
     restore_numerics(model)
     return model.eval()
+
+
+def _null_class(
+    path: str | Path, last: int, config: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[int | None, dict[str, Any]]:
+    """Return the label that stands for none, and the settings without it.
+
+    Args:
+        path: the file.
+        last: row of the label table.
+        config: settings given by the user.
+        arguments: of the training.
+    """
+    shown = None if arguments.get("num_classes") == last + 1 else last
+    null = config.get(NULL_KEY, shown)
+    if null not in (last, None):
+        raise AccelkitError(
+            f"{NULL_KEY}={null!r} contradicts {path}: it is the label table's last row, {last}, or "
+            "None for a network trained without label dropout"
+        )
+    return null, {name: value for name, value in config.items() if name != NULL_KEY}
 
 
 def _check_keys(path: str | Path, state: State) -> dict[str, list[str]]:

@@ -148,10 +148,11 @@ def find(design: Design) -> Found:
     Raises:
         AccelkitError: there are none, or what they take or return could not be found out.
     """
-    try:
-        return _found(design, short=True)
-    except AccelkitError:  # it needs all of its blocks, or would not be found among them either
-        return _found(design, short=False)
+    with torch.inference_mode(False):  # whose tensors require no gradients, which _watch follows
+        try:
+            return _found(design, short=True)
+        except AccelkitError:  # it needs all of its blocks, or is not found among them either
+            return _found(design, short=False)
 
 
 def _found(design: Design, short: bool) -> Found:

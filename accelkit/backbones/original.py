@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.backbones import dit_original, uvit_original
-from accelkit.backbones.checkpoint import State, read_state_dict, some, write_state_dict
+from accelkit.backbones.checkpoint import (
+    State,
+    read_checkpoint,
+    read_state_dict,
+    some,
+    write_state_dict,
+)
 from accelkit.backbones.dit_original import numerics, restore_numerics
 from accelkit.errors import AccelkitError
+from accelkit.weights import check_model
 
 __all__ = [
     "load_original",
@@ -32,13 +39,14 @@ class _Layout:
 
     Attributes:
         mark: a name that only this layout has.
-        read: makes a model of path, state dict, number of heads and further settings.
+        read: makes a model of path, state dict, number of heads, further settings, and the
+            arguments of the training, as far as the file has them.
         kind: name of the model's class.
         write: makes the state dict of a model, told whether it may be inexact.
     """
 
     mark: re.Pattern[str]
-    read: Callable[[str | Path, State, int | None, dict[str, Any]], Any]
+    read: Callable[[str | Path, State, int | None, dict[str, Any], dict[str, Any]], Any]
     kind: str
     write: Callable[[Any, bool], State]
 
@@ -49,7 +57,7 @@ _LAYOUTS = {
     ),
     "uvit": _Layout(
         uvit_original.MARK,
-        uvit_original.read,
+        lambda path, state, heads, config, _: uvit_original.read(path, state, heads, config),
         "UViTTransformer2DModel",
         lambda model, _: uvit_original.to_original(model),
     ),
@@ -78,12 +86,12 @@ def load_original(
 
     Raises:
         AccelkitError: an unreadable file, an unknown family, missing, unexpected or misshapen
-            weights, or a setting that contradicts the file.
+            weights, some that are not finite, or a setting that contradicts the file.
         TypeError: ``num_heads`` or another count is not an integer.
     """
     if family is not None and family not in _LAYOUTS:
         raise AccelkitError(f"family={family!r} is unknown; known: {', '.join(_LAYOUTS)}")
-    state = read_state_dict(path)
+    state, arguments = read_checkpoint(path)
     if family is None:
         marked = (name for name, own in _LAYOUTS.items() if any(map(own.mark.fullmatch, state)))
         family = next(marked, None)
@@ -92,7 +100,9 @@ def load_original(
             f"{path} has the layout of no known family ({', '.join(_LAYOUTS)}); it holds "
             f"{some(state)}; weights in diffusers' layout load with from_pretrained"
         )
-    return _LAYOUTS[family].read(path, state, num_heads, config)
+    model = _LAYOUTS[family].read(path, state, num_heads, config, arguments)
+    check_model(model, str(path))
+    return model
 
 
 def to_original(model: Any, allow_inexact: bool = False) -> State:

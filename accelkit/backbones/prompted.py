@@ -5,20 +5,26 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from accelkit.backbones.conditioning import Captions, Rows, register_conditioning
 from accelkit.errors import AccelkitError
 
+_SCALED = frozenset({"scaling_factor"})
+_SHIFTED = _SCALED | {"shift_factor"}
+_NORMALISED = frozenset({"latents_mean", "latents_std"})
+
 
 class _PixArt(Captions):
     returns = ("encoder_hidden_states", "encoder_attention_mask")
+    latent_settings = _SCALED
 
     def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:
-            height, width = (8 * side for side in latents.shape[-2:])
+            height, width = self.size(latents)
             made = latents.new_tensor([[height, width]]), latents.new_tensor([[height / width]])
             size = {k: v.repeat(len(latents), 1) for k, v in zip(size, made, strict=True)}
         return {**super().arguments(latents, timestep, rows), "added_cond_kwargs": size}
@@ -26,6 +32,8 @@ class _PixArt(Captions):
 
 class _Sana(Captions):
     """Captions follow the pipeline's own long instruction to the language model, "" does not."""
+
+    latent_settings = _SCALED
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
         takes = inspect.signature(type(pipe).__call__).parameters
@@ -42,6 +50,19 @@ class _Sana(Captions):
 class _UNet(Captions):
     """Stable Diffusion 1 and 2, and XL, which takes a pooled text and the image's size beside."""
 
+    @property
+    def latent_settings(self) -> frozenset[str]:  # type: ignore[override]
+        """XL's pipelines normalise latents, where the autoencoder has their statistics."""
+        return _SCALED | (_NORMALISED if self._sized else frozenset())
+
+    def upcasts(self, pipe: Any) -> bool:
+        """XL's pipelines do."""
+        return self._sized
+
+    @property
+    def _sized(self) -> bool:
+        return self.model.config.addition_embed_type == "text_time"
+
     def check(self) -> None:
         kind = self.model.config.addition_embed_type
         if kind not in {None, "text_time"}:
@@ -52,6 +73,7 @@ class _UNet(Captions):
         _refuse_images(self.model)
 
     def suits(self, pipe: Any) -> None:
+        super().suits(pipe)
         if pipe.config.get("requires_aesthetics_score"):
             raise AccelkitError(
                 f"this {type(pipe).__name__} refines images and gives its network an aesthetic "
@@ -69,8 +91,8 @@ class _UNet(Captions):
 
     def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
         call = super().arguments(latents, timestep, rows)
-        if "text_embeds" in call:
-            size = [8 * side for side in latents.shape[-2:]]
+        if self._sized:
+            size = self.size(latents)
             times = latents.new_tensor([[*size, 0, 0, *size]]).repeat(len(latents), 1)
             call["added_cond_kwargs"] = {"text_embeds": call.pop("text_embeds"), "time_ids": times}
         return call
@@ -78,16 +100,23 @@ class _UNet(Captions):
 
 class _SD3(Captions):
     returns = ("encoder_hidden_states", "", "pooled_projections")
+    latent_settings = _SHIFTED
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
         made = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         return [(name, v) for name, v in zip(self.returns, made, strict=False) if name]
+
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        _, height, width = self.shape
+        patch = self.model.config.patch_size
+        return _shift(pipe.scheduler.config, (height // patch) * (width // patch), most=1.16)
 
 
 class _Flux(Captions):
     """Latents are packed into patches of 2x2; a distilled guidance scale is the pipeline's own."""
 
     returns = ("encoder_hidden_states", "pooled_projections")
+    latent_settings = _SHIFTED
     guidance = 3.5
 
     @property
@@ -122,9 +151,18 @@ class _Flux(Captions):
         patches = output.view(len(output), height // 2, width // 2, channels, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        _, height, width = self.shape
+        config = pipe.scheduler.config
+        evenly = {"sigmas": np.linspace(1, 1 / steps, steps)}
+        given = {} if config.get("use_flow_sigmas") else evenly
+        return given | _shift(config, (height // 2) * (width // 2))
+
 
 class _HunyuanDiT(Captions):
     """Two text encoders; image size, style and rotary positions as its pipeline gives them."""
+
+    latent_settings = _SCALED
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
         named = []
@@ -148,7 +186,7 @@ class _HunyuanDiT(Captions):
 
         patch = self.model.config.patch_size
         grid = tuple(side // patch for side in latents.shape[-2:])
-        size = [8 * side for side in latents.shape[-2:]]
+        size = self.size(latents)
         return {
             # whose dtype the network takes for its own
             **super().arguments(latents, timestep.to(latents.dtype), rows),
@@ -167,6 +205,8 @@ class _HunyuanDiT(Captions):
 class _Wan(Captions):
     """Images, as videos of one frame; of Wan 2.1's text-to-video models."""
 
+    latent_settings = _NORMALISED
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of latents of 512 pixels a side, the model's only hint being the channels."""
@@ -176,6 +216,7 @@ class _Wan(Captions):
         _refuse_images(self.model)
 
     def suits(self, pipe: Any) -> None:
+        super().suits(pipe)
         if getattr(pipe, "transformer_2", None) is not None:
             raise AccelkitError(
                 f"this {type(pipe).__name__} has two networks, one for high noise and one for low, "
@@ -196,6 +237,17 @@ class _Wan(Captions):
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         return output.squeeze(2)
+
+
+def _shift(config: Any, tokens: int, most: float = 1.15) -> dict[str, float]:
+    """Return ``mu`` for images of so many tokens, if a scheduler's sigmas are shifted by it."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", most)
+    return {"mu": calculate_shift(tokens, *lengths, *shifts)}
 
 
 def _refuse_images(model: Any) -> None:

@@ -8,11 +8,13 @@ depth of 0 leaves the whole chain of these projections, which is folded into one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accelkit import recording
 from accelkit.backbones.base import Backbone
 from accelkit.backbones.uvit_fold import Fold, FoldedSkips
 
@@ -30,8 +32,6 @@ class UViT(Backbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.folded = FoldedSkips(self.blocks)
-        self._fold: Fold | None = None  # what the run of skipped blocks under way is folded into
-        self._skips: list[Tensor] = []  # and the long skips that it met so far
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -75,24 +75,22 @@ class UViT(Backbone):
         return [[block.attn] for block in self.all_blocks]  # type: ignore[list-item]
 
     def skipped(self, index: int, call: dict[str, Any], depth: int | None) -> Tensor:
-        """Return the tokens with the long skip joined.
-
-        Where all samples leave together and no gradients are recorded, the last block of the run
-        does so for all of them at once.
-        """
-        hidden, skip = call["hidden_states"], call["skip"]
+        """Return the tokens with the long skip joined."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.folded.clear()  # weights are about to change
-        if index == depth:
-            self._fold, self._skips = self._fold_for(depth, hidden), []
-        fold = self._fold if depth is not None else None
+        return self.blocks[index].join(call["hidden_states"], call["skip"])  # type: ignore[operator]
+
+    def shortcut(
+        self, depth: int, hidden: Tensor
+    ) -> Callable[[list[dict[str, Any]]], Tensor] | None:
+        """Return what joins all long skips from ``depth`` on at once, where no gradients are kept.
+
+        None while a call is recorded: a fold would be a copy of weights that the recording has.
+        """
+        fold = None if recording.by() else self._fold_for(depth, hidden)
         if fold is None:
-            return self.blocks[index].join(hidden, skip)  # type: ignore[operator]
-        self._skips.append(skip)
-        if index + 1 < self.depth:
-            return hidden
-        skips, self._skips, self._fold = self._skips, [], None
-        return fold(hidden, skips)
+            return None
+        return lambda calls: fold(calls[0]["hidden_states"], [call["skip"] for call in calls])
 
     def prepare(self, depth: int) -> None:
         """Fold the skips behind ``depth`` blocks."""

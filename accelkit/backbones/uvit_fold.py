@@ -12,6 +12,7 @@ in place of k products with 2 D^2 each, and exact but for rounding.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ class FoldedSkips:
         self._sums: list[list[Tensor]] = [[] for _ in self._folds]
         self._compared: set[int] = set()  # depths whose fold was compared since the run began
         self._last = 0
+        self._lock = threading.Lock()
 
     def at(self, depth: int) -> Fold | None:
         """Return the fold of what follows the first ``depth`` blocks, made now or still valid.
@@ -103,6 +105,10 @@ class FoldedSkips:
             projections that are more than plain linear layers (adapters, quantisation, hooks); or
             weights made in inference mode, whose changes nothing tells.
         """
+        with self._lock:
+            return self._at(depth)
+
+    def _at(self, depth: int) -> Fold | None:
         if depth < self._last:
             self._compared.clear()
         self._last = depth
@@ -126,7 +132,8 @@ class FoldedSkips:
 
     def clear(self) -> None:
         """Drop all folds."""
-        self._folds = [None] * len(self._folds)
+        with self._lock:
+            self._folds = [None] * len(self._folds)
 
     def _still(self, depth: int, run: Sequence[nn.Linear]) -> bool:
         """Whether the sums of rows are as they were when folded."""

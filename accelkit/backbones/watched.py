@@ -13,12 +13,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from accelkit.backbones.autoencoder import AT_USE, autoencoder_of, scaling
 from accelkit.backbones.base import TIMES, Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import LEARNED, Captions, Rows, conditioning_of
 from accelkit.errors import AccelkitError
@@ -40,6 +41,7 @@ class Watched:
         scale, offset: the network is given ``scale * t + offset`` for the scheduler's timestep t.
         dtype: of what it is given.
         sign: of the network's output in what the scheduler is given, 1 or -1.
+        latent_settings: settings of the autoencoder that the pipeline applies to latents.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +52,7 @@ class Watched:
     offset: float
     dtype: torch.dtype
     sign: int
+    latent_settings: frozenset[str]
 
 
 def learn(pipe: Any) -> None:
@@ -80,6 +83,11 @@ class WatchedCaptions(Captions):
         self.how = how
 
     @property
+    def latent_settings(self) -> frozenset[str]:  # type: ignore[override]
+        """Those that the pipeline was seen to apply."""
+        return self.how.latent_settings
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the latents that the pipeline makes by itself."""
         return self.how.shape
@@ -107,6 +115,15 @@ class WatchedCaptions(Captions):
         """Return what the pipeline gives its scheduler."""
         return self.how.sign * output
 
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """Return what the pipeline gives its scheduler."""
+        try:
+            return _spacing(pipe, steps)
+        except _StrangeError as reason:
+            raise AccelkitError(
+                f"cannot tell the timesteps of {type(pipe).__name__}: {reason}"
+            ) from None
+
 
 class _StrangeError(Exception):
     """What is unusual about a call."""
@@ -118,12 +135,13 @@ class _Enough(Exception):  # noqa: N818 - no error: the run is over
 
 @dataclass
 class _Call:
-    """A step: what the network was given and returned, what the scheduler was given."""
+    """A step: what the network was given and returned, what the scheduler was given and made."""
 
     given: dict[str, Any]
     returned: Tensor
     predicted: Any = None
     timestep: float = 0.0
+    sample: Tensor | None = None
 
 
 def watch(pipe: Any) -> Watched:
@@ -132,7 +150,7 @@ def watch(pipe: Any) -> Watched:
     Raises:
         _StrangeError: in none of the ways that are understood.
     """
-    model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    model, vae = denoiser_of(pipe), autoencoder_of(pipe)
     calls = _run(pipe, list(_PROMPTS), _STEPS)
     if len(calls) < _STEPS or any(call.predicted is None for call in calls):
         raise _StrangeError(f"it called its network {len(calls)} times in {_STEPS} steps")
@@ -165,7 +183,15 @@ def watch(pipe: Any) -> Watched:
     null = _null(pipe, list(rows), longer)
     scale, offset, dtype = _time(calls)
     return Watched(
-        tuple(sample.shape[1:]), tuple(rows), null, shared, scale, offset, dtype, _sign(calls)
+        shape=tuple(sample.shape[1:]),
+        rows=tuple(rows),
+        null=null,
+        shared=shared,
+        scale=scale,
+        offset=offset,
+        dtype=dtype,
+        sign=_sign(calls),
+        latent_settings=_latent_settings(pipe),
     )
 
 
@@ -223,6 +249,38 @@ def _check_time(backbone: Backbone, found: Watched) -> None:
             )
 
 
+def _latent_settings(pipe: Any) -> frozenset[str]:
+    """Return the settings by which the latents that a run ends with become those it decodes."""
+    vae = autoencoder_of(pipe)
+    decoded: list[Tensor] = []
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(latents)
+        raise _Enough
+
+    with _put(vae, "decode", decode):
+        (call,) = _run(pipe, [_LONG], 1, to_the_end=True)
+    if not decoded or call.sample is None or decoded[0].shape != call.sample.shape:
+        raise _StrangeError("its autoencoder is not given the maps that its scheduler ends with")
+    for applied in _WAYS:
+        try:
+            shift, scale = scaling(vae, applied)
+        except AccelkitError:  # the autoencoder lacks these settings
+            continue
+        if torch.allclose(decoded[0].float(), call.sample.float() / scale + shift, atol=1e-2):
+            return applied
+    raise _StrangeError("its autoencoder is given something else than the scaled latents")
+
+
+_WAYS = (
+    frozenset({"scaling_factor"}),
+    frozenset({"scaling_factor", "shift_factor"}),
+    frozenset({"latents_mean", "latents_std"}),
+    AT_USE,
+)
+"""Settings that pipelines apply to latents, of which the first that explains a run is taken."""
+
+
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
@@ -247,12 +305,21 @@ def _moved(value: Any, latents: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _run(pipe: Any, prompts: list[str], steps: int, guidance: float = 1.0) -> list[_Call]:
-    """Return the calls of a pipeline's network in a run, by default without guidance."""
+def _run(
+    pipe: Any,
+    prompts: list[str],
+    steps: int,
+    guidance: float = 1.0,
+    to_the_end: bool = False,
+) -> list[_Call]:
+    """Return the calls of a pipeline's network in a run, by default without guidance.
+
+    A single step is left before the scheduler takes it, unless the run is to go to its end.
+    """
     takes = inspect.signature(type(pipe).__call__).parameters
     options: dict[str, Any] = {
         "num_inference_steps": steps,
-        "output_type": "latent",
+        "output_type": "pt" if to_the_end else "latent",
         "guidance_scale": guidance,
         "use_resolution_binning": False,
     }
@@ -265,7 +332,7 @@ def _run(pipe: Any, prompts: list[str], steps: int, guidance: float = 1.0) -> li
     options = {name: value for name, value in options.items() if name in takes}
     calls: list[_Call] = []
     try:
-        with _stood_in(pipe, calls, steps):
+        with _stood_in(pipe, calls, stop=steps == 1 and not to_the_end):
             pipe(prompt=prompts, **options)
     except _Enough:
         pass
@@ -277,9 +344,33 @@ def _run(pipe: Any, prompts: list[str], steps: int, guidance: float = 1.0) -> li
     return calls
 
 
+def _spacing(pipe: Any, steps: int) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call of ``set_timesteps`` that space the steps."""
+    own, scheduler = copy.copy(pipe), copy.copy(pipe.scheduler)
+    given: dict[str, Any] = {}
+
+    @wraps(pipe.scheduler.set_timesteps)  # its arguments are looked up
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        takes = inspect.signature(pipe.scheduler.set_timesteps)
+        given.update(takes.bind(*args, **kwargs).arguments)
+        raise _Enough
+
+    vars(scheduler)["set_timesteps"] = set_timesteps
+    vars(own)["scheduler"] = scheduler
+    _run(own, [_PROMPTS[0]], steps)
+    known = ("sigmas", "timesteps", "mu")
+    return {name: given[name] for name in known if given.get(name) is not None}
+
+
 @contextmanager
-def _stood_in(pipe: Any, calls: list[_Call], steps: int) -> Iterator[None]:
-    """Put stand-ins for network and step in a pipeline's place, as long as it is entered."""
+def _stood_in(pipe: Any, calls: list[_Call], stop: bool) -> Iterator[None]:
+    """Put stand-ins for network and step in a pipeline's place, as long as it is entered.
+
+    Args:
+        pipe: the pipeline.
+        calls: where its calls are recorded.
+        stop: whether to leave at the first step.
+    """
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     model: Any = denoiser_of(pipe)
@@ -304,9 +395,12 @@ def _stood_in(pipe: Any, calls: list[_Call], steps: int) -> Iterator[None]:
     def stepped(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         if calls:
             calls[-1].predicted, calls[-1].timestep = model_output, float(timestep)
-        if steps == 1:
+        if stop:
             raise _Enough
-        return step(model_output, timestep, *args, **kwargs)
+        made = step(model_output, timestep, *args, **kwargs)
+        if calls:
+            calls[-1].sample = made[0]
+        return made
 
     with ExitStack() as stack:
         for part, name, value in (
@@ -315,8 +409,7 @@ def _stood_in(pipe: Any, calls: list[_Call], steps: int) -> Iterator[None]:
             (pipe, "scheduler", scheduler),
             (pipe, "_progress_bar_config", {"disable": True}),
         ):
-            stack.callback(_put_back, part, name, vars(part).get(name, _ABSENT))
-            vars(part)[name] = value
+            stack.enter_context(_put(part, name, value))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield
 
@@ -324,8 +417,15 @@ def _stood_in(pipe: Any, calls: list[_Call], steps: int) -> Iterator[None]:
 _ABSENT = object()
 
 
-def _put_back(part: Any, name: str, value: Any) -> None:
-    if value is _ABSENT:
-        del vars(part)[name]
-    else:
-        vars(part)[name] = value
+@contextmanager
+def _put(part: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object an attribute of its own, as long as it is entered."""
+    before = vars(part).get(name, _ABSENT)
+    vars(part)[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            vars(part).pop(name, None)
+        else:
+            vars(part)[name] = before

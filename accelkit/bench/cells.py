@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, read_json, write_json
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files import AGAIN, read_record, write_record
 
 _RESULT, _LOCK = "cell.json", ".lock"
 
@@ -33,7 +34,7 @@ class Cells:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other benches out.
+        """Keep other benches out, and remove what a killed one did not come to remove.
 
         Raises:
             AccelkitError: one is at work here, or the folder cannot be made.
@@ -50,6 +51,8 @@ class Cells:
                 raise AccelkitError(
                     f"another bench is at work in {self.folder}; wait for it or give another -o"
                 ) from error
+            for path in self.folder.glob(f"*/{_RESULT}"):
+                _remove_folders(path.parent)
             yield
         finally:
             os.close(lock)  # which releases it
@@ -66,18 +69,26 @@ class Cells:
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def get(self, settings: dict[str, Any]) -> Any | None:
-        """Return the result that is there, or None."""
+        """Return the result that is there, None without one or with a broken one, which warns."""
         path = self.path(settings) / _RESULT
-        return read_json(path)["result"] if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = read_record(path)
+            if found["settings"] != json.loads(json.dumps(settings)):
+                raise AccelkitError("it is of other settings")
+            return found["result"]
+        except (AccelkitError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"cannot use {path} ({error}); measuring again", AccelkitWarning, stacklevel=3
+            )
+            return None
 
     def put(self, settings: dict[str, Any], result: Any) -> None:
         """Keep a result; what it was made of in its folder is no longer needed."""
         path = self.path(settings)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / _RESULT, {"settings": settings, "result": result}, AGAIN)
-        for entry in path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
+        write_record(path / _RESULT, {"settings": settings, "result": result}, AGAIN)
+        _remove_folders(path)
 
     def made(self, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
         """Return the result that is there, or else make and keep it."""
@@ -85,3 +96,9 @@ class Cells:
             found = make()
             self.put(settings, found)
         return found
+
+
+def _remove_folders(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_st
 from accelkit.bench.plan import Plan
 from accelkit.bench.results import blank_row, identity, installed, machine
 from accelkit.compute import Compute
-from accelkit.data.shards import add_network
+from accelkit.data.shards import fingerprint
+from accelkit.files import AGAIN, sum_of_file, write_bytes, writing
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.sample.samplers import make_sampler
@@ -75,7 +75,7 @@ class Comparison:
         for work in self._works:  # whose steps the process may not have
             for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
                 make_sampler(how.sampler, pipe.scheduler, how.steps)
-        self._weights = {id(p): _fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
+        self._weights = {id(p): fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
         self._machine = machine()
         self._common = {  # what all measurements depend on
             "accelkit": __version__,
@@ -196,7 +196,7 @@ class Comparison:
         settings = self._settings(runs, rounds=plan.rounds, batch_size=size)
 
         def make() -> list[dict[str, Any]]:
-            kept = self.cells.path(self._here("times", settings)) / "rounds.jsonl"
+            kept = self.cells.path(self._here("times", settings)) / "rounds.json"
             on_run = self._on("timing")
             return harness.time_runs(runs, size, plan.rounds, plan.kernels, kept, on_run)
 
@@ -264,18 +264,18 @@ class Comparison:
         path = self.cells.path(settings) / "samples.png"
         file = f"samples/{_slug(named)}.png"
 
-        def make() -> bool:
+        def make() -> str:
             with applied(variant.pipe, variant.method, how, self.plan.kernels):
                 images = generate(variant.pipe, *work.part(range(_IN_A_PICTURE)), how)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid(images, columns=_IN_A_PICTURE)).save(path)
-            return True
+            with writing(path, AGAIN) as part:
+                Image.fromarray(grid(images, columns=_IN_A_PICTURE)).save(part, format="png")
+            return sum_of_file(path)
 
         if self.world.main:
-            self.cells.made(settings, make)
-            place = self.cells.folder.parent / file
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+            known = self.cells.get(settings) if path.exists() else None
+            if known is None or known not in (True, sum_of_file(path)):  # True: it was not recorded
+                self.cells.put(settings, make())
+            write_bytes(self.cells.folder.parent / file, path.read_bytes(), AGAIN)
         return {**named, "file": file}
 
 
@@ -308,14 +308,3 @@ def _row(variant: Variant, sampling: Sampling) -> dict[str, Any]:
 
 def _worded(how: Sampling) -> str:
     return f"{how.sampler}:{how.steps}"
-
-
-def _fingerprint(pipe: Any) -> str:
-    """Tell weights, networks and process of a pipeline from others."""
-    digest = hashlib.sha256()
-    for network in (denoiser_of(pipe), getattr(pipe, "vae", None)):
-        if network is not None:
-            add_network(digest, network)
-    scheduler = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
-    digest.update(f"{type(pipe.scheduler).__name__} {sorted(scheduler.items())}".encode())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,8 @@ from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
-from accelkit.documents import parse_json
-from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files import AGAIN, read_record, write_record
 from accelkit.noise import NoiseAxis
 from accelkit.sample.generate import Sampling, decode, generate_latents
 from accelkit.sample.samplers import make_sampler
@@ -134,7 +133,7 @@ def time_runs(
         size: images of a call.
         rounds: that are counted.
         kernels: as :func:`accelkit.enable` takes it.
-        kept: a file of a line of JSON for each round; those that it holds are not run again.
+        kept: a JSON file of the rounds that were run; those that it holds are not run again.
         on_run: called with the runs done and their total.
     """
     found = _read_rounds(kept)
@@ -149,9 +148,7 @@ def time_runs(
             on_run(index * len(runs) + place + 1, (rounds + 1) * len(runs))
         found.append(row)
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with explain_full_disk(kept, AGAIN), kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            write_record(kept, {"rounds": found}, AGAIN)
     bases = {work: place for place, (variant, work) in enumerate(runs) if variant.base}
     no_room = {"skipped": f"there is no room for {size} images at a time in the GPU's memory"}
     by_run = [_whole(column) for column in zip(*found, strict=True)]
@@ -170,23 +167,14 @@ def _whole(runs: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]] | None
 
 
 def _read_rounds(kept: Path | None) -> list[list[dict[str, Any] | None]]:
-    """Return the rounds that a file holds, without one cut off when its process was killed."""
+    """Return the rounds that a file holds, none if it is damaged, which warns."""
     if kept is None or not kept.exists():
         return []
-    lines = kept.read_text(errors="replace").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        kept.write_text("".join(whole))
     try:
-        found = [parse_json(line) for line in whole]
-        if not all(isinstance(row, list) for row in found):
-            raise ValueError("a line is no list")
-    except ValueError as error:
-        raise AccelkitError(
-            f"the timed rounds in {kept} are damaged ({error}); remove the file and run the same "
-            "command again"
-        ) from error
-    return found
+        return read_record(kept)["rounds"]
+    except (AccelkitError, KeyError, TypeError) as error:
+        warnings.warn(f"cannot use {kept} ({error}); timing again", AccelkitWarning, stacklevel=3)
+        return []
 
 
 def _times(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from accelkit.bench.html import html
 from accelkit.bench.markdown import markdown
 from accelkit.bench.plots import FOLDER, Plot, png, svg
 from accelkit.bench.sections import document
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.files import AGAIN, write_bytes
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -33,9 +33,8 @@ def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
     for plot in _plots(made):
         files[directory / FOLDER / f"{plot.name}.png"] = png(plot)
         files[directory / FOLDER / f"{plot.name}.svg"] = svg(plot)
-    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
-        _write(path, content)
+        write_bytes(path, content, AGAIN)
     for path in _files_of_plots(directory, PLOTS):
         if path not in files:  # of an earlier run
             path.unlink(missing_ok=True)
@@ -60,13 +59,3 @@ def _files_of_plots(directory: Path, names: Iterable[str]) -> list[Path]:
 def _plots(made: Document) -> list[Plot]:
     blocks = [block for section in made.sections for block in section.blocks]
     return [block for block in blocks if isinstance(block, Plot)]
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".partial")
-    with explain_full_disk(path, AGAIN):
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

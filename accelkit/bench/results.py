@@ -15,7 +15,7 @@ from typing import Any
 
 from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, write_json
+from accelkit.files import AGAIN, read_record, write_record
 
 SCHEMA = 2
 RESULTS = "results.json"
@@ -49,7 +49,7 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
     JSON has no infinities and no NaN: a figure that is not finite is written as null.
     """
     path = directory / RESULTS
-    write_json(path, _finite(results), AGAIN)
+    write_record(path, _finite(results), AGAIN)
     return path
 
 
@@ -60,11 +60,11 @@ def read_results(path: Path) -> dict[str, Any]:
         path: the file, or the directory that it is in.
 
     Raises:
-        AccelkitError: it cannot be read, is of another schema version, or does not follow
-            ``results.schema.json``.
+        AccelkitError: it cannot be read, is damaged, is of another schema version, or does not
+            follow ``results.schema.json``.
     """
     path = path / RESULTS if path.is_dir() else path
-    results = read_json(path)
+    results = read_record(path, "remove it, and the same accelkit bench writes it again")
     found = results.get("schema") if isinstance(results, dict) else None
     if isinstance(found, int) and found != SCHEMA:
         raise AccelkitError(

@@ -10,6 +10,7 @@ import typer
 from accelkit.cli.options import (
     AsJson,
     Baselines,
+    ClassMap,
     Data,
     DryRun,
     Guidance,
@@ -22,6 +23,7 @@ from accelkit.cli.options import (
     Revision,
     SkipBad,
     Vae,
+    Variant,
     check_output,
     fill_in_data,
     listed,
@@ -105,8 +107,10 @@ def bench(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    variant: Variant = None,
     vae: Vae = None,
     num_heads: NumHeads = 0,
+    class_map: ClassMap = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Compare schedules with every alternative, in time and quality, and write a report.

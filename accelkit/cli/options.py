@@ -16,6 +16,7 @@ Model = Annotated[
     str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the model's weights, such as fp16.")]
 Vae = Annotated[
     str | None,
     typer.Option(help="Directory or hub id of an original-layout file's autoencoder."),
@@ -28,6 +29,14 @@ Data = Annotated[
     typer.Option(
         help="digits, a folder of images (by class or with captions) or a zip of one. Default for "
         "the built-in model: digits."
+    ),
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help='Labels of the data\'s classes: a JSON object such as {"cat": 3, "dog": 5}, or the '
+        "names of all the model's classes, one a line. Default: 0, 1, … in the names' order.",
     ),
 ]
 SkipBad = Annotated[bool, typer.Option(help="Go on without images that cannot be read.")]

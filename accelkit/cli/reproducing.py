@@ -12,6 +12,7 @@ from rich.table import Table
 
 from accelkit.cli.options import (
     AsJson,
+    ClassMap,
     Kernels,
     NumHeads,
     Revision,
@@ -67,6 +68,7 @@ def reproduce(
     revision: Revision = None,
     vae: Vae = None,
     num_heads: NumHeads = 0,
+    class_map: ClassMap = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Repeat a published table: train what it needs, then compare, its figures beside ours.
@@ -105,7 +107,15 @@ def reproduce(
         results = job(
             table,
             scale,
-            Source(model or "", data or "", revision, vae, num_heads or None, skip_bad),
+            Source(
+                model or "",
+                data or "",
+                revision,
+                vae,
+                num_heads or None,
+                skip_bad,
+                class_map=class_map,
+            ),
             Given(brought, kernels, features, features_sha256, reference, seed),
             place,
             report,

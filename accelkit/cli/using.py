@@ -23,6 +23,7 @@ from accelkit.cli.options import (
     Revision,
     Sampler,
     Vae,
+    Variant,
     reporter,
     sampling_of,
     source_of,
@@ -61,6 +62,7 @@ def sample(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     revision: Revision = None,
+    variant: Variant = None,
     vae: Vae = None,
     num_heads: NumHeads = 0,
 ) -> None:
@@ -167,6 +169,7 @@ def convert(
         bool, typer.Option(help="Convert though the original code computes slightly else.")
     ] = False,
     overwrite: Overwrite = False,
+    variant: Variant = None,
 ) -> None:
     """Convert a DiT's or U-ViT's checkpoint: original layout to a diffusers directory, or back.
 
@@ -178,7 +181,7 @@ def convert(
     """
     from accelkit.jobs.convert import convert as job
 
-    made = job(source, target, num_heads or None, allow_inexact, overwrite)
+    made = job(source, target, num_heads or None, allow_inexact, overwrite, variant)
     out.print(f"wrote {made}", highlight=False)
 
 
@@ -186,6 +189,7 @@ def inspect(
     model: Model = "builtin",
     schedule: Annotated[str | None, typer.Option(help="Show its cost on this model.")] = None,
     revision: Revision = None,
+    variant: Variant = None,
     num_heads: NumHeads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -197,7 +201,7 @@ def inspect(
     """
     from accelkit.jobs.inspect import inspect as job
 
-    seen = job(model, revision, schedule, num_heads or None)
+    seen = job(model, revision, schedule, num_heads or None, variant)
     if as_json:
         typer.echo(json.dumps(seen, indent=2))
         return

@@ -1,83 +1,86 @@
-"""Captions that lie beside images: ``metadata.jsonl``, or a ``.txt`` for each image."""
+"""Captions next to images: rows of a metadata file, or a ``.txt`` for each image."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Protocol
 
-from accelkit.errors import AccelkitError
+from accelkit.data.files import Files, next_to
+from accelkit.data.words import one_line, reason, refusal
+from accelkit.errors import AccelkitWarning
 
-METADATA = "metadata.jsonl"
-"""As Hugging Face's imagefolder has them: a line {"file_name": …, "text": …} for an image."""
-
-
-class Files(Protocol):
-    """Where captions lie: ``texts`` are the paths that :func:`is_text` holds for."""
-
-    where: str
-    texts: set[PurePosixPath]
-
-    def content(self, name: PurePosixPath) -> bytes:
-        """Return a file's bytes."""
+_MOST_BYTES = 2**20
 
 
-def is_text(path: PurePosixPath) -> bool:
-    """Whether a path may hold captions."""
-    unseen = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return (path.suffix == ".txt" or path.name == METADATA) and not unseen
+class Captions:
+    """The captions of a data set's images, of which ``.txt`` files are read when asked for.
 
+    Args:
+        files: of the data set.
+        images: those that have captions, or should have.
+        rows: captions by image from metadata, which take precedence over a ``.txt``.
 
-def captioned(files: Files, images: Sequence[PurePosixPath]) -> bool:
-    """Whether any file holds captions of ``images``."""
-    return any(t.name == METADATA for t in files.texts) or any(
-        name.with_suffix(".txt") in files.texts for name in images
-    )
-
-
-def read_captions(files: Files, images: Sequence[PurePosixPath]) -> tuple[str, ...]:
-    """Return the caption of each image.
-
-    Paths in a ``metadata.jsonl`` are relative to it, and it goes before a ``.txt``.
-
-    Raises:
-        AccelkitError: an image has no caption, or captions cannot be read.
+    Attributes:
+        files: the ``.txt`` that belong to an image.
     """
-    found: dict[PurePosixPath, str] = {}
-    for name in images:
-        if (beside := name.with_suffix(".txt")) in files.texts:
-            found[name] = _text(files, beside).strip()
-    for text in sorted(t for t in files.texts if t.name == METADATA):
-        found |= _lines(files, text)
-    if missing := [str(name) for name in images if name not in found]:
-        strange = sorted(str(name) for name in found.keys() - set(images))
-        also = f" ({METADATA} names {strange[0]}, which is no image there)" if strange else ""
-        raise AccelkitError(
-            f"{len(missing)} of {len(images)} images in {files.where} have no caption, e.g. "
-            f"{missing[0]}{also}; give each a line in {METADATA} or a .txt beside it"
-        )
-    return tuple(found[name] for name in images)
 
+    def __init__(
+        self,
+        files: Files,
+        images: Sequence[PurePosixPath],
+        rows: Mapping[PurePosixPath, str],
+    ) -> None:
+        self._files, self._images, self._rows = files, images, rows
+        self._texts = next_to(images, files, ".txt")
+        self.files = set(self._texts.values())
 
-def _lines(files: Files, path: PurePosixPath) -> dict[PurePosixPath, str]:
-    captions = {}
-    for number, line in enumerate(_text(files, path).split("\n"), 1):
-        if not line.strip():
-            continue
+    def __len__(self) -> int:
+        """How many images have a caption."""
+        return len(self._images) - len(self._bare) if self._rows or self._texts else 0
+
+    @cached_property
+    def _bare(self) -> list[PurePosixPath]:
+        rows, texts = self._rows, self._texts
+        return [i for i in self._images if i not in rows and i.with_suffix("") not in texts]
+
+    def check(self) -> None:
+        """Raise AccelkitError if an image has no caption."""
+        where, images = self._files.where, self._images
+        if bare := self._bare:
+            strange = sorted(map(str, self._rows.keys() - set(images)))
+            also = f" (a row names {strange[0]}, which is no image there)" if strange else ""
+            raise refusal(
+                f"{len(bare)} of {len(images)} images in {where} have no caption, e.g. {bare[0]}"
+                f"{also}; give each a line in metadata.jsonl or a .txt beside it"
+            )
+
+    def read(self) -> tuple[str, ...]:
+        """Return the caption of each image; empty ones warn.
+
+        Raises:
+            AccelkitError: an image has no caption, or captions cannot be read.
+        """
+        self.check()
+        where, images = self._files.where, self._images
+        found = tuple(self._rows[i] if i in self._rows else self._text(i) for i in images)
+        if empty := [i for i, text in zip(images, found, strict=True) if not text.strip()]:
+            warnings.warn(
+                one_line(
+                    f"{len(empty)} of {len(images)} images in {where} have an empty caption, e.g. "
+                    f"{empty[0]}; they train the model as images without a prompt do"
+                ),
+                AccelkitWarning,
+                stacklevel=3,
+            )
+        return found
+
+    def _text(self, image: PurePosixPath) -> str:
+        path = self._texts[image.with_suffix("")]
         try:
-            row = json.loads(line)
-            captions[path.parent / row["file_name"]] = str(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise AccelkitError(
-                f"line {number} of {files.where}/{path} is not of the form "
-                '{"file_name": "a.png", "text": "a caption"}'
+            return self._files.content(path, _MOST_BYTES).decode("utf-8-sig").strip()
+        except Exception as error:  # zipfile raises as many kinds as Pillow
+            raise refusal(
+                f"cannot read the captions {self._files.where}/{path}: {reason(error)}"
             ) from error
-    return captions
-
-
-def _text(files: Files, path: PurePosixPath) -> str:
-    try:
-        return files.content(path).decode("utf-8-sig")
-    except Exception as error:  # zipfile raises as many kinds as Pillow
-        raise AccelkitError(f"cannot read the captions {files.where}/{path}: {error}") from error

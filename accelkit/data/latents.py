@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ class Latents:
 
     Attributes:
         path: the folder of shards.
-        classes: names of the classes, the label being the place; empty without labels.
+        classes: names of the classes in the order of their labels; empty without labels.
         skipped: how many images could not be read.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
     """
 
-    def __init__(self, path: Path, vae: Any | None) -> None:
+    def __init__(self, path: Path, vae: Any | None, applied: Collection[str] = AT_USE) -> None:
         self.path = path
         self._shards = Shards(path)
         self.classes: tuple[str, ...] = tuple(self._shards.index["classes"])
         self.skipped: int = self._shards.index["skipped"]
-        self._shift, self._scale = scaling(vae)
+        self._shift, self._scale = scaling(vae, applied)
         self._pixels = vae is None
 
     @cached_property
@@ -88,13 +88,15 @@ def encode_latents(
     batch: int = 64,
     device: torch.device | str = "cpu",
     flip: bool = False,
+    applied: Collection[str] = AT_USE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
     """Return the latents of ``source`` under ``vae``, from the cache if they are there.
 
-    A folder is keyed by the autoencoder's weights and architecture, the data's fingerprint, size
-    and flip. It is written beside and renamed into place, so an interrupted encoding leaves nothing
-    half done, and two at a time both end with a whole one. What killed processes left is removed.
+    A folder is keyed by the autoencoder's weights, architecture and tiling, the data's fingerprint,
+    size and flip. It is written beside and renamed into place, so an interrupted encoding leaves
+    nothing half done, and two at a time both end with a whole one. What killed processes left is
+    removed.
 
     Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
     float32 (n, C, h, w), because half precision would round them, without ``std`` for a
@@ -109,13 +111,16 @@ def encode_latents(
         batch: images encoded at a time.
         device: where.
         flip: append the mirrored images, in the same order.
+        applied: settings of the autoencoder that the pipeline applies to latents, as for
+            :func:`accelkit.autoencoders.scaling`.
         progress: called with the samples encoded and their total.
 
     Raises:
-        AccelkitError: an image cannot be read, or the cache cannot be written.
+        AccelkitError: an image cannot be read, the cache cannot be written, or the autoencoder is
+            not one that accelkit can call.
     """
     folder = (cache_dir or default_cache()) / _key(source, vae, size, flip)
-    cached = shards.cached(folder, lambda path: Latents(path, vae), "latents")
+    cached = shards.cached(folder, lambda path: Latents(path, vae, applied), "latents")
     # images left out by an earlier call are this one's errors, unless it leaves them out as well
     if cached is not None and (source.skip_bad or not cached.skipped):
         return cached
@@ -129,7 +134,7 @@ def encode_latents(
         )
         skipped = len(source) - index["count"] // (1 + flip)
         shards.write_index(part, {**index, "classes": source.classes, "skipped": skipped})
-        return Latents(part, vae)
+        return Latents(part, vae, applied)
 
     latents = shards.made(folder, make, "latents")
     latents.path = folder
@@ -140,6 +145,9 @@ def _key(source: ImageSource, vae: Any | None, size: int, flip: bool) -> str:
     digest = hashlib.sha256()
     if vae is not None:
         shards.add_network(digest, vae, AT_USE)
+        if getattr(vae, "use_tiling", False):  # tiles are blended, which changes the latents
+            tiles = {name: value for name, value in vars(vae).items() if name.startswith("tile_")}
+            digest.update(f"tiles {sorted(tiles.items())}".encode())
     digest.update(f"{source.fingerprint} {size} {flip} {FORMAT}".encode())
     return digest.hexdigest()[:16]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
 import secrets
 import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -17,13 +18,17 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files import AGAIN, flush, flush_folder, read_record, write_record
+from accelkit.tensors import load_tensors, write_tensors
 
 SHARD = 4096
 SHARD_BYTES = 512 * 2**20
+GO_ON = f"{AGAIN}, or name another folder in ACCELKIT_CACHE"
+"""What to do if a cache cannot be written."""
 INDEX = "index.json"
 _LOCK = ".lock"
 
@@ -42,8 +47,9 @@ class Shards:
     """
 
     def __init__(self, path: Path) -> None:
-        self.index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        self._files = [load_file(path / name) for name in self.index["files"]]
+        self.index: dict[str, Any] = read_record(path / INDEX)
+        with ThreadPoolExecutor() as pool:  # as their checksums are compared, which takes a while
+            self._files = list(pool.map(load_tensors, [path / n for n in self.index["files"]]))
         self._starts = [0, *accumulate(len(next(iter(f.values()))) for f in self._files)]
         if len(self) != self.index["count"] or len(self) == 0:
             raise ValueError(f"{len(self)} rows where {self.index['count']} were written")
@@ -85,27 +91,28 @@ def write(batches: Iterator[Rows], folder: Path, on_rows: Callable[[int], None])
     held: list[Rows] = []
     done = kept = size = 0
 
-    def flush() -> None:
+    def close_shard() -> None:
         files.append(f"shard-{len(files):05d}.safetensors")
-        save_file({n: torch.cat([rows[n] for rows in held]) for n in held[0]}, folder / files[-1])
+        columns = {name: torch.cat([rows[name] for rows in held]) for name in held[0]}
+        write_tensors(folder / files[-1], columns, GO_ON)
         held.clear()
 
     for rows in batches:
         count = len(next(iter(rows.values())))
         more = sum(tensor.nbytes for tensor in rows.values())
         if held and (done - kept + count > SHARD or size + more > SHARD_BYTES):
-            flush()
+            close_shard()
             kept, size = done, 0
         held.append({name: tensor.contiguous() for name, tensor in rows.items()})
         done, size = done + count, size + more
         on_rows(done)
-    flush()
+    close_shard()
     return {"count": done, "files": files}
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write what :func:`write` returned, and whatever else is worth recording."""
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_record(folder / INDEX, index, GO_ON)
 
 
 def in_order(folder: Path) -> Iterator[Rows]:
@@ -114,8 +121,8 @@ def in_order(folder: Path) -> Iterator[Rows]:
     Raises:
         OSError, ValueError, KeyError, SafetensorError: the folder is not whole.
     """
-    for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]:
-        yield load_file(folder / name)
+    for name in read_record(folder / INDEX)["files"]:
+        yield load_file(folder / name)  # compared with its checksum when the folder was opened
 
 
 def cached(folder: Path, read: Callable[[Path], T], what: str) -> T | None:
@@ -203,13 +210,34 @@ def add_network(digest: Any, network: nn.Module, leave_out: frozenset[str] = fro
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
 
 
+def fingerprint_of(network: nn.Module) -> str:
+    """Return a digest of a network's class, configuration and weights."""
+    digest = hashlib.sha256()
+    add_network(digest, network)
+    return digest.hexdigest()
+
+
+def fingerprint(pipe: Any) -> str:
+    """Return a digest of a pipeline's networks and noise process, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(f"{name}\0".encode())
+            add_network(digest, part, frozenset({"transformers_version"}))
+    scheduler = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
+    digest.update(f"{type(pipe.scheduler).__name__} {sorted(scheduler.items())}".encode())
+    return digest.hexdigest()
+
+
 def _install(part: Path, folder: Path) -> None:
-    """Rename ``part`` to ``folder``; what lies there is moved away whole, never seen half gone."""
+    """Rename ``part`` to ``folder``; what is there is moved away whole, never seen half gone."""
+    flush(part)
     old = part.with_name(f"{part.name}-replaced")
     with suppress(FileNotFoundError):
         folder.rename(old)
     try:
         part.rename(folder)
+        flush_folder(folder.parent)
     except OSError:  # another process was first, with the same content
         if not (folder / INDEX).is_file():
             raise

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import zipfile
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from accelkit.data.captions import captioned, is_text, read_captions
+from accelkit.data import dataset_json
+from accelkit.data.captions import Captions
+from accelkit.data.class_map import ClassMap, read_class_map
+from accelkit.data.classes import Classes, folder_classes, recorded_classes
 from accelkit.data.digits import SIZE, digits
-from accelkit.errors import AccelkitError
-
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+from accelkit.data.files import Files, next_to, open_files, refuse_archives
+from accelkit.data.metadata import Label, Metadata, is_metadata, read_metadata
+from accelkit.data.pictures import MOST_BYTES, SUFFIXES, UNREAD, crop_and_resize, decode
+from accelkit.data.words import by_suffix, labelled, one_line, reason, refusal
+from accelkit.errors import AccelkitError, AccelkitWarning
 
 
 class ImageSource(ABC):
@@ -28,7 +30,10 @@ class ImageSource(ABC):
     Attributes:
         name: what was asked for.
         labels: int64 of shape (n,), or None.
-        classes: names of the classes, the label being the place; empty without labels.
+        classes: names of the classes in the order of their labels; empty without labels.
+        class_labels: the label of each class, rising: 0, 1, … unless a file says otherwise.
+        captioned: how many images have a caption.
+        notes: what else is there and is not used, a phrase each.
         skip_bad: pass over images that cannot be read, and list them in ``skipped``.
         skipped: what the last pass of :func:`iter_images` left out, each with its reason.
     """
@@ -36,11 +41,23 @@ class ImageSource(ABC):
     name: str
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    captioned = 0
+    notes: tuple[str, ...] = ()
     skip_bad = False
     skipped: list[str]
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    def class_labels(self) -> tuple[int, ...]:
+        """The label of each class."""
+        return tuple(range(len(self.classes)))
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The classes' names by label."""
+        return dict(zip(self.class_labels, self.classes, strict=True))
 
     @property
     def captions(self) -> tuple[str, ...] | None:
@@ -54,7 +71,10 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 over names and contents, the same wherever the images lie."""
+        """SHA-256 over names and contents, the same wherever the images are.
+
+        Labels count too, unless they follow from the names.
+        """
 
     @abstractmethod
     def read(self, index: int, size: int) -> np.ndarray:
@@ -64,34 +84,42 @@ class ImageSource(ABC):
             AccelkitError: the image cannot be read; it is named.
         """
 
+    def summary(self) -> str:
+        """Return a phrase: how many images, which class has which label, what was not used."""
+        labels = f", labels {labelled(self.names)}" if self.classes else ", without classes"
+        some = f"captions for {self.captioned:,}" if self.captioned < len(self) else "with captions"
+        captions = f", {some}" if self.captioned else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return one_line(f"{len(self):,} images of {self.name}{labels}{captions}{notes}", 380)
 
-def open_source(spec: str | Path, *, skip_bad: bool = False) -> ImageSource:
+
+def open_source(
+    spec: str | Path, *, skip_bad: bool = False, class_map: str | Path | None = None
+) -> ImageSource:
     """Return the images that ``spec`` names.
 
     Args:
         spec: ``digits``; a folder with a sub-folder per class (sorted names are labels 0, 1, ...);
             a folder of images without classes; or a zip of either, of which a path may name a part,
             as in ``cifar10.zip/train``. A single outermost folder of a zip is looked through.
-            Captions lie in ``metadata.jsonl`` (``file_name`` and ``text`` a line, paths relative
-            to it) or in a ``.txt`` beside each image; images with captions need no classes.
+            Labels in a ``dataset.json`` of NVlabs' tools, or in the column ``label`` of a
+            ``metadata.jsonl`` or ``metadata.csv``, take precedence over folders. Captions are in
+            the column ``text`` of such a table (``file_name`` relative to it) or in a ``.txt`` next
+            to each image; images with captions need no classes.
         skip_bad: pass over images that cannot be read instead of raising.
+        class_map: file that sets the labels of the classes; see
+            :func:`accelkit.data.class_map.read_class_map`.
 
     Raises:
-        AccelkitError: nothing is there, there are no images, the zip is broken, images lie beside
-            class folders, a class folder holds none, or it holds folders in their place.
+        AccelkitError: nothing is there, there are no images, the zip is broken or hostile, images
+            lie beside class folders, a class folder holds none, or it holds folders in their place;
+            labels or captions are of another form, missing for an image or there twice; the class
+            map does not suit the classes.
     """
+    given = None if class_map is None else read_class_map(class_map)
     if str(spec) == "digits":
-        return _Digits()
-    path = Path(spec)
-    archive = next((p for p in (path, *path.parents) if p.suffix == ".zip" and p.is_file()), None)
-    files: _Files
-    if archive is not None:
-        files = _Zip(archive, path.relative_to(archive).as_posix())
-    elif path.is_dir():
-        files = _Folder(path)
-    else:
-        raise AccelkitError(f"no data at {path}; give digits, a folder of images or a zip of one")
-    return _Images(str(spec), files, skip_bad)
+        return _Digits(given)
+    return _Images(str(spec), open_files(Path(spec), _matters), skip_bad, given)
 
 
 def iter_images(
@@ -123,36 +151,23 @@ def iter_images(
     if images:
         yield np.array(indices), np.stack(images)
     elif not found:
-        raise AccelkitError(f"none of the {len(source)} images in {source.name} can be read")
-
-
-def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
-    """Return RGB uint8 (size, size, 3): shorter side resized to ``size``, centre cropped.
-
-    As in ADM (Dhariwal and Nichol 2021) and DiT: halved by averaging while twice too large, then
-    bicubic. Transparency is dropped and EXIF orientation ignored, as there; grey of 16 bits is
-    scaled to 8.
-    """
-    if image.mode.startswith("I"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    wide, high = round(image.width * scale), round(image.height * scale)
-    if (wide, high) != image.size:
-        image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = (wide - size) // 2, (high - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
+        raise refusal(f"none of the {len(source)} images in {source.name} can be read")
 
 
 class _Digits(ImageSource):
     name = "digits"
 
-    def __init__(self) -> None:
-        self._images, self.labels = digits()
-        self.classes = tuple(str(i) for i in range(10))
+    def __init__(self, class_map: ClassMap | None) -> None:
+        self._images, labels = digits()
+        classes = Classes(tuple(map(str, range(10))), tuple(range(10)), labels)
+        self._classes = classes.mapped(class_map, self.name) if class_map else classes
+        self.labels, self.classes = self._classes.of_images, self._classes.names
         self.skipped = []
+
+    @property
+    def class_labels(self) -> tuple[int, ...]:
+        """The label of each class."""
+        return self._classes.labels
 
     def __len__(self) -> int:
         return len(self._images)
@@ -167,163 +182,136 @@ class _Digits(ImageSource):
         return image if size == SIZE else crop_and_resize(Image.fromarray(image), size)
 
 
-def _is_seen(path: PurePosixPath) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
 def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in SUFFIXES and _is_seen(path)
+    return path.suffix.lower() in SUFFIXES
 
 
-class _Files(ABC):
-    """Named images and what may tell of them, wherever they lie, and the outermost folders."""
-
-    where: str
-    names: list[PurePosixPath]
-    texts: set[PurePosixPath]
-    folders: set[str]
-
-    @abstractmethod
-    def content(self, name: PurePosixPath) -> bytes:
-        """Return a file's bytes."""
-
-
-class _Folder(_Files):
-    def __init__(self, path: Path) -> None:
-        self.where = str(path)
-        self._path = path
-        found = (Path(top) / f for top, _, files in os.walk(path, followlinks=True) for f in files)
-        names = [PurePosixPath(p.relative_to(path).as_posix()) for p in found]
-        self.names = [n for n in names if _is_image(n)]
-        self.texts = {n for n in names if is_text(n)}
-        self.folders = {
-            p.name for p in path.iterdir() if p.is_dir() and _is_seen(PurePosixPath(p.name))
-        }
-
-    def content(self, name: PurePosixPath) -> bytes:
-        return (self._path / name).read_bytes()
-
-
-class _Zip(_Files):
-    def __init__(self, path: Path, part: str) -> None:
-        self.where = str(path) if part == "." else f"{path}/{part}"
-        self._path = path
-        self._open: tuple[int, zipfile.ZipFile] | None = None
-        try:
-            members = self._archive().namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise AccelkitError(f"cannot read the zip {path}: {error}") from error
-        self._prefix = PurePosixPath(part)
-        # paths leave out a leading "./", by which the archive would not find the file again
-        self._members = {PurePosixPath(m): m for m in members}
-        self._list()
-        if part == "." and len(self.folders) == 1 and all(len(n.parts) > 1 for n in self.names):
-            self._prefix = PurePosixPath(*self.folders)
-            self.where = f"{path}/{self._prefix}"
-            self._list()
-
-    def _list(self) -> None:
-        inside = [m for m in self._members if m.is_relative_to(self._prefix)]
-        below = [(m.relative_to(self._prefix), self._members[m].endswith("/")) for m in inside]
-        self.names = [n for n, is_folder in below if _is_image(n) and not is_folder]
-        self.texts = {n for n, is_folder in below if is_text(n) and not is_folder}
-        self.folders = {
-            n.parts[0]
-            for n, is_folder in below
-            if len(n.parts) > (0 if is_folder else 1) and _is_seen(n)
-        }
-
-    def _archive(self) -> zipfile.ZipFile:
-        # a handle shared with a forked process would share its position in the file
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), zipfile.ZipFile(self._path))
-        return self._open[1]
-
-    def content(self, name: PurePosixPath) -> bytes:
-        return self._archive().read(self._members[self._prefix / name])
+def _matters(path: PurePosixPath) -> bool:
+    return _is_image(path) or is_metadata(path) or path.name == dataset_json.NAME
 
 
 class _Images(ImageSource):
-    def __init__(self, name: str, files: _Files, skip_bad: bool) -> None:
+    def __init__(self, name: str, files: Files, skip_bad: bool, class_map: ClassMap | None) -> None:
         self.name, self.skip_bad, self.skipped = name, skip_bad, []
         self._files = files
-        self._names = sorted(files.names)
+        self._names = sorted(filter(_is_image, files.paths))
+        refuse_archives(files)
         if not self._names:
-            raise AccelkitError(
+            found = f", found {by_suffix(files.paths)}" if files.paths else ""
+            raise refusal(
                 f"no images in {files.where}; expected {', '.join(sorted(SUFFIXES))} files, "
-                "in a sub-folder per class or without any"
+                f"in a sub-folder per class or without any{found}"
             )
-        loose = [n for n in self._names if len(n.parts) == 1]
-        self.classes = tuple(sorted({n.parts[0] for n in self._names if len(n.parts) > 1}))
-        self._captioned = captioned(files, self._names)
-        if loose and self._captioned:
-            self.classes = ()
-        if loose and self.classes:
-            raise AccelkitError(
-                f"{files.where} holds images ({loose[0]}, …) beside class folders "
-                f"({self.classes[0]}, …); put every image into a class, or remove the folders"
-            )
-        if self.classes:
-            self._check_classes()
-        places = {c: i for i, c in enumerate(self.classes)}
-        self.labels = (
-            np.array([places[n.parts[0]] for n in self._names], dtype=np.int64)
-            if self.classes
-            else None
-        )
-
-    def _check_classes(self) -> None:
-        where = self._files.where
-        if empty := sorted(self._files.folders - set(self.classes)):
-            raise AccelkitError(
-                f"{where}/{empty[0]} holds no images, and without it the classes after it would "
-                "have other labels; put images in, or remove it"
-            )
-        own = {n.parts[0] for n in self._names if len(n.parts) == 2}
-        within = sorted({n.parts[:2] for n in self._names if n.parts[0] not in own})
-        # one sub-folder alone, as in Tiny ImageNet, is a class's own way to keep its images
-        for (name, first), (again, second) in pairwise(within):
-            if name == again:
-                raise AccelkitError(
-                    f"{where}/{name} holds folders of images ({first}, {second}, …) where a class "
-                    f"holds images; name the part that has the classes, as in {where}/{name}"
+        self._refuse_unread_labels()
+        metadata = read_metadata(files)
+        recorded = dataset_json.read_labels(files)
+        self._captions = Captions(files, self._names, metadata.captions)
+        self.captioned = len(self._captions)
+        self._classes = self._classified(metadata.labels, recorded)
+        if class_map is not None:
+            if self._classes is None:
+                raise refusal(
+                    f"{files.where} has no classes that the class map {class_map.where} could "
+                    "label; leave it out, or put the images into a folder per class"
                 )
+            self._classes = self._classes.mapped(class_map, files.where)
+        elif self._classes is not None:
+            self._classes.warn(files.where)
+        self.labels = self._classes.of_images if self._classes else None
+        self.classes = self._classes.names if self._classes else ()
+        self.notes = self._passed_over(metadata, recorded)
+
+    def _refuse_unread_labels(self) -> None:
+        if found := next_to(self._names, self._files, ".cls"):  # of WebDataset, unpacked
+            raise refusal(
+                f"{self._files.where} has labels in files such as {min(found.values())}, which "
+                'accelkit does not read; write them to metadata.jsonl, {"file_name": …, "label": '
+                "…} a line, and remove those files"
+            )
+
+    def _classified(
+        self, rows: Mapping[PurePosixPath, Label], recorded: Mapping[PurePosixPath, int] | None
+    ) -> Classes | None:
+        files, images = self._files, self._names
+        if recorded and rows:
+            raise refusal(
+                f"{files.where} has labels both in {dataset_json.NAME} and in metadata; remove "
+                "one of them"
+            )
+        if labels := recorded or rows:
+            return recorded_classes(files, images, labels)
+        return None if recorded is not None else folder_classes(files, images, self._captions)
+
+    def _passed_over(
+        self, metadata: Metadata, recorded: Mapping[PurePosixPath, int] | None
+    ) -> tuple[str, ...]:
+        """Return what is there and not used; warn of pictures, whose absence changes the data."""
+        rest = [n for n in self._files.paths if not _is_image(n) and not is_metadata(n)]
+        pictures = [n for n in rest if n.suffix.lower() in UNREAD]
+        read = {*pictures, *self._captions.files}
+        read |= {PurePosixPath(dataset_json.NAME)} if recorded is not None else set()
+        others = [n for n in rest if n not in read]
+        if pictures:
+            warnings.warn(
+                one_line(
+                    f"passed over pictures in {self._files.where} whose format accelkit does not "
+                    f"read: {len(pictures):,} ({by_suffix(pictures)}); convert them to .png, or "
+                    "remove them"
+                ),
+                AccelkitWarning,
+                stacklevel=4,
+            )
+        strangers = {*metadata.captions, *metadata.labels, *(recorded or {})} - set(self._names)
+        notes = [
+            f"other files passed over: {len(others):,} ({by_suffix(others)})" if others else "",
+            f"rows that name no image: {len(strangers):,}" if strangers else "",
+            f"columns not read: {', '.join(sorted(metadata.columns))}" if metadata.columns else "",
+        ]
+        return tuple(filter(None, notes))
 
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def class_labels(self) -> tuple[int, ...]:
+        """The label of each class."""
+        return self._classes.labels if self._classes else ()
+
     @cached_property
     def captions(self) -> tuple[str, ...] | None:
-        """From ``metadata.jsonl``, else from the ``.txt`` beside each image."""
-        return read_captions(self._files, self._names) if self._captioned else None
+        """From a metadata file, else from the ``.txt`` next to each image."""
+        return self._captions.read() if self.captioned else None
 
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self._names:
             try:
-                content = self._files.content(name)
+                content = self._files.content(name, MOST_BYTES)
             except Exception as error:  # zipfile raises as many kinds as Pillow
                 if not self.skip_bad:
                     raise self._unreadable(name, error) from error
                 content = b""
-            digest.update(f"{name}\0".encode())
+            digest.update(f"{name}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(content).digest())
+        if self.labels is None and all(len(name.parts) > 1 for name in self._names):
+            digest.update(b"folders that are no classes")
+        elif self._classes and self._classes.recorded:  # elsewhere than in the names
+            digest.update(repr((self.classes, self._classes.of_images.tolist())).encode())
         return digest.hexdigest()
 
     def read(self, index: int, size: int) -> np.ndarray:
         name = self._names[index]
         try:
-            with Image.open(io.BytesIO(self._files.content(name))) as image:
-                return crop_and_resize(image, size)
+            return decode(self._files.content(name, MOST_BYTES), size)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: PurePosixPath, error: Exception) -> AccelkitError:
         # Pillow's own words for an unknown format name an address in memory
         known = not isinstance(error, UnidentifiedImageError)
-        reason = f"{type(error).__name__}: {error}" if known else "not in a known format"
-        return AccelkitError(
-            f"cannot read the image {self._files.where}/{name} ({reason}); "
+        return refusal(
+            f"cannot read the image {self._files.where}/{name} "
+            f"({reason(error) if known else 'not in a known format'}); "
             "remove it or use --skip-bad"
         )

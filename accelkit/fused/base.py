@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,12 +11,15 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from accelkit import others
+from accelkit import others, recording
 from accelkit.backbones import Backbone
+from accelkit.fused.gate import Gate
 from accelkit.fused.watch import Joined, Watch, unfit, unusual
 from accelkit.routing import Plan
 
 Block = Callable[..., Any]
+Step = tuple[Tensor, int]
+"""All timesteps of a sampling run, and which of them a call is for."""
 
 
 class Pass(ABC):
@@ -49,8 +51,6 @@ class FusedForward(ABC):
     Attributes:
         blocks: what runs each of the backbone's ``all_blocks``, None for one that runs as it is.
         refusal: why no call is fused, None if calls are.
-        step: returns the timesteps of the run under way and which of them all samples of the call
-            have (:meth:`accelkit.routing.Router.step`).
         looks: how often the model was looked at, after each of which its weights lie elsewhere.
         graphs: what runs passes, by a graph each (:mod:`accelkit.fused.graphs`); None runs them.
     """
@@ -60,14 +60,13 @@ class FusedForward(ABC):
         self.model: Any = backbone.model
         self.blocks: list[Block | None] = []
         self.refusal: str | None = None
-        self.step: Callable[[], tuple[Tensor, int] | None] = lambda: None
         self.looks = 0
         self.graphs: Callable[[Pass], Tensor] | None = None
         self._names = list(inspect.signature(type(backbone.model).forward).parameters)[1:]
         self._joined: list[Joined] = []
         self._watch: Watch | None = None
         self._handle: Any = None  # of its hook on the model, while it is open
-        self._lock = threading.RLock()  # its weights are joined, and its graphs fed, by one call
+        self._gate = Gate()  # calls run at the same time, and while none does weights are joined
 
     @abstractmethod
     def outside(self) -> list[nn.Module]:
@@ -86,12 +85,13 @@ class FusedForward(ABC):
         """Return what runs a block that is not odd, its weights joined."""
 
     @abstractmethod
-    def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
+    def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
         """Return the pass of a call, None if it is to run as it is.
 
         Args:
             plan: what it runs of the blocks.
             call: the arguments of the model's call by name.
+            step: which of its sampling run it is; None if it is not known to be of one.
         """
 
     def odd_outside(self) -> str | None:
@@ -101,39 +101,50 @@ class FusedForward(ABC):
     def built(self) -> None:  # noqa: B027 - some have nothing more
         """Read what the fused blocks share, after them."""
 
-    def __call__(self, plan: Plan, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, plan: Plan, step: Step | None, forward: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """Return what the model's call returns, by its own ``forward`` where that is to run.
 
         So it is for gradients, in a graph or transform that is being traced, under autocast, where
         tokens are merged, where hooks are on all modules there are, and if ``forward`` is more than
         that of the model's class.
         """
-        if plan.grad or plan.merge is not None or _traced() or not self._own(forward):
+        if _traced():
             return forward(*args, **kwargs)
-        with self._lock:
-            each = self.pass_of(plan, args, kwargs)
-            if each is not None:
-                sample = each(each.tensors) if self.graphs is None else self.graphs(each)
-                if self._call(args, kwargs).get("return_dict", True):
-                    return Transformer2DModelOutput(sample=sample)
-                return (sample,)
-        return forward(*args, **kwargs)
+        call = None
+        if not plan.grad and plan.merge is None and self._own(forward):
+            call = self._call(args, kwargs)
+        with self._gate.call(*(() if call is None else (self._stale, self.look))):
+            each = None if call is None else self.pass_of(plan, call, step)
+            if call is None or each is None:
+                return forward(*args, **kwargs)
+            sample = each(each.tensors) if self.graphs is None else self.graphs(each)
+        if call.get("return_dict", True):
+            return Transformer2DModelOutput(sample=sample)
+        return (sample,)
 
-    def pass_of(self, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Pass | None:
+    def pass_of(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
         """Return the fused pass of a model's call, None where the model's own forward is to run."""
-        call = self._call(args, kwargs)
+        if self.refusal is not None or self._something_on_a_skipped_block(plan):
+            return None
+        return self.begin(plan, call, step)
+
+    def _call(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments of a model's call by name, None if it cannot be fused."""
+        call = dict(zip(self._names, args, strict=False)) | kwargs
         known = len(call) == len(args) + len(kwargs) and call.keys() <= set(self._names)
         sample = call.get(self._names[0])
         if not known or not isinstance(sample, Tensor):
             return None  # for the model to refuse
         if sample.is_meta or torch.is_autocast_enabled(sample.device.type):
             return None
+        return call
+
+    def _stale(self) -> bool:
+        """Whether the model has to be looked at, for the first time or because it changed."""
         watch = self._watch
-        if watch is None or not watch.same() or not all(j.holds() for j in self._joined):
-            self.look()
-        if self.refusal is not None or self._something_on_a_skipped_block(plan):
-            return None
-        return self.begin(plan, call)
+        return watch is None or not watch.same() or not all(j.holds() for j in self._joined)
 
     def survey(self) -> list[str | None]:
         """Return for each block why it runs as it is, None for one that is fused."""
@@ -172,7 +183,7 @@ class FusedForward(ABC):
 
     def part(self) -> None:
         """Give all parameters their own storage again; the next call joins them anew."""
-        with self._lock:
+        with self._gate.change():
             self._watch = None
             while self._joined:
                 self._joined.pop().part()
@@ -186,9 +197,6 @@ class FusedForward(ABC):
         """Leave the model as it was."""
         self.part()
         self._handle.remove()
-
-    def _call(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._names, args, strict=False)) | kwargs
 
     def _own(self, forward: Any) -> bool:
         """Whether nothing but the class's own forward would run, inside of accelkit's hook."""
@@ -223,6 +231,6 @@ def _traced() -> bool:
     """Whether a call is being turned into something else, or modules are to run as modules."""
     if nn.modules.module._has_any_global_hook():
         return True
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or recording.by() is not None:
         return True
     return torch._C._are_functorch_transforms_active()  # vmap, jvp and their like

@@ -8,6 +8,7 @@ blocks are one matrix product over the distinct pairs of timestep and label.
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from accelkit.backbones import DiT
 from accelkit.fused import ops, parts, threads
-from accelkit.fused.base import Block, FusedForward, Pass
+from accelkit.fused.base import Block, FusedForward, Pass, Step
 from accelkit.fused.modulation import Distinct, Modulations
 from accelkit.fused.table import StepTable
 from accelkit.fused.watch import mismatch, unfit, unusual
@@ -57,12 +58,10 @@ class FusedDiT(FusedForward):
 
     def __init__(self, backbone: DiT) -> None:
         super().__init__(backbone)
-        self.distinct = Distinct()
+        self.run = _Run()
         self._embedders: list[Any] = []
         self._embedding: list[Tensor] = []  # all of their parameters
-        self._equal: tuple[list[int], bool] | None = None
         self._weights: list[Tensor] = []  # of all that makes vectors
-        self.steps = StepTable()
         self.indivisible = False  # whether something on the patches' embedder may look at a batch
 
     def outside(self) -> list[nn.Module]:
@@ -135,12 +134,11 @@ class FusedDiT(FusedForward):
         self._embedding = [p for embedder in asked for p in embedder.parameters()]
         self.indivisible = unusual([self.model.pos_embed]) is not None
         self._weights = [p for layer in self._layers for p in layer.parameters()] + self._embedding
-        self._equal = None
-        self.steps = StepTable()
+        self.run = _Run()
         scales = [_LAST + _VECTORS * n + i for n in range(len(self.fused)) for i in (1, 4)]
         self._scales = torch.tensor([1, *scales], device=self.bias.device)
 
-    def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
+    def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
         """Embed the distinct pairs of timestep and label, and return the pass."""
         sample, timestep = call["hidden_states"], call.get("timestep")
         labels = call.get("class_labels")
@@ -157,34 +155,36 @@ class FusedDiT(FusedForward):
         patches = self.model.pos_embed.proj.weight  # (D, C, P, P)
         if (sample.shape[1], sample.dtype) != (patches.shape[1], patches.dtype):
             return None  # too
-        modulations = self.modulations(plan.depth, timestep, labels, sample.dtype)
+        modulations = self.modulations(plan.depth, timestep, labels, sample.dtype, step)
         if self.graphs is not None:  # whose sizes are not to depend on how many labels differ
             modulations = modulations.of_each(len(sample))
         return _Pass(self, plan, sample, timestep, labels, modulations)
 
     def modulations(
-        self, depth: int, timestep: Tensor, labels: Tensor, dtype: torch.dtype
+        self, depth: int, timestep: Tensor, labels: Tensor, dtype: torch.dtype, step: Step | None
     ) -> Modulations:
         """Return the vectors for a batch of pairs.
 
         Returns:
             Two for the final norm, then six for each fused block among the first ``depth``.
         """
-        times, classes, index = self.distinct(timestep, labels)
-        if not self.distinct.repeated:
-            self._equal = None
+        run = self.run
+        times, classes, index = run.distinct(timestep, labels)
+        if not run.distinct.repeated:
+            run.equal = None
         count = bisect_left(self.fused, depth)
-        table = self._tabulated(timestep, classes, dtype) if self.distinct.repeated else None
+        table = None if step is None else self._tabulated(step, timestep, classes, dtype)
         if table is None:
             table = self._table(times, classes, count, dtype)
         return Modulations(table[:, : _LAST + _VECTORS * count], index)
 
-    def _tabulated(self, timestep: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _tabulated(
+        self, step: Step, timestep: Tensor, classes: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
         """Return all vectors of the step under way from a table of its run, if there is one."""
-        step = self.step()
-        if step is None or timestep.dtype in (torch.bfloat16, torch.float16):  # of several steps
-            return None
         steps, place = step
+        if timestep.dtype in (torch.bfloat16, torch.float16):  # of several steps
+            return None
         if len(steps) < 2 or steps.is_inference():
             return None
         shape = (len(steps), len(classes), _LAST + _VECTORS * len(self.fused), self.model.inner_dim)
@@ -196,7 +196,7 @@ class FusedDiT(FusedForward):
 
         size = math.prod(shape) * self.weight.element_size()
         versions = [steps._version, *(p._version for p in self._weights)]
-        return self.steps.at((steps, classes, timestep.dtype), versions, place, size, make)
+        return self.run.steps.at((steps, classes, timestep.dtype), versions, place, size, make)
 
     def _table(self, times: Tensor, classes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Return the vectors of pairs of timestep and label, (P, 2 + 6 count, D)."""
@@ -222,9 +222,10 @@ class FusedDiT(FusedForward):
         through ``.data``, as of an EMA's weights before a run, leaves no other trace.
         """
         versions = [p._version for p in self._embedding]
-        if self._equal is None or self._equal[0] != versions:
-            self._equal = (versions, self.backbone.embedders_equal)
-        return self._equal[1]
+        known = self.run.equal
+        if known is None or known[0] != versions:
+            known = self.run.equal = (versions, self.backbone.embedders_equal)
+        return known[1]
 
 
 def _odd(embedder: Any) -> str | None:
@@ -233,6 +234,15 @@ def _odd(embedder: Any) -> str | None:
         return reason
     label = embedder.class_embedder
     return "label dropout in training" if label.training and label.dropout_prob > 0 else None
+
+
+class _Run(threading.local):
+    """What is known of the sampling run of a thread. Another's may have other labels or steps."""
+
+    def __init__(self) -> None:
+        self.distinct = Distinct()
+        self.equal: tuple[list[int], bool] | None = None  # versions of all embedders' weights
+        self.steps = StepTable()
 
 
 class _Pass(Pass):

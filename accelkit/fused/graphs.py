@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +34,19 @@ class Graphs:
         self._looks = -1
         self._weights: list[Tensor] = []
         self._places: list[int] = []
+        self._lock = threading.Lock()
 
     def __call__(self, each: Pass) -> Tensor:
         """Return what a pass predicts."""
+        with self._lock:
+            run = self._run_of(each)
+        return run(each.tensors)
+
+    def _run_of(self, each: Pass) -> Run:
         if self._moved():
             self._runs.clear()
         if not each.repeats:
-            return each(each.tensors)
+            return each
         sizes = tuple((name, t.shape, t.dtype, t.device) for name, t in each.tensors.items())
         key = (each.key, sizes)
         if (run := self._runs.get(key)) is None:
@@ -48,7 +55,7 @@ class Graphs:
             run = self._make(each)
         self._runs[key] = run
         self._runs.move_to_end(key)
-        return run(each.tensors)
+        return run
 
     def _moved(self) -> bool:
         """Whether weights lie elsewhere than at the last call, or are others."""
@@ -78,8 +85,12 @@ def compiled(backend: str) -> Callable[[Pass], Run]:
 
 
 def captured() -> Callable[[Pass], Run]:
-    """Return what captures passes as CUDA graphs that share one pool of memory."""
+    """Return what captures passes as CUDA graphs that share one pool of memory.
+
+    They run one after the other, also on different streams: a graph writes where another did.
+    """
     pool = torch.cuda.graph_pool_handle()
+    lock, last = threading.Lock(), torch.cuda.Event()
 
     def make(each: Pass) -> Run:
         # tensors made in inference mode could not be written to outside of it
@@ -93,14 +104,19 @@ def captured() -> Callable[[Pass], Run]:
                     each(given)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # another thread may allocate meanwhile
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 output = each(given)
 
         def run(tensors: dict[str, Tensor]) -> Tensor:
-            for name, tensor in tensors.items():
-                given[name].copy_(tensor)
-            graph.replay()
-            return output.clone()  # another graph of the pool writes where this one did
+            with lock, torch.cuda.device(device):
+                last.wait()
+                for name, tensor in tensors.items():
+                    given[name].copy_(tensor)
+                graph.replay()
+                found = output.clone()
+                last.record()
+            return found
 
         return run
 

@@ -15,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from accelkit.fused import ops, parts
-from accelkit.fused.base import Block, FusedForward, Pass
+from accelkit.fused.base import Block, FusedForward, Pass, Step
 from accelkit.fused.modulation import Modulations
 from accelkit.fused.watch import mismatch
 from accelkit.routing import Plan
@@ -112,7 +112,7 @@ class FusedPixArt(FusedForward):
         scales = [_VECTORS * n + i for n in range(len(self.blocks)) for i in (1, 4)]
         self.scales = torch.tensor(scales, device=self.tables.device)
 
-    def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
+    def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
         """Return the pass, unless the call is one that the model refuses or does more for."""
         if call.get("cross_attention_kwargs") is not None:
             return None

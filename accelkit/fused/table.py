@@ -15,10 +15,12 @@ MB, of the built-in model in float32 with 10 labels and none 24 MB."""
 class StepTable:
     """Keeps the conditioning of all steps for as long as the same run goes on.
 
-    A run is known by its timesteps and labels being the same tensors as before. One who calls a
-    model with labels made anew each time, or with other weights, never pays for a table. Weights
-    written to through ``.data`` in the middle of a run count from the next run on, or where the
-    step under way is asked for again, which is worked out by itself.
+    A run is known by its timesteps and labels being the same tensors as before, and by moving
+    forward. Its first two calls are worked out by themselves, so that calls with new labels each
+    time never pay for a table; a row of the table may differ from them by rounding, and would do so
+    at another step if it were made sooner after an earlier run. Weights written to through
+    ``.data`` in the middle of a run count from the next run on, or where the step under way is
+    asked for again, which is worked out by itself.
 
     Attributes:
         bytes: that the table takes, 0 without one.
@@ -30,11 +32,12 @@ class StepTable:
         self._versions: Any = None
         self._table: Tensor | None = None
         self._place = -1
+        self._calls = 0  # of the run
 
     def at(
         self, run: tuple[Any, ...], versions: Any, place: int, size: int, make: Callable[[], Tensor]
     ) -> Tensor | None:
-        """Return what a step has of a run's table; None at its first, or if it is too large.
+        """Return what a step has of a run's table; None at its first two, or if it is too large.
 
         Args:
             run: objects whose identity tells the run.
@@ -48,8 +51,9 @@ class StepTable:
         again, self._place = place == self._place, place
         if not same or versions != self._versions:
             self._run, self._versions, self._table, self.bytes = run, versions, None, 0
-            return None
-        if again or size > LIMIT:
+            self._calls = 0
+        self._calls += 1
+        if self._calls < 3 or again or size > LIMIT:
             return None
         if self._table is None:
             self._table, self.bytes = make(), size

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from accelkit.backbones.uvit import UViT
 from accelkit.backbones.uvit_fold import Fold
 from accelkit.fused import ops
-from accelkit.fused.base import Block, FusedForward, Pass
+from accelkit.fused.base import Block, FusedForward, Pass, Step
 from accelkit.fused.watch import mismatch
 from accelkit.models.uvit import UViTAttention, UViTBlock, UViTMLP
 from accelkit.routing import Plan
@@ -71,7 +71,7 @@ class FusedUViT(FusedForward):
         """Return what runs a block."""
         return _Block(block)
 
-    def begin(self, plan: Plan, call: dict[str, Any]) -> Pass | None:
+    def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
         """Embed the call as the model does, fold what its depth skips, and return the pass."""
         fold = None
         if plan.active is None:

@@ -111,6 +111,7 @@ def compare(
     output: Path,
     reporter: Reporter,
     *,
+    images: ImageSource | None = None,
     world: World | None = None,
     published: Sequence[dict[str, Any]] = (),
     training: dict[str, Any] | None = None,
@@ -126,6 +127,7 @@ def compare(
         plan: what and how.
         output: directory.
         reporter: told how far it is.
+        images: the data of ``source``, if they are open, and described, already.
         world: the processes, by default this one alone.
         published: figures that are shown beside the measured ones.
         training: how the tuned weights were made, for the record.
@@ -135,7 +137,8 @@ def compare(
     world = world or World()
     reporter = reporter if world.main else Silent()
     model = denoiser_of(pipe)
-    images = open_images(source, model)
+    told = images is not None
+    images = images or open_images(source, model)
     items = items_of(images, model)
     if plan.labels:
         if items == (None,) or any(isinstance(item, str) for item in items):
@@ -153,6 +156,8 @@ def compare(
             shutil.rmtree(output / SAMPLES, ignore_errors=True)
             (output / RESULTS).unlink(missing_ok=True)
         world.meet()
+        if not told:
+            reporter.say(f"comparing with {images.summary()}")
         measured = comparison.run()
     if not world.main:
         return {}
@@ -196,7 +201,9 @@ def _tuned(text: str, folder: str, source: Source, pipe: Any) -> tuple[Schedule,
         raise AccelkitError(
             f"{folder} is tuned for {found.name or found}, not for {text}; give the one that is"
         )
-    tuned = open_unscheduled(replace(source, model=folder, revision=None, vae=None, num_heads=None))
+    tuned = open_unscheduled(
+        replace(source, model=folder, revision=None, variant=None, vae=None, num_heads=None)
+    )
     if _network(tuned) != _network(pipe):
         raise AccelkitError(
             f"{folder} is tuned from another network than {source.model}; give one that was made "

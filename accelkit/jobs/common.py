@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ from PIL import Image
 from accelkit import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
+from accelkit.data.words import refusal
 from accelkit.errors import AccelkitError
+from accelkit.files import RESUME, writing
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.switch import disable, enabled_on
+from accelkit.tensors import add_sums
 from accelkit.train.config import TrainConfig
+from accelkit.train.launch import together
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
 
@@ -63,6 +69,8 @@ class Source:
         num_heads: attention heads of an original-layout file of unpublished size.
         skip_bad: go on without images that cannot be read, and count them.
         flip: train on mirrored images as well.
+        variant: of the model's weights, such as ``fp16``.
+        class_map: file that sets the labels of the data's classes.
     """
 
     model: str = BUILTIN
@@ -72,6 +80,8 @@ class Source:
     num_heads: int | None = None
     skip_bad: bool = False
     flip: bool = False
+    variant: str | None = None
+    class_map: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,11 @@ class Run:
 def open_model(source: Source) -> Any:
     """Return the pipeline a job works on, on the GPU if there is one; a tuned one is scheduled."""
     pipe = artifact.from_pretrained(
-        source.model, revision=source.revision, vae=source.vae, num_heads=source.num_heads
+        source.model,
+        revision=source.revision,
+        variant=source.variant,
+        vae=source.vae,
+        num_heads=source.num_heads,
     )
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     learn(pipe)  # by its text encoders
@@ -106,19 +120,37 @@ def open_unscheduled(source: Source) -> Any:
 
 
 def open_images(source: Source, model: Any) -> ImageSource:
-    """Return the data, refusing more classes than the model has, or none of the captions it takes.
+    """Return the data, refusing labels that the model lacks, or none of the captions it takes.
 
     Raises:
         AccelkitError: the data do not suit the model, or accelkit cannot call it.
     """
-    images = open_source(source.data, skip_bad=source.skip_bad)
     known = backbone_of(model).num_classes
-    if known is not None and len(images.classes) > known:
-        raise AccelkitError(
-            f"{source.data} has {len(images.classes)} classes, the model has {known}; "
-            "leave some out or give another model"
-        )
+    images = open_data(source, known, "leave some out or give another model")
+    if known is None and source.class_map:
+        raise AccelkitError(f"this {type(model).__name__} takes no class; leave --class-map out")
     items_of(images, model)
+    return images
+
+
+def open_data(source: Source, known: int | None, remedy: str) -> ImageSource:
+    """Return the data, refusing labels beyond the ``known`` ones of a model.
+
+    Raises:
+        AccelkitError: they cannot be read, or there are more classes, or higher labels; ``remedy``
+            says what to do about the model.
+    """
+    images = open_source(source.data, skip_bad=source.skip_bad, class_map=source.class_map)
+    if known is not None and len(images.classes) > known:
+        raise refusal(
+            f"{source.data} has {len(images.classes)} classes, the model has {known}; {remedy}"
+        )
+    if known is not None and images.classes and images.class_labels[-1] >= known:
+        raise refusal(
+            f"class {images.classes[-1]} of {source.data} has the label {images.class_labels[-1]}, "
+            f"the model has {known} classes, 0 to {known - 1}; set another label by --class-map, "
+            f"or {remedy}"
+        )
     return images
 
 
@@ -132,9 +164,11 @@ def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
     backbone = backbone_of(model)
     if conditioning_of(backbone).text:
         if images.captions is None:
-            raise AccelkitError(
-                f"a {type(model).__name__} is prompted by text and {images.name} has no captions; "
-                "put a metadata.jsonl (file_name and text a line) or a .txt for each image there"
+            also = "".join(f" ({note})" for note in images.notes)
+            raise refusal(
+                f"a {type(model).__name__} is prompted by text and {images.name} has no captions"
+                f"{also}; put a metadata.jsonl (file_name and text a line) or a .txt for each "
+                "image there"
             )
         return tuple(dict.fromkeys(images.captions))
     if backbone.num_classes is None or (images.labels is None and backbone.null_class is not None):
@@ -144,7 +178,7 @@ def items_of(images: ImageSource, model: Any) -> tuple[Item, ...]:
             f"this {type(model).__name__} takes a class with every image, {images.name} has none; "
             "put the images into a folder per class"
         )
-    return tuple(range(len(images.classes)))
+    return images.class_labels
 
 
 def image_size(pipe: Any) -> int:
@@ -165,12 +199,13 @@ def claimed(
     accelerator = make_accelerator(config, log_with=where.report_to, project_dir=str(where.output))
     run = RunDirectory(where.output)
     try:
-        if accelerator.is_main_process:
-            run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
-        accelerator.wait_for_everyone()
-        if where.report_to:
-            accelerator.init_trackers("tracking", config=config.to_dict())
-        yield run, accelerator
+        with together(accelerator.num_processes):
+            if accelerator.is_main_process:
+                run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
+            accelerator.wait_for_everyone()
+            if where.report_to:
+                accelerator.init_trackers("tracking", config=config.to_dict())
+            yield run, accelerator
     except AccelkitError:
         if accelerator.is_main_process and not where.resume:
             run.abandon()  # so that the same command, corrected, can have the directory
@@ -179,6 +214,25 @@ def claimed(
         run.close()
         for tracker in accelerator.trackers:  # and leave the processes together, for what follows
             tracker.finish()
+
+
+def identify(run: RunDirectory, accelerator: Any, images: ImageSource, **others: str) -> None:
+    """Record what a run is made of, whatever its settings call it, or compare it with the record.
+
+    Args:
+        run: open.
+        accelerator: whose main process does it.
+        images: the data.
+        others: fingerprints of what else there is, by what it is.
+
+    Raises:
+        AccelkitError: the run began with other images or labels, or another of the others.
+    """
+    if not accelerator.is_main_process:
+        return
+    labels = b"" if images.labels is None else images.labels.tobytes()
+    known = {"images": images.fingerprint, "labels": hashlib.sha256(labels).hexdigest()}
+    run.identify(known | others)
 
 
 def _trackers() -> list[str]:
@@ -191,7 +245,8 @@ def encoded(
     pipe: Any, images: ImageSource, flip: bool, accelerator: Any, reporter: Reporter
 ) -> Latents:
     """Return the data's latents, computed by one process and read by all."""
-    vae = getattr(pipe, "vae", None)
+    vae = autoencoder_of(pipe)
+    conditioning = conditioning_of(backbone_of(denoiser_of(pipe)))
     with accelerator.main_process_first():
         latents = encode_latents(
             images,
@@ -199,11 +254,18 @@ def encoded(
             size=image_size(pipe),
             device=accelerator.device,
             flip=flip,
+            applied=conditioning.latent_settings,
             progress=lambda done, total: reporter.advance("encoding images", done, total),
         )
     if latents.skipped:
         reporter.say(f"skipped {latents.skipped} images that cannot be read")
     return latents
+
+
+def announce(images: ImageSource, where: Run, accelerator: Any, reporter: Reporter) -> None:
+    """Say what a run trains on as it begins; one that is resumed has said it."""
+    if accelerator.is_main_process and not where.resume:
+        reporter.say(f"training on {images.summary()}")
 
 
 def prompted(
@@ -243,15 +305,26 @@ def watch(
     def preview(step: int, model: Any) -> None:
         chosen = [items[i % len(items)] for i in range(16)]
         path = where.output / "previews" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
         how = Sampling(steps=20)
         save_picture(grid(generate(pipe, chosen, list(range(16)), how)), path)
 
     return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)
 
 
-def save_picture(pixels: Any, path: Path) -> None:
-    """Write uint8 (H, W, 3) as a PNG, beside and renamed into place."""
-    part = path.with_name(path.name + ".partial")
-    Image.fromarray(pixels).save(part, format="png")
-    part.replace(path)
+def save_picture(pixels: Any, path: Path, go_on: str = RESUME) -> None:
+    """Write uint8 (H, W, 3) as a PNG; see :func:`accelkit.files.writing`."""
+    with writing(path, go_on, durable=False) as part:  # nothing reads it back
+        Image.fromarray(pixels).save(part, format="png")
+
+
+def save_pipeline(pipe: Any, path: Path, go_on: str = RESUME) -> None:
+    """Write what diffusers' ``save_pretrained`` does, with checksums in the files of weights.
+
+    Args:
+        pipe: a pipeline, or a network alone.
+        path: the directory, replaced if it is there.
+        go_on: what to do if it cannot be written.
+    """
+    with writing(path, go_on) as part:
+        pipe.save_pretrained(part)
+        add_sums(part)

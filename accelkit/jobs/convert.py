@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 from accelkit.backbones.original import load_original, save_original
 from accelkit.documents import read_object
 from accelkit.errors import AccelkitError
+from accelkit.files import AGAIN
+from accelkit.jobs.common import save_pipeline
 from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 
 
 def convert(
-    source: Path, target: Path, num_heads: int | None, allow_inexact: bool, overwrite: bool
+    source: Path,
+    target: Path,
+    num_heads: int | None,
+    allow_inexact: bool,
+    overwrite: bool,
+    variant: str | None = None,
 ) -> Path:
     """Write ``source`` in the other layout to ``target`` and return it.
 
@@ -34,13 +39,7 @@ def convert(
             )
         _check_replaced(target)
         model = load_original(source, num_heads=num_heads)
-        part = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        model.save_pretrained(part)
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-        part.rename(target)
+        save_pipeline(model, target, AGAIN)
         return target
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
@@ -51,7 +50,7 @@ def convert(
             f"{source} holds a {named}; what has an original layout is DiTTransformer2DModel, "
             "UViTTransformer2DModel"
         )
-    save_original(open_network(folder), target, allow_inexact=allow_inexact)
+    save_original(open_network(folder, variant=variant), target, allow_inexact=allow_inexact)
     return target
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit import artifact
-from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones import Backbone, backbone_of, denoiser_of
+from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.plan import Plan
+from accelkit.data.shards import fingerprint
+from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
 from accelkit.jobs.bench import compare
 from accelkit.jobs.common import (
     Reporter,
     Run,
     Source,
+    announce,
     claimed,
     encoded,
+    identify,
     items_of,
     open_images,
     open_unscheduled,
@@ -78,13 +85,24 @@ def finetune(
         "evaluation": plan and asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
+        identify(run, accelerator, images, model=fingerprint(pipe), **_captions(images, backbone))
         before = _own_copy(pipe) if plan else None
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         prompts = prompted(pipe, images, latents, accelerator, reporter)
         items = items_of(images, model)
         watching = watch(pipe, items, config, where, accelerator, reporter)
         adapter = train(
-            model, pipe.scheduler, parsed, latents, config, run, accelerator, watching, prompts
+            model,
+            pipe.scheduler,
+            parsed,
+            latents,
+            config,
+            run,
+            accelerator,
+            watching,
+            prompts,
+            conditioning_of(backbone, pipe),
         )
         if not accelerator.is_main_process:
             return {}
@@ -96,6 +114,7 @@ def finetune(
                     where.output,
                     base_model=origin.model,
                     revision=origin.revision,
+                    variant=origin.variant,
                     vae=origin.vae,
                     num_heads=origin.num_heads,
                     training={"data": source.data, "flip": source.flip, **config.to_dict()},
@@ -113,10 +132,19 @@ def finetune(
             plan,
             where.output,
             reporter,
+            images=images,
             training=config.to_dict(),
         )
         save({"rows": results["rows"]})
     return results
+
+
+def _captions(images: ImageSource, backbone: Backbone) -> dict[str, str]:
+    """Return a fingerprint of the captions, if the model is prompted by text."""
+    if not conditioning_of(backbone).text:
+        return {}
+    text = json.dumps(images.captions)
+    return {"captions": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _own_copy(pipe: Any) -> Any:

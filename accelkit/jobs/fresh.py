@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,7 +25,7 @@ class ModelConfig:
         layers: blocks; a U-ViT has its middle one beside them.
         heads, head_dim, patch_size: of the transformer.
         num_classes: rows of the label table without the null class, which comes last; diffusers'
-            DiT pipeline expects 1000.
+            own DiT pipeline guides with 1000 only.
 
     Raises:
         AccelkitError: another family, a size that is none, or an odd number of blocks beside a
@@ -84,7 +84,7 @@ def check_sizes(config: ModelConfig, vae: Any) -> None:
         )
     try:
         with torch.device("meta"):
-            network = _PIPELINES[config.family](config, vae, ()).transformer
+            network = _PIPELINES[config.family](config, vae, {}).transformer
     except Exception as error:  # of torch, over sizes whose product is no number of bytes
         raise AccelkitError(
             f"no network of these sizes can be built ({error}); give smaller ones in [model]"
@@ -111,13 +111,13 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def fresh_pipeline(config: ModelConfig, vae: Any, classes: Sequence[str], seed: int) -> Any:
+def fresh_pipeline(config: ModelConfig, vae: Any, classes: Mapping[int, str], seed: int) -> Any:
     """Return a pipeline around an untrained network.
 
     Args:
         config: the network's architecture.
         vae: the autoencoder, an ``AutoencoderKL``.
-        classes: names of the data's classes; a pipeline that keeps names keeps them.
+        classes: names of the data's classes by label; a pipeline that keeps names keeps them.
         seed: of the weights, which are drawn as the family's authors draw them.
     """
     pipe = _PIPELINES[config.family](config, vae, classes)
@@ -138,8 +138,10 @@ def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
     }
 
 
-def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
-    from diffusers import DiTPipeline, DiTTransformer2DModel
+def _dit(config: ModelConfig, vae: Any, classes: Mapping[int, str]) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    from accelkit.models import dit_pipeline_for
 
     latents = _latents(config, vae)
     network = DiTTransformer2DModel(
@@ -148,13 +150,14 @@ def _dit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
         num_embeds_ada_norm=config.num_classes,
         norm_eps=1e-6,
     )
-    names = dict(enumerate(classes))
-    pipe = DiTPipeline(network, vae, reference_process(), id2label=names or None)
+    names = dict(classes)
+    kind = dit_pipeline_for(network, vae)
+    pipe = kind(network, vae, reference_process(), id2label=names or None)
     pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
     return pipe
 
 
-def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
+def _uvit(config: ModelConfig, vae: Any, classes: Mapping[int, str]) -> Any:
     from accelkit.models import UViTPipeline, UViTTransformer2DModel
 
     network = UViTTransformer2DModel(
@@ -166,7 +169,7 @@ def _uvit(config: ModelConfig, vae: Any, classes: Sequence[str]) -> Any:
     return UViTPipeline(network, reference_process(), vae)
 
 
-_PIPELINES: dict[str, Callable[[ModelConfig, Any, Sequence[str]], Any]] = {
+_PIPELINES: dict[str, Callable[[ModelConfig, Any, Mapping[int, str]], Any]] = {
     "dit": _dit,
     "uvit": _uvit,
 }

@@ -21,7 +21,11 @@ from accelkit.switch import enabled_on, fitting
 
 
 def inspect(
-    model: str, revision: str | None, schedule: str | None, num_heads: int | None
+    model: str,
+    revision: str | None,
+    schedule: str | None,
+    num_heads: int | None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Return family, class, blocks, parameters, numerics, process and cost per depth.
 
@@ -34,15 +38,18 @@ def inspect(
         revision: of a hub id.
         schedule: whose mean cost is added; default the one in force, if any.
         num_heads: attention heads of an original-layout file of unpublished size.
+        variant: of the weights.
 
     Raises:
         AccelkitError: the model cannot be read, or the schedule does not fit it.
     """
     alone = is_alone(model)
     target: Any = (
-        open_network(Path(model), num_heads)
+        open_network(Path(model), num_heads, variant)
         if alone
-        else artifact.from_pretrained(model, revision=revision, num_heads=num_heads)
+        else artifact.from_pretrained(
+            model, revision=revision, variant=variant, num_heads=num_heads
+        )
     )
     network = denoiser_of(target)
     backbone = backbone_of(network)

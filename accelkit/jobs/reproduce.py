@@ -11,8 +11,9 @@ from accelkit import artifact
 from accelkit.assets import BUILTIN, builtin
 from accelkit.bench.plan import Plan
 from accelkit.errors import AccelkitError, Stopped
+from accelkit.files import AGAIN
 from accelkit.jobs.bench import bench
-from accelkit.jobs.common import Reporter, Run, Source
+from accelkit.jobs.common import Reporter, Run, Source, save_pipeline
 from accelkit.jobs.finetune import finetune
 from accelkit.jobs.fresh import ModelConfig
 from accelkit.jobs.scratch import PIPELINE, scratch
@@ -214,9 +215,7 @@ def _continuous(trained: Path, target: Path) -> None:
 
     pipe = open_pipeline(trained)
     pipe.register_modules(scheduler=VPSDEEulerMaruyamaScheduler())
-    part = target.with_name(target.name + ".partial")
-    pipe.save_pretrained(part)
-    part.rename(target)
+    save_pipeline(pipe, target, AGAIN)
 
 
 def _plan(experiment: Experiment, given: Given) -> Plan:

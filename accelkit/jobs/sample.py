@@ -13,7 +13,7 @@ from accelkit import graphs
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
-from accelkit.files import write_json
+from accelkit.files import AGAIN, PARTIAL, explain_failure, remove, write_json
 from accelkit.jobs.common import Reporter, Source, open_model, save_picture
 from accelkit.locks import LOCK, alone_in
 from accelkit.sample.generate import Sampling, check_seed, generate, grid
@@ -22,6 +22,7 @@ from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
 GRID, INDEX = "grid.png", "samples.json"
+_AGAIN = f"{AGAIN} with --overwrite"
 _WRITTEN = re.compile(r"(\d{6,}-class\d+\.png|grid\.png|samples\.json)(\.partial)?")
 
 
@@ -73,7 +74,8 @@ def sample(
         graphs.compile(pipe, mode)
     how = how.check(pipe)
     items = _items(pipe, labels)
-    output.mkdir(parents=True, exist_ok=True)
+    with explain_failure(output, _AGAIN):
+        output.mkdir(parents=True, exist_ok=True)
     images: list[np.ndarray] = []
     rows, files = [], []
     with alone_in(output, "another accelkit sample"):
@@ -87,10 +89,10 @@ def sample(
             images.append(batch)
             for place, label, image in zip(places, chosen, batch, strict=True):
                 files.append(output / f"{place:06d}{'' if label is None else f'-class{label}'}.png")
-                save_picture(image, files[-1])
+                save_picture(image, files[-1], _AGAIN)
                 rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
             reporter.advance("sampling", places.stop, number)
-        save_picture(grid(np.concatenate(images)), output / GRID)
+        save_picture(grid(np.concatenate(images)), output / GRID, _AGAIN)
         state = enabled_on(pipe)
         about = {
             "model": source.model,
@@ -98,7 +100,7 @@ def sample(
             "sampling": vars(how),
             "images": rows,
         }
-        write_json(output / INDEX, about, "run the same command with --overwrite")
+        write_json(output / INDEX, about, _AGAIN)
     return files
 
 
@@ -114,8 +116,8 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def _clear(output: Path) -> None:
     """Remove the files that a run writes, of which an earlier one may have written more."""
     for entry in output.iterdir():
-        if _WRITTEN.fullmatch(entry.name) and entry.is_file():
-            entry.unlink()
+        if _WRITTEN.fullmatch(entry.name) and (entry.is_file() or entry.suffix == PARTIAL):
+            remove(entry)
 
 
 def parse_labels(text: str) -> list[int]:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from accelkit.data.sources import ImageSource, iter_images, open_source
-from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Run, Source, claimed, encoded, items_of, watch
+from accelkit.data.shards import fingerprint_of
+from accelkit.data.sources import ImageSource, iter_images
+from accelkit.jobs.common import (
+    Reporter,
+    Run,
+    Source,
+    announce,
+    claimed,
+    encoded,
+    identify,
+    items_of,
+    open_data,
+    save_pipeline,
+    watch,
+)
 from accelkit.jobs.fresh import ModelConfig, check_sizes, fresh_pipeline
-from accelkit.loading import reading
+from accelkit.loading import FETCH_AGAIN, open_whole, reading
 from accelkit.schedule import Schedule
+from accelkit.tensors import check_tensors
 from accelkit.train.autoencoder import AutoencoderConfig, build_autoencoder, train_autoencoder
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import parts_of
 from accelkit.train.loop import train
+from accelkit.weights import check_model
 
 PIPELINE, AUTOENCODER = "pipeline", "autoencoder"
 
@@ -41,13 +55,8 @@ def scratch(
         AccelkitError: any input that does not fit, or a loss that is not finite.
         accelkit.errors.Stopped: a signal ended it; it can be resumed.
     """
-    images = open_source(source.data, skip_bad=source.skip_bad)
-    if len(images.classes) > model.num_classes:
-        raise AccelkitError(
-            f"{source.data} has {len(images.classes)} classes, the model {model.num_classes}; "
-            "raise num_classes"
-        )
-    given = None if source.vae is None else _open(source.vae)
+    images = open_data(source, model.num_classes, "raise num_classes")
+    given = None if source.vae is None else _open(source.vae, FETCH_AGAIN)
     parsed = checked_schedule(schedule, model, given or autoencoder, config)
     settings = {
         "job": "train",
@@ -61,19 +70,17 @@ def scratch(
     }
     with claimed(settings, config, where) as (run, accelerator):
         vae = given or _autoencoder(images, model, autoencoder, where, accelerator, reporter)
-        pipe = fresh_pipeline(model, vae, images.classes, config.seed)
+        identify(run, accelerator, images, autoencoder=fingerprint_of(vae))
+        pipe = fresh_pipeline(model, vae, images.names, config.seed)
         latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        announce(images, where, accelerator, reporter)
         items = items_of(images, pipe.transformer)
         watching = watch(pipe, items, config, where, accelerator, reporter)
         train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
         if accelerator.is_main_process:
-            part = where.output / (PIPELINE + ".partial")
-            shutil.rmtree(part, ignore_errors=True)
             for network in (pipe.transformer, pipe.vae):
                 nn.Module.to(network, torch.float16)  # diffusers' own to() warns of nothing
-            pipe.save_pretrained(part)
-            shutil.rmtree(where.output / PIPELINE, ignore_errors=True)
-            part.rename(where.output / PIPELINE)
+            save_pipeline(pipe, where.output / PIPELINE)
 
 
 def checked_schedule(
@@ -119,18 +126,23 @@ def _autoencoder(
                 "training the autoencoder", step, config.steps, f"loss {loss:.4f}"
             ),
         )
-        part = folder.with_name(folder.name + ".partial")
-        vae.save_pretrained(part)
-        part.rename(folder)
+        save_pipeline(vae, folder)
     accelerator.wait_for_everyone()
-    return _open(str(folder))
+    return _open(str(folder), "start over with --overwrite")
 
 
-def _open(place: str) -> Any:
-    """Return the autoencoder of a directory or hub id."""
+def _open(place: str, what_to_do: str) -> Any:
+    """Return the autoencoder of a directory or hub id.
+
+    Args:
+        place: the directory or hub id.
+        what_to_do: about a damaged file, as the end of a sentence.
+    """
     from diffusers import AutoencoderKL
 
     with reading(place):
-        vae = AutoencoderKL.from_pretrained(place).eval()
+        check_tensors(Path(place), what_to_do)
+        vae = open_whole(AutoencoderKL, place)
+    check_model(vae, place, Path(place))
     vae.register_to_config(_name_or_path="")  # else it is published where this run lay
     return vae

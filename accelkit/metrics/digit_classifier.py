@@ -6,8 +6,6 @@ It runs on one thread, so that on one machine the bytes depend on the seed only.
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accelkit.data.digits import SIZE, digits
+from accelkit.files import AGAIN, write_bytes
 
 VERSION = "1"
 NAME = f"digit-cnn-v{VERSION}"
@@ -182,22 +181,13 @@ def accuracy(model: DigitClassifier, grey: Tensor, labels: Tensor) -> float:
 
 
 def write_weights(path: Path, model: DigitClassifier, metadata: dict[str, Any]) -> None:
-    """Write the weights and ``metadata`` as safetensors, beside ``path`` first, then renamed.
+    """Write the weights and ``metadata`` as safetensors.
 
     The metadata is one entry of sorted JSON: safetensors writes several in a random order, and the
     file's hash should depend on what it says only.
     """
     text = json.dumps(metadata, sort_keys=True)
-    data = save(model.state_dict(), metadata={METADATA_KEY: text})
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_bytes(path, save(model.state_dict(), metadata={METADATA_KEY: text}), AGAIN)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from accelkit.data import shards
 from accelkit.data.sources import ImageSource, iter_images, open_source
@@ -19,6 +18,7 @@ from accelkit.metrics import npz
 from accelkit.metrics.features import FeatureExtractor, file_hash
 from accelkit.metrics.frechet import Gaussian, Moments
 from accelkit.metrics.rows import Batches, Rows
+from accelkit.tensors import load_tensors, write_tensors
 
 FORMAT = 1
 BATCH = 256  # a moment of 2048 features is 33 MB to add to, whatever the batch
@@ -136,7 +136,7 @@ class _Features:
         self.folder = folder
         found = shards.Shards(folder)
         self.n, self.skipped = len(found), found.index["skipped"]
-        moments = {name: m.numpy() for name, m in load_file(folder / _MOMENTS).items()}
+        moments = {name: m.numpy() for name, m in load_tensors(folder / _MOMENTS).items()}
         self.pooled = Gaussian.of(moments["mu"], moments["sigma"])
         self.spatial = (
             Gaussian.of(moments["mu_s"], moments["sigma_s"]) if "mu_s" in moments else None
@@ -189,6 +189,6 @@ class _Maker:
         moments = {"mu": pooled.mean, "sigma": pooled.cov}
         if spatial.n:
             moments |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
-        save_file({name: torch.from_numpy(m) for name, m in moments.items()}, part / _MOMENTS)
+        write_tensors(part / _MOMENTS, moments, shards.GO_ON)
         shards.write_index(part, {**index, "skipped": total - index["count"]})
         return _Features(part)

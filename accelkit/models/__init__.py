@@ -1,6 +1,7 @@
 """Networks that no library has, in diffusers' form, and the pipelines around them."""
 
+from accelkit.models.dit_pipeline import DiTPipeline, dit_pipeline_for
 from accelkit.models.uvit import PUBLISHED, UViTTransformer2DModel
 from accelkit.models.uvit_pipeline import UViTPipeline
 
-__all__ = ["PUBLISHED", "UViTPipeline", "UViTTransformer2DModel"]
+__all__ = ["PUBLISHED", "DiTPipeline", "UViTPipeline", "UViTTransformer2DModel", "dit_pipeline_for"]

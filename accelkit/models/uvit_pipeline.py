@@ -12,6 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from accelkit.backbones.autoencoder import scaling
 from accelkit.errors import AccelkitError
 from accelkit.models.uvit import UViTTransformer2DModel
 
@@ -122,8 +123,8 @@ class UViTPipeline(DiffusionPipeline):
 
     def _images(self, x: Tensor, output_type: str) -> Any:
         if self.vae is not None:
-            shift = self.vae.config.shift_factor or 0.0
-            x = self.vae.decode(x / self.vae.config.scaling_factor + shift).sample
+            shift, scale = (v.to(x) if isinstance(v, Tensor) else v for v in scaling(self.vae))
+            x = self.vae.decode(x / scale + shift).sample
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

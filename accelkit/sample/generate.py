@@ -19,9 +19,11 @@ from torch import Tensor
 from accelkit import others
 from accelkit.autoencoders import decoded
 from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones.autoencoder import autoencoder_of, check_autoencoder
 from accelkit.backbones.conditioning import Item, conditioning_of
+from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
-from accelkit.sample.samplers import STOCHASTIC, make_sampler, resolved
+from accelkit.sample.samplers import STOCHASTIC, resolved, sampler_for
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Sampling:
             AccelkitError: the sampler does not follow the pipeline's process, the pipeline calls
                 its network as accelkit does not, or there are fewer channels than are to be guided.
         """
-        make_sampler(self.sampler, pipe.scheduler, self.steps)
+        sampler_for(pipe, self.sampler, self.steps)
         calls = conditioning_of(backbone_of(denoiser_of(pipe)))
         calls.suits(pipe)
         channels = calls.shape[0]
@@ -105,10 +107,13 @@ def generate_latents(
     calls = conditioning_of(backbone_of(model))
     if len(items) != len(seeds):
         raise AccelkitError(f"got {len(items)} labels for {len(seeds)} seeds; give one of each")
-    learned = calls.learns_variance
-    sampler = make_sampler(how.sampler, pipe.scheduler, how.steps, learned)
-    uses_variance = how.sampler == "ddpm" and learned
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampler = sampler_for(pipe, how.sampler, how.steps)
+    if hasattr(sampler, "set_begin_index"):  # two timesteps may be rounded to the same number
+        sampler.set_begin_index(0)
+    uses_variance = sampler.config.get("variance_type") == "learned_range"
+    draws_noise = how.sampler in STOCHASTIC or sampler.config.get("stochastic_sampling")
+    noise = {"generator": generators} if draws_noise else {}
     device, dtype = model.device, model.dtype
     shape = (len(items), *calls.shape)
     x = randn_tensor(shape, generators, torch.device("cpu")).to(device, dtype)
@@ -138,7 +143,6 @@ def generate_latents(
                 variance = variance.chunk(2)[0]
             if uses_variance:
                 predicted = torch.cat([predicted, variance], dim=1)
-            noise = {"generator": generators} if how.sampler in STOCHASTIC else {}
             x = sampler.step(predicted, t, x, **noise).prev_sample
     return x
 
@@ -156,9 +160,28 @@ def generate(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> np.ndarray:
-    """Return the images of :func:`generate_latents`, uint8 of shape (B, height, width, 3)."""
-    pixels = decoded(getattr(pipe, "vae", None), latents)
-    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+    """Return the images that ``pipe`` makes of ``latents``, uint8 of shape (B, height, width, 3).
+
+    Args:
+        pipe: a pipeline; without an autoencoder the latents are the images themselves, in [-1, 1].
+        latents: what :func:`generate_latents` returns, (B, C, h, w), or a video's, of one frame,
+            (B, C, 1, h, w).
+
+    Raises:
+        AccelkitError: the autoencoder makes no images of them, or it is not known what the pipeline
+            does with them.
+    """
+    if latents.ndim == 5 and latents.shape[2] == 1:
+        latents = latents.squeeze(2)
+    if latents.ndim != 4:
+        raise AccelkitError(
+            f"decode takes latents in maps, (B, C, h, w), got {tuple(latents.shape)}"
+        )
+    check_autoencoder(pipe, latents.shape[1])
+    learn(pipe)
+    calls = conditioning_of(backbone_of(denoiser_of(pipe)))
+    pixels = decoded(autoencoder_of(pipe), latents, calls.latent_settings, calls.upcasts(pipe))
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()
 
 

@@ -8,6 +8,7 @@ goes on where it was, and nothing held in memory grows with the number of images
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 
 from accelkit.backbones.conditioning import Item
-from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, explain_full_disk
+from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files import AGAIN
 from accelkit.sample.generate import Sampling, check_seed, generate
+from accelkit.tensors import check_tensors, write_tensors
 
 Rows = dict[str, np.ndarray]
 """What is kept of some images: arrays by name, a row per image."""
@@ -86,13 +88,20 @@ class World:
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+        from accelkit.train.launch import together
+
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timedelta(days=1))
 
-        def told(said: Any) -> Any:
-            return broadcast_object_list([said])[0]
+        def meet() -> None:
+            with together(state.num_processes):
+                state.wait_for_everyone()
 
-        return World(state.process_index, state.num_processes, state.wait_for_everyone, told)
+        def told(said: Any) -> Any:
+            with together(state.num_processes):
+                return broadcast_object_list([said])[0]
+
+        return World(state.process_index, state.num_processes, meet, told)
 
 
 class RowShards:
@@ -106,7 +115,11 @@ class RowShards:
         self.folder = folder
 
     def missing(self, images: int, at_most: int) -> list[range]:
-        """Return what is not there of the first ``images``, in ranges of so many at most."""
+        """Return what is not there of the first ``images``, in ranges of so many at most.
+
+        Files that are damaged are removed, with a warning.
+        """
+        self._remove_damaged()
         gaps, start = [], 0
         for held in [*self._held(), range(images, images)]:
             stop = min(held.start, images)
@@ -120,24 +133,35 @@ class RowShards:
         Raises:
             AccelkitError: no room is left on the disk.
         """
-        from safetensors.numpy import save_file
-
-        path = self.folder / f"{places.start:08d}-{places.stop:08d}.safetensors"
-        part = path.with_name(path.name + ".partial")
-        with explain_full_disk(path, AGAIN):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(rows, part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+        write_tensors(self._path(places), rows, AGAIN)
 
     def batches(self) -> Iterator[Rows]:
         """Yield all rows in the images' order, a file at a time."""
         from safetensors.numpy import load_file
 
         for held in self._held():
-            yield load_file(self.folder / f"{held.start:08d}-{held.stop:08d}.safetensors")
+            yield load_file(self._path(held))
+
+    def _path(self, places: range) -> Path:
+        return self.folder / f"{places.start:08d}-{places.stop:08d}.safetensors"
+
+    def _remove_damaged(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        for path in map(self._path, self._held()):
+            try:
+                check_tensors(path)
+                with safe_open(path, "np"):  # what is cut short has no checksum to read
+                    continue
+            except FileNotFoundError:  # another process was first
+                continue
+            except (AccelkitError, OSError, SafetensorError) as error:
+                warnings.warn(
+                    f"cannot use {path} ({error}); making its images again",
+                    AccelkitWarning,
+                    stacklevel=2,
+                )
+                path.unlink(missing_ok=True)
 
     def _held(self) -> list[range]:
         found = self.folder.iterdir() if self.folder.is_dir() else ()

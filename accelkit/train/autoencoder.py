@@ -103,7 +103,7 @@ def train_autoencoder(
         on_step: called with the step (1-based) and its loss.
 
     Raises:
-        AccelkitError: if the loss is not finite.
+        AccelkitError: the loss, its gradient or the deviation of the latents is not finite.
     """
     vae = build_autoencoder(config, images.shape[-1])
     vae = vae.to(memory_format=torch.channels_last)
@@ -118,19 +118,27 @@ def train_autoencoder(
         error = recon - x
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = error.square().mean() + error.abs().mean() + config.kl_weight * kl
-        if not torch.isfinite(loss):
-            raise AccelkitError(
-                f"the autoencoder's loss is {loss.item()} at step {step}; lower its learning rate"
-            )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not torch.isfinite(value):
+                raise AccelkitError(
+                    f"the autoencoder's {what} is {value.item()} at step {step}; lower its "
+                    "learning rate"
+                )
         optimizer.step()
         schedule.step()
         if on_step is not None:
             on_step(step, loss.item())
     vae = vae.half().float().eval().to(memory_format=torch.contiguous_format)
-    vae.register_to_config(scaling_factor=1 / _latent_deviation(vae, images))
+    deviation = _latent_deviation(vae, images)
+    if not 0 < deviation < math.inf:
+        raise AccelkitError(
+            f"the trained autoencoder's latents have a deviation of {deviation}; lower its "
+            "learning rate"
+        )
+    vae.register_to_config(scaling_factor=1 / deviation)
     return vae
 
 
@@ -143,4 +151,5 @@ def _latent_deviation(vae: AutoencoderKL, images: Tensor) -> float:
         mean, var = posterior.mean.double(), posterior.var.double()
         total += torch.stack([mean.sum(), (mean.square() + var).sum(), torch.tensor(mean.numel())])
     first, second, count = total.tolist()
-    return (second / count - (first / count) ** 2) ** 0.5
+    variance = second / count - (first / count) ** 2
+    return variance**0.5 if variance > 0 else variance  # nan, or rounded below 0

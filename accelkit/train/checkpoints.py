@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError
-from accelkit.train.rundir import RunDirectory
+from accelkit.train.rundir import SUMS, RunDirectory
 
 LOOP_STATE = "loop.pt"
 """What a checkpoint holds beside accelerate's files: the teacher and the rate's schedule."""
@@ -35,7 +35,8 @@ def save(
         with _no_notice_of_sharing():
             accelerator.save_state(str(folder))
         if main:
-            torch.save({n: part.state_dict() for n, part in own.items()}, folder / LOOP_STATE)
+            states = {name: part.state_dict() for name, part in own.items()}
+            torch.save({"step": step, **states}, folder / LOOP_STATE)
 
 
 def restore(run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dict[str, Any]) -> int:
@@ -46,15 +47,21 @@ def restore(run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dic
         adapted: whether checkpoints hold the trained weights only.
 
     Raises:
-        AccelkitError: it cannot be read.
+        AccelkitError: it cannot be read, is damaged, or is the one of another step.
     """
     latest = run.latest()
     if latest is None:
         return 0
     step, folder = latest
     try:
-        accelerator.load_state(str(folder), strict=not adapted)
+        checked = run.check(folder)
         state = torch.load(folder / LOOP_STATE, map_location="cpu", weights_only=True)
+        if "step" in state and not checked:
+            raise AccelkitError(f"{SUMS} is missing")
+        # earlier versions recorded the step as the rate's only
+        if (found := state.get("step", state["rates"]["last_epoch"])) != step:
+            raise AccelkitError(f"it is the one of step {found} under another name")
+        accelerator.load_state(str(folder), strict=not adapted)
         for name, part in own.items():
             part.load_state_dict(state[name])
     except Exception as error:

@@ -28,7 +28,7 @@ class TrainConfig:
     """Everything that decides what weights a run ends with, and how it is watched.
 
     Attributes:
-        steps: optimiser steps.
+        steps: updates of the weights. One whose gradients overflow a loss scaler is run again.
         batch_size: samples per step over all processes and accumulated parts.
         learning_rate: peak rate of AdamW.
         lr_schedule: ``constant`` or ``cosine`` (to 0), after ``lr_warmup_steps``.
@@ -54,11 +54,12 @@ class TrainConfig:
         lora_rank: train low-rank adapters of this rank (Hu et al. 2022) beside the blocks' linear
             layers, and nothing else; 0 trains all weights.
         freeze_time_embedder: keep it out of the optimiser, as the authors' command does.
-        gradient_accumulation: parts that a step's batch is run in.
+        gradient_accumulation: parts that a step's batch is run in, whatever accelerate is told.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
-        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``, the last one not on a CPU.
         seed: of everything drawn. A step's draws depend on the seed and the step alone, neither on
-            the number of processes nor on whether the run was resumed.
+            the number of processes nor on whether the run was resumed. A network's own dropout
+            depends on the process as well, as each draws for its share of the batch.
     """
 
     steps: int = 200

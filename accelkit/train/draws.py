@@ -14,13 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ORDER, _STEP = 0, 1  # what a stream of random numbers is for
+_ORDER, _STEP, _MODEL = 0, 1, 2  # what a stream of random numbers is for
 
 
 def generator(*keys: int) -> torch.Generator:
     """Return a CPU generator for a tuple of whole numbers; different tuples are independent."""
-    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+    return torch.Generator().manual_seed(_seed(*keys))
+
+
+def seed_of_model(seed: int, step: int, rank: int) -> int:
+    """Return the seed of what a network itself draws in a step on one of several processes."""
+    return _seed(seed, _MODEL, step, rank)
+
+
+def _seed(*keys: int) -> int:
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
 @lru_cache(maxsize=2)

@@ -8,19 +8,18 @@ With a full schedule the same loop trains from scratch.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 
 from accelkit.adapter import Adapter
 from accelkit.backbones import backbone_of
@@ -30,20 +29,29 @@ from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.switch import enable
 from accelkit.taps import Taps
-from accelkit.train import checkpoints, lora
+from accelkit.train import checkpoints, launch, lora
 from accelkit.train.config import TrainConfig
-from accelkit.train.draws import Draw, draw
-from accelkit.train.dvd import Supervision, supervision_for
+from accelkit.train.dvd import supervision_for
 from accelkit.train.forward import Density, ForwardProcess, forward_process
 from accelkit.train.heads import OwnHeads
-from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 from accelkit.train.samples import Conditions, Labels, Samples
+from accelkit.train.step import Step
+
+make_accelerator = launch.make_accelerator
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step reports: steps done, its loss, gradient norm, rate and samples per second."""
+    """What a step reports.
+
+    Attributes:
+        step: steps done.
+        loss: over all processes.
+        grad_norm: before clipping.
+        learning_rate: of the step that follows, as diffusers' own scripts report it.
+        samples_per_second: over all processes.
+    """
 
     step: int
     loss: float
@@ -82,6 +90,7 @@ def train(
     accelerator: Accelerator,
     watch: Watch,
     conditions: Conditions | None = None,
+    calls: Conditioning | None = None,
 ) -> Adapter | None:
     """Train ``model`` in place and leave it in eval mode with the teacher's weights.
 
@@ -98,15 +107,19 @@ def train(
         accelerator: from :func:`make_accelerator`.
         watch: progress, checkpoints and previews.
         conditions: what the samples are conditioned on; default: their labels.
+        calls: how the model is called; default: as its family is, which does not know the size of
+            a pipeline's pictures.
 
     Returns:
         With a ``lora_rank``, the adapter that was trained, added to the model's weights already.
 
     Raises:
-        AccelkitError: the loss is not finite (the last checkpoint stays good), the batch cannot be
-            shared evenly, or the data and the model do not fit.
+        AccelkitError: the loss or its gradient is not finite (the last checkpoint stays good), the
+            batch cannot be shared evenly, the data and the model do not fit, the accelerator would
+            compute steps of its own, or another process ended.
         Stopped: SIGTERM or SIGINT came; a checkpoint was written.
     """
+    launch.check(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation
     if config.batch_size % parts:
         raise AccelkitError(
@@ -115,7 +128,7 @@ def train(
             f"give a multiple of {parts}"
         )
     backbone = backbone_of(model)
-    calls = conditioning_of(backbone)
+    calls = calls or conditioning_of(backbone)
     if conditions is None:
         if calls.text:
             raise AccelkitError(f"a {type(model).__name__} is prompted by text; give its captions")
@@ -124,6 +137,9 @@ def train(
     supervision = supervision_for(config, backbone, schedule, scheduler, process)
     model.to(accelerator.device)
     with ExitStack() as stack:
+        stack.enter_context(launch.together(accelerator.num_processes))
+        model.zero_grad()  # a backward pass before this one may have left something
+        stack.callback(model.zero_grad)
         stack.enter_context(backbone.training(freeze_time=config.freeze_time_embedder))
         adapters = None
         if config.lora_rank:
@@ -152,22 +168,31 @@ def train(
             stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
         stack.callback(accelerator.free_memory)
         stack.callback(_unprepare, model, model.__dict__.get("forward"))
+        accelerator.sync_gradients = True  # it is the process's: another loop may have cleared it
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        step = _Step(
-            wrapped, calls, scheduler, samples, conditions, config, accelerator, supervised
+        step = Step(
+            wrapped,
+            trained,
+            calls,
+            process,
+            NoiseAxis.of(scheduler),
+            samples,
+            conditions,
+            config,
+            run,
+            accelerator,
+            heads,
+            supervised,
         )
         own = {"ema": ema, "rates": rates} | ({"heads": heads} if apart else {})
         done = checkpoints.restore(run, accelerator, adapters is not None, own)
+        ema.to(accelerator.device)  # restored on the CPU
         stop = stack.enter_context(_signals())
 
         model.train()
         while done < config.steps:
             began = time.perf_counter()
-            loss = step.backward(done, watch_signal=bool(stop))
-            if not math.isfinite(loss):
-                raise AccelkitError(_diverged(loss, done + 1, run))
-            heads.synchronize(accelerator)
-            norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            loss, norm = step.gradients(done, bool(stop))
             optimizer.step()
             optimizer.zero_grad()
             rates.step()
@@ -176,7 +201,7 @@ def train(
             if accelerator.is_main_process:
                 rate = config.batch_size / (time.perf_counter() - began)
                 lr = rates.get_last_lr()[0]
-                watch.on_step(Progress(done, loss, float(norm), float(lr), rate))
+                watch.on_step(Progress(done, loss, norm, float(lr), rate))
             due = watch.checkpoint_every and done % watch.checkpoint_every == 0
             if due or step.stopping or done == config.steps:
                 checkpoints.save(run, done, watch.keep, accelerator, own)
@@ -195,103 +220,12 @@ def train(
     return adapter
 
 
-def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
-    """Return the Accelerator a run is made with.
-
-    A batch share without a single full-depth sample leaves the deepest blocks without a gradient,
-    so the distributed reducer is told to look for unused parameters.
-    """
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        **options,
-    )
-
-
 def process_for(
     scheduler: Any, config: TrainConfig, device: torch.device | str = "cpu"
 ) -> ForwardProcess:
     """Return the forward process of a run; AccelkitError if training knows none."""
     density = Density(config.timestep_density, config.logit_mean, config.logit_std)
     return forward_process(scheduler, device, density)
-
-
-class _Step:
-    """Runs the forward and backward passes of one step on this process's share."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        calls: Conditioning,
-        scheduler: Any,
-        samples: Samples,
-        conditions: Conditions,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        supervised: tuple[Taps, Supervision] | None,
-    ) -> None:
-        self.model, self.calls, self.config = model, calls, config
-        self.samples, self.conditions = samples, conditions
-        self.accelerator, self.supervised = accelerator, supervised
-        self.process = process_for(scheduler, config, accelerator.device)
-        self.axis = NoiseAxis.of(scheduler)
-        self.stopping = False
-
-    def backward(self, step: int, watch_signal: bool) -> float:
-        """Accumulate the gradients of a 0-based step; return its loss over all processes."""
-        config, accelerator = self.config, self.accelerator
-        whole = draw(
-            config.seed,
-            step,
-            config.batch_size,
-            size=len(self.samples),
-            shape=self.samples.shape,
-            timesteps=self.process.draw,
-            dropout=config.label_dropout,
-        )
-        count = config.gradient_accumulation
-        mine = whole.part(accelerator.process_index, accelerator.num_processes)
-        total = torch.zeros((), device=accelerator.device)
-        for index in range(count):
-            last = index == count - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self._loss(step, mine.part(index, count)) / count
-                accelerator.backward(loss)
-            total += loss.detach()
-        report = torch.stack([total.float(), torch.full_like(total, watch_signal)])
-        loss, signalled = accelerator.reduce(report, "mean").tolist()
-        self.stopping = signalled > 0  # on any process: all of them stop at the same step
-        return loss
-
-    def _loss(self, step: int, share: Draw) -> Tensor:
-        device = self.accelerator.device
-        x0 = self.samples.sample(share.rows, share.posterior).to(device)
-        eps, t = share.noise.to(device), share.timestep.to(device)
-        xt = self.process.add_noise(x0, eps, t)
-        rows = self.conditions.rows(share.rows, share.drop)
-        output = self.model(**self.calls.arguments(xt, t, rows), return_dict=False)[0]
-        output = self.calls.prediction(output, xt)
-        level = torch.tensor(self.axis.levels(share.timestep))
-        weight = self.config.weight_at(step, level).to(device)
-        losses = denoising_loss(self.process, output, x0, eps, xt, t)
-        if self.supervised is not None:
-            taps, supervision = self.supervised
-            passed = [
-                replace(tap, output=self.calls.prediction(tap.output, xt[tap.rows]))
-                for tap in taps.pop()
-            ]
-            on_the_way = supervision.losses(passed, x0, eps, t, share.place.to(device))
-            losses = losses + self.config.intermediate_weight * on_the_way
-        return (weight.float() * losses).mean()
-
-
-def _diverged(loss: float, step: int, run: RunDirectory) -> str:
-    latest = run.latest()
-    kept = f"the checkpoint of step {latest[0]} is kept" if latest else "no checkpoint was reached"
-    return (
-        f"the loss is {loss} at step {step}; {kept}. Lower --learning-rate, "
-        "or train with --mixed-precision no"
-    )
 
 
 def _unprepare(model: nn.Module, forward: Any) -> None:

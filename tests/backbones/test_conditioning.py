@@ -155,6 +155,95 @@ def test_a_call_is_the_pipelines_own(family, by_watching):
     torch.testing.assert_close(predicted, output, rtol=1e-4, atol=1e-5)
 
 
+class EnoughError(Exception):
+    """The pipeline's first call of its network has been seen."""
+
+
+def given(pipe, **options):
+    """What the pipeline gives its network at its first step."""
+    seen = []
+
+    def record(module, args, kwargs):
+        seen.append(kwargs)
+        raise EnoughError
+
+    handle = denoiser_of(pipe).register_forward_pre_hook(record, with_kwargs=True)
+    with pytest.raises(EnoughError):
+        pipe(PROMPT, num_inference_steps=1, output_type="latent", **options)
+    handle.remove()
+    return seen[0]
+
+
+def sized(family, levels):
+    """A pipeline that states the size of its pictures, whose latents are 2^(levels - 1) pixels."""
+    pipe = text_pipes.make(family)
+    parts = {**pipe.components, "vae": text_pipes.vae(levels=levels, shift=None)}
+    if family == "pixart":  # which states the size at 128 latents a side only
+        config = {"sample_size": 128, "attention_head_dim": 12, "use_additional_conditions": None}
+        config = {**pipe.transformer.config, **config, "num_layers": 1, "cross_attention_dim": 24}
+        parts["transformer"] = type(pipe.transformer).from_config(config)
+    pipe = type(pipe)(**parts, **({"add_watermarker": False} if family == "sdxl" else {}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SIZES = {
+    "sdxl": ({}, lambda call: call["added_cond_kwargs"]["time_ids"]),
+    "pixart": (
+        {"use_resolution_binning": False},
+        lambda call: torch.cat(list(call["added_cond_kwargs"].values()), dim=1),
+    ),
+    "hunyuan": ({"use_resolution_binning": False}, lambda call: call["image_meta_size"]),
+}
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 5])
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2)])
+def test_the_size_that_a_pipeline_states(family, levels, shape):
+    pipe = sized(family, levels)
+    options, size = SIZES[family]
+    calls = conditioning(pipe)
+    height, width = (of * side for of, side in zip(shape, calls.shape[1:], strict=True))
+    pixels = {"height": height * 2 ** (levels - 1), "width": width * 2 ** (levels - 1)}
+    options = {**options, **(pixels if shape != (1, 1) else {})}
+    if family == "hunyuan":  # which would state an original of 1024 pixels whatever it makes
+        options |= {"original_size": tuple(pixels.values())}
+    theirs = size(given(pipe, **options))
+    latents = torch.zeros(1, 4, height, width)
+    ours = calls.arguments(latents, torch.ones(1), calls.encode(pipe, [PROMPT]))
+    assert size(ours).tolist() == theirs[-1:].tolist()
+    # and so without a prompt, as training does, which takes them from a cache
+    of_training = type(calls)(calls.backbone)
+    of_training.read_factor(pipe)
+    rows = calls.encode(pipe, [PROMPT])
+    assert (
+        size(of_training.arguments(latents, torch.ones(1), rows)).tolist() == theirs[-1:].tolist()
+    )
+
+
+def test_the_size_that_a_pipeline_states_with_another_autoencoder():
+    """It goes by the one that it was made with."""
+    pipe = sized("sdxl", 4)
+    pipe.vae = text_pipes.vae(levels=3, shift=None)
+    calls = conditioning(pipe)
+    ours = calls.arguments(torch.zeros(1, 4, 8, 8), torch.ones(1), calls.encode(pipe, [PROMPT]))
+    theirs = SIZES["sdxl"][1](given(pipe))
+    assert SIZES["sdxl"][1](ours).tolist() == theirs[-1:].tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert calls.pixels(pipe) == 32  # of what it makes
+
+
+def test_a_size_needs_a_pipeline():
+    pipe = sized("sdxl", 3)
+    rows = conditioning(pipe).encode(pipe, [PROMPT])
+    call = torch.zeros(1, 4, 8, 8), torch.ones(1), rows
+    with pytest.raises(AccelkitError, match=r"conditioning_of\(backbone, pipe\)"):
+        conditioning(pipe).arguments(*call)
+    calls = conditioning_of(backbone_of(pipe.unet), pipe)
+    times = calls.arguments(*call)["added_cond_kwargs"]["time_ids"]
+    assert times.tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
 @pytest.mark.parametrize(
     ("family", "learned"),
     [

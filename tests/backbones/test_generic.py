@@ -232,6 +232,16 @@ def test_rows_of_a_mixed_batch_equal_single_calls(model, case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "AuraFlowTransformer2DModel"])
+def test_found_in_inference_mode(name):
+    case = NETWORKS[name]
+    model = case.kind(**case.config)
+    expected = backbone_of(model).found
+    find.cache_clear()
+    with torch.inference_mode():
+        assert backbone_of(model).found == expected
+
+
 def test_both_call_styles(model, case):
     call = mixed(case)
     taken = list(inspect.signature(type(model).forward).parameters.values())[1:]

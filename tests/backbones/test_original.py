@@ -184,6 +184,73 @@ def test_files_and_wrappings_give_the_same_model(tmp_path):
         assert all(torch.equal(got[key], value) for key, value in state.items()), path
 
 
+def built(state):
+    """A module whose parameters have the names of a state dict."""
+    root = torch.nn.Module()
+    for name, value in state.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, torch.nn.Parameter(value))
+    return root
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def compiled_by_block(module):
+    for name, block in list(module.blocks.named_children()):
+        module.blocks.add_module(name, compiled(block))
+    return module
+
+
+WRAPPERS = {
+    "parallel": torch.nn.DataParallel,
+    "compiled": compiled,
+    "parallel, compiled": lambda m: torch.nn.DataParallel(compiled(m)),
+    "compiled, parallel": lambda m: compiled(torch.nn.DataParallel(m)),
+    "twice": lambda m: compiled(torch.nn.DataParallel(torch.nn.DataParallel(compiled(m)))),
+    "by block": compiled_by_block,
+    "all of it": lambda m: compiled(torch.nn.DataParallel(compiled_by_block(m))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_names_lose_what_torchs_wrappers_add(wrap, suffix, tmp_path):
+    state = original_state()
+    wrapped = {k: v.detach().clone() for k, v in wrap(built(state)).state_dict().items()}
+    assert wrapped.keys() != state.keys()
+    path = tmp_path / f"dit{suffix}"
+    if suffix == ".pt":
+        torch.save({"ema": wrapped, "opt": {}}, path)
+    else:
+        save_file(wrapped, path)
+    got = read_state_dict(path)
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[key], value) for key, value in state.items())
+    back = to_original(load_original(path, num_heads=4))
+    assert all(torch.equal(back[key], value) for key, value in state.items() if key != "pos_embed")
+
+
+def test_a_name_of_the_models_own_is_kept(tmp_path):
+    """``module.`` is taken off only where all names begin with it."""
+    state = {"module.a": torch.ones(1), "b.module.c": torch.ones(1)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert read_state_dict(tmp_path / "x.safetensors").keys() == state.keys()
+
+
+def test_two_weights_of_one_name_are_refused(tmp_path):
+    torch.save({"a.b": torch.ones(1), "_orig_mod.a.b": torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(AccelkitError, match=r"x\.pt holds a\.b more than once") as caught:
+        read_state_dict(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_one_dtype_is_kept_through_a_round_trip(tmp_path, dtype):
     state = {key: value.to(dtype) for key, value in original_state().items()}

@@ -1,6 +1,7 @@
 """Every way a file can be no original checkpoint."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from original_layout import original_state, position_table
 from safetensors.torch import save_file
 
+from accelkit.backbones.checkpoint import write_state_dict
 from accelkit.backbones.original import (
     load_original,
     read_state_dict,
@@ -167,3 +169,43 @@ def test_damaged_files(small, suffix):
         read_state_dict(path)
     with pytest.raises(AccelkitError, match="is a folder; give one checkpoint file"):
         read_state_dict(path.parent)
+
+
+@pytest.mark.parametrize("write", [torch.save, write_state_dict], ids=["torch", "accelkit"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damage_that_can_be_read_is_noticed(small, tmp_path, suffix, write):
+    """Archives of torch carry checksums, which torch does not compare; safetensors has none."""
+    if write is torch.save and suffix == ".safetensors":
+        pytest.skip("files of other programs carry no checksum")
+    whole = read_state_dict(small())
+    path = tmp_path / f"x{suffix}"
+    write(whole, path)
+    content = path.read_bytes()
+    damaged = []
+    for at in range(3, len(content), len(content) // 60):
+        damaged.append(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    for at in range(0, len(content) - 512, len(content) // 9):
+        damaged.append(content[:at] + bytes(512) + content[at + 512 :])
+    refusals = []
+    for changed in damaged:
+        path.unlink()
+        path.write_bytes(changed)
+        try:
+            read = read_state_dict(path)
+        except AccelkitError as error:
+            refusals.append(str(error))
+        else:  # a byte that pads, or one of a name within the archive
+            assert all(torch.equal(read[k], v) for k, v in whole.items())
+    assert len(refusals) > 0.8 * len(damaged)
+    assert all(re.search("is damaged|cannot be read as a checkpoint", line) for line in refusals)
+
+
+def test_archives_without_checksums_are_read(small, tmp_path):
+    whole = read_state_dict(small())
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(whole, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    read = read_state_dict(tmp_path / "x.pt")
+    assert all(torch.equal(read[k], v) for k, v in whole.items())

@@ -374,7 +374,11 @@ def test_what_others_do_to_the_tokens_between_the_blocks_is_not_lost(uvit):
     with torch.no_grad():
         plain = uvit(*call()).sample
         uvit.out_blocks[4].register_forward_hook(lambda module, args, output: output + 1)
-        assert not torch.equal(uvit(*call()).sample, plain)
+        found = uvit(*call()).sample
+    assert not torch.equal(found, plain)
+    assert (
+        error(found, uvit(*call()).sample.detach().double()) < 1e-5
+    )  # with gradients nothing is folded
 
 
 def test_no_tensor_of_a_call_is_kept(uvit):
@@ -382,7 +386,8 @@ def test_no_tensor_of_a_call_is_kept(uvit):
     with torch.no_grad():
         uvit(*call())
     kept = [v for v in vars(state.backbone).values() if isinstance(v, (torch.Tensor, list))]
-    assert kept == [[]]
+    assert not kept
+    assert state._router.call is None
 
 
 def test_a_bare_view_of_the_model_folds_nothing(uvit):

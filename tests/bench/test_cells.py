@@ -1,11 +1,12 @@
 """What was measured is found again, by what it depends on."""
 
 import json
+import warnings
 
 import pytest
 
 from accelkit.bench.cells import Cells
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def test_what_failed_is_made_again(cells):
 def test_a_cell_tells_what_it_is_of(cells):
     cells.put({"a": 1}, [1, 2])
     stored = json.loads((cells.path({"a": 1}) / "cell.json").read_text())
+    assert len(stored.pop("sha256")) == 64
     assert stored == {"settings": {"a": 1}, "result": [1, 2]}
 
 
@@ -63,11 +65,65 @@ def test_two_benches_do_not_share_a_folder(cells):
         pass
 
 
-def test_a_broken_cell_is_named(cells):
-    cells.put({"a": 1}, 1)
-    (cells.path({"a": 1}) / "cell.json").write_text("{")
-    with pytest.raises(AccelkitError, match=r"cannot read .*cell\.json"):
-        cells.get({"a": 1})
+def flipped(content, bit):
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_damaged_cell_is_made_again(cells):
+    settings, result = {"a": 1, "steps": [5, 10]}, {"fid": 12.625, "missing": None}
+    cells.put(settings, result)
+    path = cells.path(settings) / "cell.json"
+    content = path.read_bytes()
+    damaged = [flipped(content, bit) for bit in range(0, 8 * len(content), 5)]
+    damaged += [content[:-9], b"", b"{}", b"[]", bytes(len(content))]
+    warned = 0
+    for changed in damaged:
+        path.write_bytes(changed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert cells.made(settings, lambda: result) == result
+        for warning in caught:
+            warned += 1
+            assert issubclass(warning.category, AccelkitWarning)
+            assert f"cannot use {path} (" in str(warning.message)
+            assert str(warning.message).endswith("; measuring again")
+    assert warned > 0.7 * len(damaged)  # a bit of white space, say, does no harm
+    assert cells.get(settings) == result
+
+
+def test_a_cell_under_another_name_is_made_again(cells):
+    cells.put({"a": 1}, "one")
+    cells.path({"a": 1}).rename(cells.path({"a": 2}))
+    with pytest.warns(AccelkitWarning, match=r"cell\.json \(it is of other settings\); measuring"):
+        assert cells.made({"a": 2}, lambda: "two") == "two"
+
+
+def test_a_cell_of_an_earlier_version_is_taken(cells):
+    path = cells.path({"a": (1, 2)})
+    path.mkdir(parents=True)
+    (path / "cell.json").write_text('{"settings": {"a": [1, 2]}, "result": 5}')
+    assert cells.get({"a": (1, 2)}) == 5
+
+
+def test_what_a_killed_bench_did_not_remove_is_removed(cells, monkeypatch):
+    """Killed after a cell was finished; the features of one that was not are gone on with."""
+    for name in (1, 2):
+        (cells.path({"a": name}) / "features").mkdir(parents=True)
+        (cells.path({"a": name}) / "features" / "0.safetensors").write_bytes(b"rows")
+
+    def dies(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accelkit.bench.cells._remove_folders", dies)
+        with pytest.raises(KeyboardInterrupt):
+            cells.put({"a": 1}, "one")
+    with cells.claimed():
+        assert not (cells.path({"a": 1}) / "features").exists()
+        assert (cells.path({"a": 2}) / "features" / "0.safetensors").exists()
+        assert cells.get({"a": 1}) == "one"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

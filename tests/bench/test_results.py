@@ -66,6 +66,21 @@ def test_results_come_back_as_they_were_written(results, tmp_path):
     assert read_results(tmp_path) == results
 
 
+def test_a_damaged_file_is_refused(tmp_path):
+    """A figure of other digits would be read as another result."""
+    path = write_results(tmp_path, WHOLE)
+    stored = path.read_text()
+    VALIDATOR.validate(json.loads(stored))
+    figure = next(row["fid"] for row in WHOLE["rows"] if row["fid"])
+    path.write_text(stored.replace(f'"fid": {figure}', f'"fid": {figure + 1}'))
+    with pytest.raises(AccelkitError, match=r"results\.json is damaged.*accelkit bench writes it"):
+        read_results(tmp_path)
+    edited = json.loads(path.read_text())
+    del edited["sha256"]
+    path.write_text(json.dumps(edited))
+    assert figure + 1 in [row["fid"] for row in read_results(tmp_path)["rows"]]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_what_is_refused_is_what_json_schema_refuses(data):

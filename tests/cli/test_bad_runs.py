@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import sys
 import pytest
 import torch
 from diffusers import DiTPipeline
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from spoil import Evil, content, cut_weights
 
 import accelkit
@@ -73,30 +75,71 @@ def test_resuming_a_run_with_spoilt_settings(refused, stored, tmp_path):
 def test_a_checkpoint_with_code_in_it(refused, main, finetune, tmp_path):
     assert main(*finetune)[0] == 0
     step = RunDirectory("run").latest()[1]
-    pickles = [path for path in step.iterdir() if path.suffix != ".safetensors"]
-    assert len(pickles) >= 2
+    again = ("finetune", "-o", "run", "--resume", "latest")
+    pickles = [path for path in step.iterdir() if path.suffix in (".pt", ".bin", ".pkl")]
+    assert len(pickles) == 3
+    sums = (step / "checksums.json").read_bytes()
     for path in pickles:
         kept = path.read_bytes()
         torch.save(Evil(), path)
-        again = ("finetune", "-o", "run", "--resume", "latest")
-        if path.name.startswith("random_states"):  # nothing is drawn from them
-            assert main(*again)[0] == 0
-        else:
-            assert "cannot read the checkpoint" in refused(*again)
+        assert f"{path.name} is damaged" in refused(*again)
+        (step / "checksums.json").unlink()  # as of an earlier version
+        assert "cannot read the checkpoint" in refused(*again)
         path.write_bytes(kept)
+        (step / "checksums.json").write_bytes(sums)
+    assert main(*again)[0] == 0
     assert not (tmp_path / "cwd" / "ran").exists()
+
+
+def test_data_that_changed_under_the_same_name(refused, main, finetune, data, model, tmp_path):
+    assert main(*finetune)[0] == 0
+    before = content(tmp_path / "cwd" / "run" / "checkpoints")
+    again = ("finetune", "-o", "run", "--resume", "latest")
+    kept = (data / "bee" / "1.png").read_bytes()
+    Image.effect_noise((8, 8), 99).save(data / "bee" / "1.png")
+    message = refused(*again)
+    assert message.startswith("the images changed since the run in run began; resume with what")
+    assert message.endswith("start over with --overwrite")
+    (data / "bee" / "1.png").rename(data / "ant" / "9.png")
+    assert "the images and the labels changed" in refused(*again)
+    (data / "ant" / "9.png").unlink()
+    (data / "bee" / "1.png").write_bytes(kept)
+    for part in ("transformer", "vae"):
+        path = model / part / "diffusion_pytorch_model.safetensors"
+        weights = path.read_bytes()
+        changed = {k: v * 1.01 for k, v in load_file(path).items()}
+        save_file(changed, path, {"format": "pt"})
+        assert refused(*again).startswith("the model changed since the run in run began")
+        path.write_bytes(weights)
+    assert "train.steps: 4 then, 5 now" in refused(*again, "--steps", "5")
+    assert "schedule.intervals" in refused(*again, "--schedule", "6@0.4,3@1")
+    assert content(tmp_path / "cwd" / "run" / "checkpoints") == before
+    assert main(*again)[0] == 0
 
 
 # --- training that goes wrong
 
 
-def test_a_poisoned_model(refused, finetune, model):
+def poisoned(model, value, name="proj_out_2.weight"):
     pipe = DiTPipeline.from_pretrained(model)
     with torch.no_grad():
-        pipe.transformer.proj_out_2.weight[0, 0] = float("nan")
+        pipe.transformer.get_parameter(name)[0, 0] = value
     pipe.save_pretrained(model)
+
+
+def test_a_poisoned_model(refused, finetune, model, data):
+    poisoned(model, float("nan"))
+    bench = ("bench", "--model", model, "--data", data, "-o", "other")
+    for command in (finetune, ("sample", "--model", model, "-o", "other"), bench):
+        message = refused(*command)
+        assert f"proj_out_2.weight in the transformer of {model} holds NaN" in message
+
+
+def test_a_model_that_overflows(refused, finetune, model):
+    """Its weights are finite, what it makes of them is not."""
+    poisoned(model, 1e38)
     message = refused(*finetune, after_progress=True)
-    assert "the loss is nan at step 1; no checkpoint was reached" in message
+    assert re.search(r"the loss is (nan|inf) at step 1; no checkpoint was reached", message)
     assert "--learning-rate" in message
 
 

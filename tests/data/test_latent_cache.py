@@ -174,6 +174,78 @@ def test_a_broken_index_is_made_anew(encode, tmp_path, content):
     assert len(folders(tmp_path)) == 1
 
 
+def flip(place):
+    def spoil(content):
+        at = int(place * (len(content) - 1))
+        return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+    return spoil
+
+
+def zero(place):
+    def spoil(content):
+        at = int(place * max(0, len(content) - 4096))
+        return content[:at] + bytes(min(4096, len(content))) + content[at + 4096 :]
+
+    return spoil
+
+
+DAMAGE = {
+    **{f"bit at {at}": flip(at) for at in (0, 0.1, 0.5, 0.9, 1)},
+    **{f"zeros at {at}": zero(at) for at in (0, 0.5, 1)},
+    "second half zeroed": lambda c: c[: len(c) // 2] + bytes(len(c) - len(c) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", INDEX])
+def test_what_is_damaged_is_made_again(encode, tmp_path, damage, name):
+    """Values that can still be read are compared with their checksum."""
+    first = rows(encode())
+    path = next((tmp_path / "cache").glob(f"*/{name}"))
+    content = path.read_bytes()
+    path.unlink()  # a file of its own: the first one is mapped
+    path.write_bytes(DAMAGE[damage](content))
+    with pytest.warns(AccelkitWarning, match=r"latents in .* are broken \(.*\); encoding again$"):
+        again = encode()
+    assert torch.equal(rows(again), first)
+    assert path.read_bytes() == content
+
+
+def test_latents_of_earlier_versions_have_no_checksums(encode, vae, monkeypatch, tmp_path):
+    first = rows(encode())
+    (folder,) = (tmp_path / "cache").glob("*/")
+    index = json.loads((folder / INDEX).read_text())
+    del index["sha256"]
+    (folder / INDEX).write_text(json.dumps(index))
+    for shard in folder.glob("*.safetensors"):
+        tensors = {name: rows.clone() for name, rows in load_file(shard).items()}
+        shard.unlink()
+        save_file(tensors, shard)
+    monkeypatch.setattr(type(vae), "encode", untouchable)
+    assert torch.equal(rows(encode()), first)
+
+
+def test_all_is_on_the_disk_before_the_rename(encode, monkeypatch, tmp_path):
+    flush, rename, events = os.fsync, Path.rename, []
+
+    def flushing(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        flush(handle)
+
+    def renaming(self, target):
+        events.append(f"to {target.parent.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    encode()
+    place = events.index("to cache")
+    assert {"shard-00000.safetensors", INDEX} <= set(events[:place])
+    assert events[place - 3 :].count("cache") == 1
+    assert events[-1] == "cache"
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "short"])
 def test_a_broken_shard_is_made_anew(encode, tmp_path, damage):
     first = rows(encode())
@@ -269,12 +341,14 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(encode, 
     ids=["full", "quota", "safetensors"],
 )
 def test_no_room_is_one_line_and_leaves_nothing(encode, monkeypatch, tmp_path, error):
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         path.write_bytes(b"the first bytes")
         raise error
 
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(AccelkitError, match=r"cannot write .*cache.*No space|quota") as caught:
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        AccelkitError, match=r"no room to write .*/cache/.*(No space|quota).*ACCELKIT_CACHE"
+    ) as caught:
         encode()
     assert "\n" not in str(caught.value)
     assert folders(tmp_path) == []

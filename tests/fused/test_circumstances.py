@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.hooks import HookRegistry
 from diffusers.training_utils import EMAModel
-from small_models import DiT, PixArt, UViT
-from test_fused import Doubling, mixed, relative, run
+from small_models import DiT, PixArt, UViT, mixed
+from test_fused import Doubling, relative, run
 
 import accelkit
 from accelkit.fused import ops

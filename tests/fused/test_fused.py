@@ -7,7 +7,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from small_models import DiT, Flux, PixArt, UViT, seeded
+from small_models import DiT, Flux, PixArt, UViT, mixed
 
 import accelkit
 from accelkit.backbones import dit
@@ -30,8 +30,8 @@ def passes(monkeypatch):
     seen = []
     real = base.FusedForward.pass_of
 
-    def spied(self, plan, args, kwargs):
-        found = real(self, plan, args, kwargs)
+    def spied(self, plan, *rest):
+        found = real(self, plan, *rest)
         if found is not None:
             seen.append(plan)
         return found
@@ -44,16 +44,6 @@ def passes(monkeypatch):
 def run(model, call, schedule="full", kernels="auto"):
     with enable(model, schedule, kernels=kernels):
         return model(**call).sample
-
-
-def mixed(family, timesteps):
-    """A call of as many samples as there are timesteps, each another one."""
-    count = len(timesteps)
-    call = family.call(100) | {"timestep": torch.tensor(timesteps)}
-    for name, value in call.items():
-        if isinstance(value, torch.Tensor) and name != "timestep":
-            call[name] = seeded(count, *value.shape[1:]) if value.ndim > 1 else torch.arange(count)
-    return call
 
 
 @FAMILIES

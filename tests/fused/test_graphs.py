@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small_models import DiT, Flux, PixArt, UViT
-from test_fused import mixed, relative, run
+from small_models import DiT, Flux, PixArt, UViT, mixed
+from test_fused import relative, run
 
 import accelkit
 from accelkit.errors import AccelkitError

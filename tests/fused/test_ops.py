@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_models import DiT, PixArt, UViT
-from test_fused import mixed, relative, run
+from small_models import DiT, PixArt, UViT, mixed
+from test_fused import relative, run
 
 import accelkit_kernels
 from accelkit.fused import ops

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small_models import DiT
-from test_fused import mixed, relative
+from small_models import DiT, mixed
+from test_fused import relative
 
 from accelkit.fused import table
 from accelkit.switch import disable, enable
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def bytes(self):
-        return self.state.fused.steps.bytes
+        return self.state.fused.run.steps.bytes
 
 
 def check(model, run_of):
@@ -135,3 +135,17 @@ def test_a_scheduler_without_a_run_has_none():
     for _ in range(4):
         each.at(500)
     assert each.bytes == 0
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_a_run_does_not_depend_on_what_ran_before(steps):
+    model = DiT().make()
+    run_of = Run(model, labels=(5,), schedule="full")
+
+    def sampled():
+        run_of.scheduler.set_timesteps(steps)
+        run_of.labels = torch.tensor([5])
+        return torch.stack([run_of.at(place) for place in range(steps)])
+
+    first = sampled()
+    assert all(torch.equal(sampled(), first) for _ in range(4))

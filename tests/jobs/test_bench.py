@@ -18,7 +18,7 @@ import accelkit
 from accelkit.bench import harness, judging
 from accelkit.bench.results import read_results
 from accelkit.cli import app
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.switch import enabled_on
 
 SMALL = (
@@ -169,19 +169,41 @@ def test_timing_goes_on_with_the_round_it_was_killed_in(bench, ran, tmp_path, mo
         patch.setattr(harness, "run", killed)
         with pytest.raises(RuntimeError, match="killed"):
             bench(*options)
-    (kept,) = (tmp_path / "run").rglob("rounds.jsonl")
-    rounds = kept.read_text()
-    assert rounds.count("\n") == 2
-    kept.write_text(rounds + '[{"seconds":')  # cut off
+    (kept,) = (tmp_path / "run").rglob("rounds.json")
+    rounds = json.loads(kept.read_text())["rounds"]
+    assert len(rounds) == 2
     made.clear()
     monkeypatch.setattr(harness, "run", lambda *a, **k: (made.append(1), real(*a, **k))[1])
     results = bench(*options, "--throughput", "")
     assert len(made) == 4 * 3  # two rounds, and one to warm up
-    assert kept.read_text().startswith(rounds)
-    assert kept.read_text().count("\n") == 4
-    first = [json.loads(line)[0]["seconds"] for line in kept.read_text().splitlines()]
+    all_rounds = json.loads(kept.read_text())["rounds"]
+    assert all_rounds[:2] == rounds
+    assert len(all_rounds) == 4
+    first = [row[0]["seconds"] for row in all_rounds]
     assert results["rows"][0]["first_call_seconds"] == first[0]
     assert results["rows"][0]["seconds"] == np.median(first[1:])
+
+
+def test_what_was_damaged_is_measured_again(bench, tmp_path):
+    options = ("--schedules", "uniform:3", "--baselines", "", "--samplers", "ddim:2")
+    bench(*options)
+    run = tmp_path / "run"
+    pictures = {path: path.read_bytes() for path in run.rglob("samples/*.png")}
+    (times,) = (p for p in run.glob("cells/*/cell.json") if '"times"' in p.read_text())
+    for path in (times, *run.glob("cells/*/samples.png")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.warns(AccelkitWarning) as caught:
+        bench(*options)
+    (warning,) = (str(w.message) for w in caught if w.category is AccelkitWarning)
+    assert f"cannot use {times} (" in warning
+    assert warning.endswith("; measuring again")
+    assert {path: path.read_bytes() for path in run.rglob("samples/*.png")} == pictures
+    (run / "results.json").write_bytes(b"{" + (run / "results.json").read_bytes())
+    with pytest.raises(AccelkitError, match=r"results\.json"):
+        bench(*options)
+    (run / "results.json").unlink()
+    bench(*options)
 
 
 def test_other_weights_are_other_measurements(bench, make_pipe, model, ran):
@@ -416,6 +438,7 @@ def test_another_extractor_is_not_mixed_in(tmp_path):
     path = tmp_path / "results.json"
     results = json.loads(path.read_text())
     results["protocol"]["extractor"]["sha256"] = "0" * 64
+    del results["sha256"]
     path.write_text(json.dumps(results))
     with pytest.raises(AccelkitError, match="do not compare"):
         cli("bench", "-o", tmp_path, *options)

@@ -1,6 +1,7 @@
 """``accelkit sample``, ``convert`` and ``inspect`` on tiny models."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -146,12 +147,14 @@ def test_overwriting_leaves_nothing_of_a_longer_run(model, tmp_path):
     foreign = ("mine.txt", "000004-class7.jpg", "x000004-class7.png", "000001-class7.png.bak")
     for name in foreign:
         (tmp_path / "s" / name).write_text("mine")
-    (tmp_path / "s" / "000009-class7.png.partial").mkdir()
+    (tmp_path / "s" / "mine.partial").mkdir()
+    for name in ("000002-class7.png.partial", "000007-class7.png.partial"):
+        (tmp_path / "s" / name).mkdir()  # of a killed run, as this version leaves it
     (tmp_path / "s" / "000003-class7.png.partial").write_text("of a killed run")
     sample(model, tmp_path / "s", "--overwrite", "-n", "2", "--labels", "8")
     left = {p.name for p in (tmp_path / "s").iterdir()}
     made = {"000000-class8.png", "000001-class8.png", "grid.png", "samples.json"}
-    assert left == {*made, *foreign, "000009-class7.png.partial"}
+    assert left == {*made, *foreign, "mine.partial"}
 
 
 def test_what_is_refused_loses_nothing(model, tmp_path):
@@ -201,6 +204,31 @@ def test_there_and_back(original, tmp_path, suffix):
     with torch.no_grad():
         a, b = (m(x, timestep=t, class_labels=y).sample for m in (own, read))
     assert torch.equal(a, b)
+
+
+def test_what_was_converted_and_damaged_is_refused(original, pipe, tmp_path):
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    cli("convert", original, tmp_path / "dit", "--num-heads", "2")
+    cli("convert", tmp_path / "dit", tmp_path / "back.safetensors")
+    for model, path, options in (
+        ("dit", "dit/diffusion_pytorch_model.safetensors", {}),
+        ("back.safetensors", "back.safetensors", {"num_heads": 2}),
+    ):
+        opens = partial(accelkit.from_pretrained, tmp_path / model, vae=str(tmp_path / "vae"))
+        opens(**options)
+        content = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(AccelkitError, match=rf"{path} is damaged, it does not match"):
+            opens(**options)
+
+
+def test_a_killed_conversion_is_done_again(original, tmp_path):
+    part = tmp_path / "dit.partial" / "dit"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text("{")
+    cli("convert", original, tmp_path / "dit", "--num-heads", "2")
+    assert DiTTransformer2DModel.from_pretrained(tmp_path / "dit")
+    assert not (tmp_path / "dit.partial").exists()
 
 
 def test_a_pipelines_directory_is_converted_too(original, pipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import accelkit
 from accelkit.backbones import backbone_of
 from accelkit.cli import app
+from accelkit.errors import AccelkitError
 from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
 from accelkit.models import UViTPipeline
 from accelkit.sample.generate import Sampling, generate
@@ -65,6 +68,39 @@ def test_it_leaves_a_pipeline_of_its_family(family, kind, schedule, depth, tmp_p
     assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["family"] == family
     images = generate(pipe, [3, 7], [0, 1], Sampling("ddim", 2, guidance=2.0))
     assert images.shape == (2, 32, 32, 3)
+
+
+def test_what_is_damaged_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.toml").write_text(RECIPE.format(family="dit"))
+    given = ["train", "--recipe", "recipe.toml", "-o", "run"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    accelkit.from_pretrained("run/pipeline")
+    again = [*given, "--resume", "latest"]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    weights = "diffusion_pytorch_model.safetensors"
+    for path in (f"run/pipeline/transformer/{weights}", f"run/pipeline/vae/{weights}"):
+        with spoilt(Path(path)), pytest.raises(AccelkitError, match=f"{path} is damaged"):
+            accelkit.from_pretrained("run/pipeline")
+    path = Path("run/autoencoder") / weights
+    with (
+        spoilt(path),
+        pytest.raises(AccelkitError, match=f"{path} is damaged.*; start over with --overwrite"),
+    ):
+        CliRunner().invoke(app, again, catch_exceptions=False)
+    trained = {name: value * 1.01 for name, value in load_file(path).items()}
+    save_file(trained, path, {"format": "pt"})
+    with pytest.raises(AccelkitError, match="the autoencoder changed since the run in run began"):
+        CliRunner().invoke(app, again, catch_exceptions=False)
+
+
+@contextmanager
+def spoilt(path):
+    """Flip a bit of a file, for as long as it is entered."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    yield
+    path.write_bytes(content)
 
 
 def test_a_network_begins_as_its_authors_begin():

@@ -118,6 +118,21 @@ def test_a_broken_cache_is_made_again(tmp_path, folder, pictures):
         np.testing.assert_array_equal(rows_of(found), corners_of(pictures))
 
 
+@pytest.mark.parametrize("name", ["moments.safetensors", "shard-00000.safetensors", "index.json"])
+@pytest.mark.parametrize("place", [0.3, 0.6, 1.0])
+def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path, folder, pictures, name, place):
+    open_reference(folder, Corners(), 8, cache_dir=tmp_path / "cache")
+    (victim,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = bytearray(victim.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    victim.unlink()
+    victim.write_bytes(content)
+    with pytest.warns(AccelkitWarning, match="the cached features .* are broken"):
+        found = open_reference(folder, Corners(), 8, cache_dir=tmp_path / "cache")
+    assert_moments_of(found.pooled, corners_of(pictures))
+    np.testing.assert_array_equal(rows_of(found), corners_of(pictures))
+
+
 def test_images_that_cannot_be_read_are_named_or_passed_over(tmp_path, folder, pictures):
     (folder / "007.png").write_bytes(b"no picture")
     for _ in range(2):

@@ -1,5 +1,8 @@
 """Samplers by name: the process they keep, and what they refuse."""
 
+from types import SimpleNamespace
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,13 +15,16 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     SCMScheduler,
     UniPCMultistepScheduler,
 )
 
 from accelkit.errors import AccelkitError
 from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
-from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler
+from accelkit.noise import NoiseAxis
+from accelkit.sample import sampler_for
+from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler, resolved
 
 BETAS = ["ddpm", "ddim", "dpm", "dpm-fast"]
 
@@ -99,6 +105,57 @@ def test_steps_of_a_short_process():
         make_sampler("ddim", DDIMScheduler(num_train_timesteps=100), 101)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler", "steps", "most"),
+    [
+        ("ddim", PNDMScheduler(steps_offset=1), 1000, 999),  # timestep 1000 is beyond the process
+        ("ddpm", PNDMScheduler(steps_offset=1), 1000, 999),
+        ("ddpm", PNDMScheduler(steps_offset=1), 1001, 999),
+        ("dpm", PNDMScheduler(steps_offset=1, timestep_spacing="leading"), 999, 998),
+        ("dpm", PNDMScheduler(steps_offset=1, timestep_spacing="leading"), 1000, 998),
+        ("ddim", PNDMScheduler(steps_offset=5, timestep_spacing="leading"), 200, 199),
+        ("ddim", DDIMScheduler(num_train_timesteps=100, steps_offset=1), 100, 99),
+        # intervals without a width, where the noise that may be visited ends early
+        (
+            "dpm",
+            DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1),
+            998,
+            995,
+        ),
+    ],
+)
+def test_the_highest_count(name, scheduler, steps, most):
+    pipe = SimpleNamespace(scheduler=scheduler)
+    with pytest.raises(
+        AccelkitError, match=rf"^{steps} sampling steps asked for; give 1 to {most}$"
+    ):
+        make_sampler(name, scheduler, steps)
+    sampler = make_sampler(name, scheduler, most)
+    assert len(sampler.timesteps) == most
+    assert sampler.timesteps.max() < len(sampler.alphas_cumprod)
+    assert ends(sampler).isfinite().all()
+    assert torch.equal(sampler_for(pipe, name, most).timesteps, sampler.timesteps)
+
+
+def test_one_step_of_sigmas_that_are_stretched():
+    flow = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    with pytest.raises(AccelkitError, match=r"shift_terminal.* give at least 2 steps, got 1"):
+        make_sampler("flow", flow, 1)
+    assert make_sampler("flow", flow, 2).timesteps.tolist() == pytest.approx([1000, 100])
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_pure_noise_of_which_a_prediction_of_noise_says_nothing(name):
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(AccelkitError, match=f"{name} begins at timestep 999.* use dpm, or") as no:
+        make_sampler(name, DDIMScheduler(**config), 4)
+    assert len(str(no.value)) <= 400
+    assert ends(make_sampler("dpm", DDIMScheduler(**config), 4)).isfinite().all()
+    for fine in ({"prediction_type": "v_prediction"}, {"timestep_spacing": "leading"}):
+        sampler = make_sampler(name, DDIMScheduler(clip_sample=False, **config | fine), 4)
+        assert ends(sampler).isfinite().all()
+
+
 def test_unknown_sampler():
     with pytest.raises(AccelkitError, match=r"unknown sampler 'euler'; known: ddpm, ddim, dpm"):
         make_sampler("euler", ORIGINALS["ddim"], 10)
@@ -172,6 +229,65 @@ def test_a_sampler_of_another_process_is_refused(name, other):
     about = f"^the sampler {name} does not follow the process of {type(other).__name__} "
     with pytest.raises(AccelkitError, match=about):
         make_sampler(name, other, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "advice"),
+    [
+        ("em", DDIMScheduler(), "ddim does, or sample with the pipeline itself"),
+        (
+            "ddim",
+            FlowMatchEulerDiscreteScheduler(),
+            "flow does, or sample with the pipeline itself",
+        ),
+        ("dpm", EDMEulerScheduler(), "(EDM); sample with the pipeline itself"),
+        ("ddim", SCMScheduler(), "(trigonometric flow); sample with the pipeline itself"),
+        ("ddim", CogVideoXDDIMScheduler(), "betas); sample with the pipeline itself"),
+    ],
+)
+def test_advice_is_what_can_be_done(name, other, advice):
+    with pytest.raises(AccelkitError) as no:
+        make_sampler(name, other, 10)
+    assert str(no.value).endswith(advice)
+    if " does" in advice:
+        assert make_sampler(advice.split()[0], other, 10)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [EDMEulerScheduler(), SCMScheduler(), CogVideoXDDIMScheduler(), diffusers.MiniMaxH3Scheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_no_sampler_of_a_process_is_advised_where_there_is_none(other):
+    kind = NoiseAxis.of(other).kind
+    expected = (
+        f"no sampler follows the process of {type(other).__name__} ({kind}); "
+        "sample with the pipeline itself"
+    )
+    for ask in (
+        lambda: resolved("auto", other),
+        lambda: make_sampler("auto", other, 10),
+        lambda: sampler_for(SimpleNamespace(scheduler=other), "auto", 10),
+    ):
+        with pytest.raises(AccelkitError) as no:
+            ask()
+        assert str(no.value) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        DDPMScheduler(beta_schedule="sigmoid", clip_sample=False),
+        DDPMScheduler(beta_schedule="laplace", clip_sample=False),
+        HeunDiscreteScheduler(beta_schedule="exp"),
+    ],
+    ids=lambda scheduler: scheduler.config.beta_schedule,
+)
+@pytest.mark.parametrize("name", BETAS)
+def test_betas_that_a_sampler_has_no_name_for(name, other):
+    sampler = make_sampler(name, other, 10)
+    torch.testing.assert_close(sampler.alphas_cumprod, other.alphas_cumprod)
+    assert ends(sampler).isfinite().all()
 
 
 def test_flow_takes_the_steps_of_the_pipelines_scheduler():

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.sample import scale
 from accelkit.sample.generate import Sampling
 from accelkit.sample.scale import RowShards, Work, World, generate_shards
@@ -109,6 +110,38 @@ def test_a_killed_run_goes_on_with_other_batches(numbered, tmp_path):
     }
 
 
+@pytest.mark.parametrize("damage", ["a bit", "zeros", "cut", "cut to its header", "empty"])
+def test_damaged_rows_are_made_again(numbered, tmp_path, damage):
+    make(tmp_path)
+    victim = sorted(tmp_path.iterdir())[1]
+    content = victim.read_bytes()
+    victim.write_bytes(
+        {
+            "a bit": content[:-1] + bytes([content[-1] ^ 1]),
+            "zeros": content[:-64] + bytes(64),
+            "cut": content[:-8],
+            "cut to its header": content[:20],
+            "empty": b"",
+        }[damage]
+    )
+    numbered.clear()
+    with pytest.warns(AccelkitWarning, match=rf"{victim.name} \(.*\); making its images again"):
+        assert_whole(make(tmp_path))
+    assert sum(map(len, numbered)) == 64
+    assert victim.read_bytes() == content
+
+
+def test_rows_of_earlier_versions_are_taken(numbered, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    make(tmp_path)
+    for path in tmp_path.iterdir():
+        save_file(load_file(path), path)
+    numbered.clear()
+    assert_whole(make(tmp_path))
+    assert numbered == []
+
+
 def test_an_interrupted_shard_leaves_nothing(numbered, tmp_path):
     def fails(places, images):
         if places.start >= 64:
@@ -147,6 +180,26 @@ def test_a_full_disk_is_named(numbered, tmp_path, monkeypatch):
 def test_work_that_cannot_be_done_is_refused(change, complaint):
     with pytest.raises(AccelkitError, match=complaint):
         Work(**{"images": 5, "items": (1,), "sampling": HOW, "seed": 0, **change})
+
+
+@pytest.mark.parametrize("waits", ["meet", "told"])
+def test_a_process_that_has_ended_is_told_of_in_a_sentence(monkeypatch, waits):
+    """As gloo says it; tests/train/test_processes.py kills one."""
+
+    class State:
+        process_index, num_processes = 0, 2
+
+        def __init__(self, **options):
+            pass
+
+        def wait_for_everyone(self, *said):
+            raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::]:1")
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", State().wait_for_everyone)
+    world = World.launched()
+    with pytest.raises(AccelkitError, match="another of the 2 processes has ended"):
+        world.meet() if waits == "meet" else world.told(None)
 
 
 def test_batches_of_nothing_are_refused(tmp_path):

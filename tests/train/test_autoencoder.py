@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from accelkit.errors import AccelkitError
+from accelkit.train import autoencoder
 from accelkit.train.autoencoder import AutoencoderConfig, build_autoencoder, train_autoencoder
 
 CONFIG = AutoencoderConfig(
@@ -106,3 +107,32 @@ def test_not_finite(images):
     with pytest.raises(AccelkitError, match=r"loss is (nan|inf) at step .*; lower") as caught:
         train_autoencoder(images, replace(CONFIG, learning_rate=math.inf))
     assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_in_the_last_step(images, monkeypatch):
+    """No loss of a later step would show what it did to the weights."""
+    build = autoencoder.build_autoencoder
+
+    def spoilt(config, size):
+        vae = build(config, size)
+        vae.decoder.conv_out.weight.register_hook(lambda gradient: gradient * torch.nan)
+        return vae
+
+    monkeypatch.setattr(autoencoder, "build_autoencoder", spoilt)
+    with pytest.raises(AccelkitError, match="gradient norm is nan at step 1; lower"):
+        train_autoencoder(images, replace(CONFIG, steps=1))
+
+
+def test_weights_that_half_precision_cannot_hold(images, monkeypatch):
+    build = autoencoder.build_autoencoder
+
+    def huge(config, size):
+        vae = build(config, size)
+        vae.quant_conv.weight.data.fill_(1e-9)  # the loss stays finite
+        vae.quant_conv.bias.data[:4].fill_(1e5)
+        vae.post_quant_conv.weight.data.fill_(1e-9)
+        return vae
+
+    monkeypatch.setattr(autoencoder, "build_autoencoder", huge)
+    with pytest.raises(AccelkitError, match=r"latents have a deviation of (inf|nan); lower"):
+        train_autoencoder(images, replace(CONFIG, steps=1))

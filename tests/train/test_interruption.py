@@ -3,6 +3,7 @@
 Run as a script it is the run that is killed.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -128,23 +129,129 @@ def rename_a_weight(path):
     save_file(tensors, path)
 
 
-def test_broken_checkpoint(tmp_path, uninterrupted):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with checkpoints of steps 3, 6 and 8; copy it, do not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        folder = tmp_path_factory.mktemp("runs") / "finished"
+        fit(folder, checkpoint_every=3, keep=0)
+    return folder
+
+
+@pytest.fixture
+def newest(finished, tmp_path):
+    """The newest checkpoint of a copy in ``tmp_path``."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return RunDirectory(tmp_path).latest()[1]
+
+
+def refused(folder):
+    """Return why a run cannot go on; where its advice is followed, it does."""
+    with pytest.raises(AccelkitError, match=r"cannot read the checkpoint .*: ") as caught:
+        fit(folder)
+    message = str(caught.value)
+    assert message.endswith("; remove it to go on from the one before")
+    assert "\n" not in message
+    return message
+
+
+def test_broken_checkpoint(newest, tmp_path, uninterrupted):
     """Whichever of its files is broken or missing, one line says what to do, and doing it helps."""
-    fit(tmp_path, checkpoint_every=3, keep=0)
-    newest = RunDirectory(tmp_path).latest()[1]
-    ways = [(entry, halve) for entry in newest.iterdir() if "random_states" not in entry.name]
-    ways += [(entry, Path.unlink) for entry, _ in ways]
+    entries = sorted(newest.iterdir())
+    assert [entry.name for entry in entries] == [
+        "checksums.json",
+        "loop.pt",
+        "model.safetensors",
+        "optimizer.bin",
+        "random_states_0.pkl",
+    ]
+    ways = [(entry, spoil) for entry in entries for spoil in (halve, Path.unlink)]
     ways.append((newest / "model.safetensors", rename_a_weight))
     for entry, spoil in ways:
         content = entry.read_bytes()
         spoil(entry)
-        with pytest.raises(AccelkitError, match=r"cannot read the checkpoint .*8: ") as caught:
-            fit(tmp_path)
-        assert str(caught.value).endswith("; remove it to go on from the one before")
-        assert "\n" not in str(caught.value)
+        assert entry.name in refused(tmp_path)
         entry.write_bytes(content)
     shutil.rmtree(newest)
     assert_same(fit(tmp_path), uninterrupted)
+
+
+def flip(place):
+    def spoil(content):
+        at = int(place * (len(content) - 1))
+        return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+    return spoil
+
+
+def zero(place):
+    def spoil(content):
+        at = int(place * max(0, len(content) - 4096))
+        return content[:at] + bytes(min(4096, len(content))) + content[at + 4096 :]
+
+    return spoil
+
+
+DAMAGE = {f"{what.__name__} at {at}": what(at) for what in (flip, zero) for at in (0.1, 0.5, 0.9)}
+
+
+NAMES = ["model.safetensors", "optimizer.bin", "loop.pt", "random_states_0.pkl"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_checkpoint(newest, tmp_path, name, damage):
+    content = (newest / name).read_bytes()
+    spoilt = DAMAGE[damage](content)
+    assert spoilt != content
+    (newest / name).write_bytes(spoilt)
+    with pytest.raises(AccelkitError, match=f"^{name} is damaged"):
+        RunDirectory(tmp_path).check(newest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_run_goes_on_from_a_damaged_checkpoint(newest, tmp_path, name):
+    """Not even where its damage is read without an error, as other weights or moments."""
+    (newest / name).write_bytes(flip(0.5)((newest / name).read_bytes()))
+    assert f": {name} is damaged" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("place", range(0, 400, 7))
+def test_damaged_list_of_checksums(newest, tmp_path, place):
+    content = (newest / "checksums.json").read_bytes()
+    (newest / "checksums.json").write_bytes(flip(place / 400)(content))
+    try:
+        RunDirectory(tmp_path).check(newest)
+    except AccelkitError:
+        return
+    listed = json.loads((newest / "checksums.json").read_text())["files"]
+    assert listed == json.loads(content)["files"]  # but for white space, or the name of its sum
+
+
+def test_a_renamed_checkpoint(newest, tmp_path):
+    first = newest.with_name("step-00000003")
+    shutil.rmtree(newest)
+    first.rename(newest)
+    assert "it is the one of step 3 under another name" in refused(tmp_path)
+
+
+def as_before_checksums(folder):
+    """What earlier versions left: no list, and no step but the learning rate's."""
+    (folder / "checksums.json").unlink()
+    state = torch.load(folder / "loop.pt", weights_only=True)
+    del state["step"]
+    torch.save(state, folder / "loop.pt")
+
+
+def test_checkpoints_of_earlier_versions(newest, tmp_path, uninterrupted):
+    shutil.rmtree(newest)
+    _, six = RunDirectory(tmp_path).latest()
+    as_before_checksums(six)
+    assert_same(fit(tmp_path), uninterrupted)
+    shutil.rmtree(newest)
+    six.rename(newest)
+    assert "it is the one of step 6 under another name" in refused(tmp_path)
 
 
 class Bomb:
@@ -157,12 +264,10 @@ class Bomb:
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     fit(tmp_path / "run", SHORT)
-    pickles = [
-        entry
-        for entry in RunDirectory(tmp_path / "run").latest()[1].iterdir()
-        if entry.suffix != ".safetensors"
-    ]
-    assert pickles
+    newest = RunDirectory(tmp_path / "run").latest()[1]
+    as_before_checksums(newest)  # which would be in the way of the bombs
+    pickles = [entry for entry in newest.iterdir() if entry.suffix != ".safetensors"]
+    assert len(pickles) == 3
     for entry in pickles:
         content = entry.read_bytes()
         torch.save(Bomb(tmp_path / f"{entry.name} exploded"), entry)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from by_hand import train_by_hand
 from toy_run import (
     CLASSES,
     CONFIG,
@@ -29,10 +29,7 @@ from toy_run import (
 
 from accelkit.backbones import DiT
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.noise import REFERENCE
 from accelkit.switch import enabled_on
-from accelkit.train.forward import DiscreteProcess
-from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
@@ -41,55 +38,17 @@ pytestmark = pytest.mark.usefixtures("one_cpu")
 # What a step computes
 
 
-def by_hand(config, schedule):
-    """The loop in its plainest form: samples one by one through a network cut to their depth."""
-    model, process = build(), DiscreteProcess(DDIMScheduler().betas)
-    blocks = model.transformer_blocks
-    for block in blocks:
-        block.norm1.emb = blocks[0].norm1.emb
-    blocks[0].norm1.emb.class_embedder.dropout_prob = 0.0
-    student = dict(model.named_parameters())
-    teacher = {name: value.detach().clone() for name, value in student.items()}
-    optimizer = torch.optim.AdamW(student.values(), weight_decay=config.weight_decay)
-    samples, losses = Toy(), []
-    for step in range(config.steps):
-        batch = drawn(config, step)
-        x0 = samples.sample(batch.rows, batch.posterior)
-        xt = DDIMScheduler().add_noise(x0, batch.noise, batch.timestep)
-        labels = torch.where(batch.drop, CLASSES, samples.labels[batch.rows])
-        outputs = []
-        for row, depth in enumerate(depths(batch.timestep, schedule)):
-            model.transformer_blocks = blocks[:depth]
-            one = slice(row, row + 1)
-            outputs.append(model(xt[one], batch.timestep[one], labels[one]).sample)
-        output = torch.cat(outputs)
-        loss = denoising_loss(process, output, x0, batch.noise, xt, batch.timestep)
-        levels = torch.tensor(REFERENCE.levels(batch.timestep))
-        loss = (loss * config.weight_at(step, levels)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.values(), config.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (0.5 if step else 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        decay = min((1 + step) / (10 + step), config.ema_decay) if step else 0
-        for name, value in student.items():
-            teacher[name].lerp_(value.detach(), 1 - decay)
-    model.transformer_blocks = blocks
-    for name, value in student.items():
-        value.data.copy_(teacher[name])
-    return model, losses
-
-
 @pytest.mark.parametrize("schedule", [FULL, RAGGED])
 def test_against_a_plain_loop(tmp_path, schedule):
     # two steps of a cosine: the whole rate, then half of it
     config = replace(CONFIG, steps=2, lr_warmup_steps=0, loss_weight_until=1.0, max_grad_norm=0.1)
-    losses = []
-    model = fit(tmp_path, config, schedule, on_step=lambda p: losses.append(p.loss))
-    expected, expected_losses = by_hand(config, schedule)
-    assert losses == pytest.approx(expected_losses, rel=1e-5)
-    assert_close(model, expected)
+    seen = []
+    model = fit(tmp_path, config, schedule, on_step=seen.append)
+    expected = train_by_hand(config, schedule)
+    assert [p.loss for p in seen] == pytest.approx(expected.losses, rel=1e-5)
+    assert [p.grad_norm for p in seen] == pytest.approx(expected.norms, rel=1e-5)
+    assert [p.learning_rate for p in seen] == pytest.approx(expected.rates[1:])
+    assert_close(model, expected.model)
 
 
 def test_the_optimiser_is_fused(tmp_path):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from by_hand import train_by_hand
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from toy_run import CONFIG, LAYERS, RAGGED, build, fit, weights
@@ -96,6 +97,20 @@ def test_peft_itself_adds_the_same(whole):
     merged = wrapped.merge_and_unload()
     for name, value in weights(merged).items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_plain_loop_ends_with_the_same_adapter(whole):
+    """The teacher's, as it is of a model whose every weight is trained."""
+    model = build()
+    targets = targets_of(backbone_of(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(LORA.seed)
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=targets)
+        inject_adapter_in_model(config, model, "plain")
+    learned = train_by_hand(LORA, RAGGED, model).model.state_dict()
+    for key, value in whole[0].tensors.items():
+        expected = learned[key.replace(".weight", ".plain.weight")]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-4, msg=key)
 
 
 def test_every_target_learned_where_a_deep_sample_came(whole):

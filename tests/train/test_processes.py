@@ -3,6 +3,7 @@
 Run as a script it is one of them.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_hand import train_by_hand
 from safetensors.torch import load_file
 from toy_run import (
     CONFIG,
     LAYERS,
     RAGGED,
-    Toy,
     assert_close,
     assert_same,
     build,
@@ -27,10 +28,12 @@ from toy_run import (
     fit,
     latest,
     script,
+    signalled,
     weights,
 )
 
-from accelkit.errors import Stopped
+from accelkit.errors import AccelkitError, Stopped
+from accelkit.jobs.common import Run, claimed
 from accelkit.train.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
@@ -38,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("one_cpu")
 
 # Several processes
 
-PAIR = replace(CONFIG, batch_size=4, steps=6)
+# Every step's gradient is clipped, so that its norm is of the whole batch or shows.
+PAIR = replace(CONFIG, batch_size=4, steps=6, max_grad_norm=0.1)
 SHARED = {
     "plain": PAIR,
     "accumulated": replace(PAIR, gradient_accumulation=2),
@@ -46,6 +50,7 @@ SHARED = {
     "adapters": replace(PAIR, lora_rank=2),
     "supervised": replace(PAIR, intermediate_weight=1.0, intermediate_head="own"),
     "stopped": PAIR,
+    "grown": PAIR,
 }
 
 
@@ -58,25 +63,36 @@ def one_has_no_deep_sample(config, schedule=RAGGED):
     return sum(one != other for one, other in shares)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The folder in which two processes have trained what SHARED names."""
-    folder = tmp_path_factory.mktemp("pair")
+def start(folder, **environment):
+    """Start two processes of this script in ``folder``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        script(__file__, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")
-    ]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [script(__file__, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+
+
+def ended(processes):
+    """Wait for processes; return what each ended with and wrote to stderr."""
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=150)
-            assert process.returncode == 0, errors
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder in which two processes have trained what SHARED names."""
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        with pytest.raises(Stopped, match="after step 3"):  # alone; the two go on with it
+            fit(folder / "grown", PAIR, samples=signalled(signal.SIGTERM, at=2))
+    for status, errors in ended(start(folder)):
+        assert status == 0, errors
     return folder
 
 
@@ -96,6 +112,19 @@ def test_two_processes_do_what_one_does(pair, tmp_path, name):
     assert theirs.keys() == ours.keys()
 
 
+@pytest.mark.parametrize("name", ["plain", "accumulated", "recomputed", "grown"])
+def test_two_processes_report_what_a_loop_by_hand_does(pair, name):
+    expected = train_by_hand(PAIR, RAGGED)
+    begun = 3 if name == "grown" else 0
+    seen = json.loads((pair / f"{name}.json").read_text())
+    assert [step for step, *_ in seen] == list(range(begun + 1, PAIR.steps + 1))
+    _, losses, norms, rates = zip(*seen, strict=True)
+    assert min(norms) > PAIR.max_grad_norm
+    assert losses == pytest.approx(expected.losses[begun:], rel=1e-5)
+    assert norms == pytest.approx(expected.norms[begun:], rel=1e-4)
+    assert rates == pytest.approx(expected.rates[begun + 1 :])
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(pair):
     steps = [(pair / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
     assert steps == ["3", "3"]
@@ -108,27 +137,56 @@ def test_what_two_processes_began_one_can_finish(pair, tmp_path):
     assert_close(fit(tmp_path / "run", PAIR), fit(tmp_path / "alone", PAIR))
 
 
+def test_one_process_is_told_that_the_other_was_refused(pair):
+    refused, told = ((pair / f"refused-{rank}.txt").read_text() for rank in (0, 1))
+    assert "is not empty" in refused
+    assert told.startswith("another of the 2 processes has ended, and this one cannot go on")
+
+
+def test_one_process_is_told_that_the_other_was_killed(tmp_path):
+    (status, _), (killed, _) = ended(start(tmp_path, DIES="1"))
+    assert (status, killed) == (0, -signal.SIGKILL)
+    told = (tmp_path / "killed.txt").read_text()
+    assert told.startswith("another of the 2 processes has ended, and this one cannot go on")
+    assert len(told) <= 400
+    assert "\n" not in told
+
+
 def shared(folder):
-    """Train as one of two processes; in the last run the second one gets a signal midway."""
+    """Train as one of two processes; in one run the second one gets a signal midway."""
     rank = os.environ["RANK"]
-
-    def on_sample(call, x):
-        if rank == "1" and call == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return x
-
     for name, config in SHARED.items():
         if name == "stopped":
             try:
-                fit(folder / name, config, samples=Toy(on_sample))
+                fit(folder / name, config, samples=signalled(signal.SIGTERM, at=int(rank) * 2))
             except Stopped:
                 torch.distributed.barrier()
                 (folder / f"{name}-{rank}.txt").write_text(str(latest(folder / name)))
             torch.distributed.barrier()
-        torch.save(weights(fit(folder / name, config)), folder / f"{name}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+        seen = []
+        torch.save(
+            weights(fit(folder / name, config, on_step=seen.append)), folder / f"{name}-{rank}.pt"
+        )
+        if rank == "0":
+            rows = [(p.step, p.loss, p.grad_norm, p.learning_rate) for p in seen]
+            (folder / f"{name}.json").write_text(json.dumps(rows))
+    try:
+        with claimed({}, PAIR, Run(folder / "plain")):
+            pass
+    except AccelkitError as error:
+        (folder / f"refused-{rank}.txt").write_text(str(error))
+    os._exit(0)  # as the processes have parted already
+
+
+def killed(folder):
+    """Train until the second process is killed."""
+    try:
+        fit(folder / "run", PAIR, samples=signalled(signal.SIGKILL, at=int(os.environ["RANK"]) * 2))
+    except AccelkitError as error:
+        (folder / "killed.txt").write_text(str(error))
+    os._exit(0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    shared(Path(sys.argv[1]))
+    (killed if "DIES" in os.environ else shared)(Path(sys.argv[1]))

@@ -3,14 +3,15 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
-from accelkit import files
 from accelkit.errors import AccelkitError
 from accelkit.train import rundir
 from accelkit.train.rundir import RunDirectory
@@ -73,7 +74,9 @@ def full_disk(*args, **kwargs):
 
 class TestOpening:
     def test_new(self, run, path):
-        assert json.loads((path / "run.json").read_text()) == json.loads(json.dumps(SETTINGS))
+        stored = json.loads((path / "run.json").read_text())
+        assert len(stored.pop("sha256")) == 64
+        assert stored == json.loads(json.dumps(SETTINGS))
         assert run.latest() is None
         assert run.stored()["job"] == "finetune"
 
@@ -84,16 +87,27 @@ class TestOpening:
     def test_a_place_without_a_run_has_no_settings(self, tmp_path):
         assert RunDirectory(tmp_path / "none").stored() == {}
 
-    @pytest.mark.parametrize("entry", ["run.json", "notes.txt", ".hidden"])
-    def test_not_empty(self, path, entry):
-        path.mkdir(parents=True)
-        (path / entry).write_text("{}")
+    def test_not_empty(self, run, path):
+        run.close()
+        before = (path / "run.json").read_text()
         with pytest.raises(
             AccelkitError, match=r"not empty.*--resume latest.*--overwrite"
         ) as caught:
             opened(path)
         one_line(caught)
-        assert (path / entry).read_text() == "{}"
+        assert (path / "run.json").read_text() == before
+
+    @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+    @pytest.mark.parametrize("entry", ["notes.txt", ".hidden"])
+    def test_files_of_others(self, path, entry, how):
+        """Neither --resume latest nor --overwrite would be of use, so neither is advised."""
+        path.mkdir(parents=True)
+        (path / entry).write_text("mine")
+        with pytest.raises(AccelkitError, match=r"no (accelkit )?run.*another -o$") as caught:
+            opened(path, **how)
+        message = one_line(caught)
+        assert not {"--resume latest", "with --overwrite"} & set(message.split(", "))
+        assert names(path) == [entry]
 
     @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
     def test_a_file(self, tmp_path, how):
@@ -186,9 +200,7 @@ class TestResuming:
         with pytest.raises(AccelkitError, match="other settings") as caught:
             opened(path, changed, resume=True)
         message = one_line(caught)
-        assert "train: {'steps': 5" in message
-        assert "{'steps': 6" in message
-        assert "new: None then, 1 now" in message
+        assert "(new: None then, 1 now; train.steps: 5 then, 6 now)" in message
         assert "job" not in message
         assert run.stored()["train"]["steps"] == 5
         opened(path, resume=True).close()  # the refusal leaves it as it was
@@ -203,7 +215,7 @@ class TestResuming:
         newer = {**SETTINGS, "train": {**SETTINGS["train"], "new": None}}
         opened(path, newer, resume=True).close()
         opened(path, SETTINGS, resume=True).close()
-        with pytest.raises(AccelkitError, match=r"train: .*'new': 1\} now"):
+        with pytest.raises(AccelkitError, match=r"\(train\.new: None then, 1 now\)"):
             opened(path, {**SETTINGS, "train": {**SETTINGS["train"], "new": 1}}, resume=True)
 
     def test_free_settings_may_differ(self, run, path):
@@ -218,9 +230,49 @@ class TestResuming:
     def test_broken_settings(self, run, path):
         run.close()
         (path / "run.json").write_text("{")
-        with pytest.raises(AccelkitError, match="cannot read the run's settings") as caught:
+        for how in ({}, {"resume": True}):
+            with pytest.raises(AccelkitError, match="cannot read the run's settings") as caught:
+                opened(path, **how)
+            assert "; start over with --overwrite" in one_line(caught)
+        opened(path, overwrite=True).close()
+
+    @pytest.mark.parametrize("content", ["[]", "3", "null"])
+    def test_settings_of_something_else(self, run, path, content):
+        run.close()
+        (path / "run.json").write_text(content)
+        with pytest.raises(AccelkitError, match=r"no settings of a run; start over with --over"):
             opened(path, resume=True)
-        one_line(caught)
+
+    def test_damaged_settings(self, run, path):
+        run.close()
+        stored = (path / "run.json").read_text()
+        (path / "run.json").write_text(stored.replace('"steps": 5', '"steps": 7'))
+        for how in ({}, {"resume": True}):
+            with pytest.raises(AccelkitError, match=r"run\.json is damaged.*--overwrite") as caught:
+                opened(path, **how)
+            one_line(caught)
+
+    def test_other_data_under_the_same_name(self, run, path):
+        run.close()
+        run = opened(path, resume=True)
+        run.identify({"images": "1", "model": "2"})  # a run of an earlier version has none
+        run.close()
+        for changed, words in (
+            ({"images": "3", "model": "2"}, "the images changed since the run in"),
+            ({"images": "3", "model": "4"}, "the images and the model changed since"),
+        ):
+            run = opened(path, resume=True)
+            with pytest.raises(AccelkitError, match=words) as caught:
+                run.identify(changed)
+            assert "--overwrite" in one_line(caught)
+            run.close()
+        run = opened(path, resume=True)
+        run.identify({"images": "1", "model": "2", "captions": "5"})
+        assert {k: run.stored()[k] for k in SETTINGS} == json.loads(json.dumps(SETTINGS))
+        run.close()
+        run = opened(path, overwrite=True)
+        run.identify({"images": "3"})
+        run.close()
 
 
 class TestOneRunAtATime:
@@ -236,6 +288,18 @@ class TestOneRunAtATime:
         run.close()
         run.close()
         opened(path, resume=True).close()
+
+    @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+    def test_one_that_was_refused_leaves_the_others_alone(self, run, path, how):
+        """It has done nothing yet, so that there is nothing but its settings."""
+        other = RunDirectory(path)
+        with pytest.raises(AccelkitError):
+            other.open(SETTINGS, free=frozenset(), **{"resume": False, "overwrite": False} | how)
+        other.abandon()
+        other.close()
+        assert names(path) == [".lock", "run.json"]
+        run.abandon()
+        assert not path.exists()
 
     def test_another_process_until_it_is_killed(self, path):
         holder = subprocess.Popen(
@@ -322,22 +386,80 @@ class TestCheckpoints:
         assert run.latest() is None
         save(run, 2)
         assert names(run.checkpoints) == ["step-00000002"]
-        assert names(run.latest()[1]) == ["model", "sub"]
+        assert names(run.latest()[1]) == ["checksums.json", "model", "sub"]
 
     def test_written_again(self, run):
         save(run, 2, content="old")
         save(run, 2, content="new")
         assert (run.latest()[1] / "model").read_text() == "new"
 
-    def test_what_is_on_the_disk_before_the_rename(self, run, monkeypatch):
+    def test_what_is_on_the_disk_before_the_rename_and_after(self, run, monkeypatch):
         flushed, events = os.fsync, []
-        monkeypatch.setattr(os, "fsync", lambda file: (events.append("flush"), flushed(file)))
         rename = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1]
-        )
+
+        def flush(handle):
+            events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+            flushed(handle)
+
+        def renames(self, to):
+            events.append("rename")
+            return rename(self, to)
+
+        monkeypatch.setattr(os, "fsync", flush)
+        monkeypatch.setattr(Path, "rename", renames)
         save(run, 1)
-        assert events == ["flush", "flush", "rename"]
+        place = events.index("rename")
+        assert {"model", "optimizer", "sub", "partial-00000001", "checksums.json"} == set(
+            events[:place]
+        ) - {"checksums.json.partial"}
+        assert events[place + 1 :] == ["checkpoints", "run"]
+
+    def test_checksums_are_those_of_sha256sum(self, run):
+        save(run, 1)
+        folder = run.latest()[1]
+        sums = json.loads((folder / "checksums.json").read_text())["files"]
+        listed = "".join(f"{found}  {name}\n" for name, found in sums.items())
+        done = subprocess.run(
+            ["sha256sum", "--check", "--strict", "-"],
+            cwd=folder,
+            input=listed.encode(),
+            capture_output=True,
+        )
+        assert done.stdout.decode().splitlines() == ["model: OK", "sub/optimizer: OK"]
+        assert run.check(folder)
+
+    def test_a_damaged_file_is_named(self, run):
+        save(run, 1)
+        folder = run.latest()[1]
+        (folder / "sub" / "optimizer").write_text("2")
+        with pytest.raises(AccelkitError, match="sub/optimizer is damaged"):
+            run.check(folder)
+        (folder / "sub" / "optimizer").unlink()
+        with pytest.raises(AccelkitError, match="sub/optimizer is missing"):
+            run.check(folder)
+
+    def test_one_of_an_earlier_version_has_no_checksums(self, run):
+        save(run, 1)
+        (run.latest()[1] / "checksums.json").unlink()
+        assert not run.check(run.latest()[1])
+
+    def test_what_is_not_kept_is_never_seen_half_gone(self, run, monkeypatch):
+        save(run, 1)
+
+        def dies(path, *args, **kwargs):
+            (path / "model").unlink()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(rundir.shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, 2, keep=1)
+        monkeypatch.undo()
+        assert run.latest()[0] == 2
+        assert [step for step in names(run.checkpoints) if step.startswith("step")] == [
+            "step-00000002"
+        ]
+        save(run, 3, keep=1)
+        assert names(run.checkpoints) == ["step-00000003"]
 
     def test_processes_meet_before_and_after_writing(self, run):
         events = []
@@ -403,16 +525,112 @@ class TestFullDisk:
     def test_settings(self, path, monkeypatch):
         """The directory can be used once there is room again."""
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", full_disk)
+            patch.setattr(os, "replace", full_disk)
             with pytest.raises(AccelkitError, match="no room to write") as caught:
                 opened(path)
         one_line(caught)
         opened(path).close()
 
-    def test_small_files_are_whole_or_absent(self, tmp_path, monkeypatch):
-        target = tmp_path / "results.json"
-        files.write_json(target, {"old": 1})
-        monkeypatch.setattr(Path, "replace", full_disk)
-        with pytest.raises(AccelkitError):
-            files.write_json(target, {"new": 2})
-        assert files.read_json(target) == {"old": 1}
+
+class TestKills:
+    """Whatever a kill leaves, the plain command goes on, or names a way that does."""
+
+    @staticmethod
+    def begin(path):
+        opened(path).close()
+
+    @staticmethod
+    def train(path):
+        run = opened(path)
+        for step in (1, 2, 3):
+            save(run, step, keep=1)
+        run.close()
+
+    @staticmethod
+    def overwrite(path):
+        opened(path, overwrite=True).close()
+
+    @staticmethod
+    def resume(path):
+        run = opened(path, resume=True)
+        save(run, 4, keep=1)
+        run.close()
+
+    @staticmethod
+    def abandon(path):
+        run = opened(path)
+        run.abandon()
+        run.close()
+
+    @pytest.mark.parametrize(
+        ("before", "job"),
+        [
+            *((None, job) for job in ("begin", "train", "abandon")),
+            *((before, job) for before in ("begin", "train") for job in ("overwrite", "resume")),
+        ],
+    )
+    def test_no_dead_end(self, tmp_path, before, job):
+        for number in range(1, 1000):
+            path = tmp_path / str(number)
+            if before:
+                getattr(self, before)(path)
+            survived = killed_before_file_operation(number, lambda p=path: getattr(self, job)(p))
+            self.check_ways_out(path)
+            if survived:
+                break
+        assert number > 8  # or nothing was tried
+
+    def check_ways_out(self, path):
+        known = RunDirectory(path)
+        if latest := known.latest():
+            assert known.check(latest[1])
+        try:
+            opened(path).close()
+        except AccelkitError as error:
+            message = str(error)
+        else:
+            return
+        ways = [{"resume": True}] * ("--resume latest" in message)
+        ways += [{"overwrite": True}] * ("--overwrite" in message)
+        assert ways, message
+        for place, how in enumerate(ways):
+            copy = path.with_name(f"{path.name}-{place}")
+            shutil.copytree(path, copy)
+            opened(copy, **how).close()
+
+    @pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+    def test_killed_before_there_were_settings(self, path, make):
+        """As this version leaves it, and as earlier ones did."""
+        for how in ({}, {"overwrite": True}):
+            path.mkdir(parents=True, exist_ok=True)
+            make(path / "run.json.partial")
+            (path / ".lock").touch()
+            with pytest.raises(AccelkitError, match=r"no run in .* leave --resume out$"):
+                opened(path, resume=True)
+            opened(path, **how).close()
+            assert names(path) == [".lock", "run.json"]
+            shutil.rmtree(path)
+
+
+def killed_before_file_operation(number, act):
+    """Run ``act`` in a process that dies before its n-th change of a file; whether it lived."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        left = number
+
+        def count(event, args):
+            nonlocal left
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+            if changes or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+                left -= 1
+                if not left:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        act()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(9)

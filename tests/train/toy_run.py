@@ -57,6 +57,17 @@ class Toy:
         return self.on_sample(self.calls, self.mean[indices] + 0.1 * noise)
 
 
+def signalled(number, at):
+    """Samples that send a signal to their own process as they are asked for a step's batch."""
+
+    def on_sample(call, x):
+        if call == at:
+            os.kill(os.getpid(), number)
+        return x
+
+    return Toy(on_sample)
+
+
 def build(equal_embedders=True):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -108,9 +119,16 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_close(one, other, atol=2e-5):
+def assert_close(one, other, atol=1e-4):
+    """As close as two trainings are that add the same up in another order.
+
+    That is 3e-6 at most with three sets of kernels, and 1e-4 is a thirtieth of one step of AdamW.
+    A key's bias is left out: softmax does not see it, so that its gradient is what rounding leaves
+    of zero. AdamW divides by its size and makes whole steps of it, in other directions elsewhere.
+    """
     for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=atol, msg=name)
+        if not name.endswith("to_k.bias"):
+            torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=atol, msg=name)
 
 
 def latest(path):

@@ -1,0 +1,178 @@
+"""Classes of a data set: their names, their labels, and the label of each image."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from accelkit.data.captions import Captions
+from accelkit.data.class_map import ClassMap
+from accelkit.data.files import Files
+from accelkit.data.metadata import Label
+from accelkit.data.words import one_line, refusal
+from accelkit.errors import AccelkitWarning
+
+_PARTS = {
+    *("train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"),
+    *("data", "images", "image", "img", "imgs", "jpeg", "jpg", "photos", "pictures", "png"),
+}
+"""Folders that are a part of a data set, or hold all of it, and are no class."""
+
+_SHARD = re.compile(r"(\d{5})/(img)?\1\d{3,4}\.\w+")
+"""An image of a shard: ``00012/img00012345.png`` by NVlabs' tools, ``00012/000120345.jpg`` by
+img2dataset."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes and their labels.
+
+    Attributes:
+        names: in the order of their labels.
+        labels: of each class, rising.
+        of_images: the label of each image, int64 (n,).
+        recorded: whether a file says so, rather than the names of folders.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    of_images: np.ndarray
+    recorded: bool = False
+
+    def mapped(self, given: ClassMap, where: str) -> Classes:
+        """Return the same classes with the labels that a class map gives them.
+
+        Raises:
+            AccelkitError: a class has no label there or another's, or the map names one that the
+                data do not have.
+        """
+        if missing := [name for name in self.names if name not in given.labels]:
+            raise refusal(
+                f"the class map {given.where} has no label for {len(missing)} of "
+                f"{len(self.names)} classes of {where}, e.g. {missing[0]}; add what is missing"
+            )
+        unknown = sorted(given.labels.keys() - set(self.names))
+        if unknown and not given.of_model:
+            raise refusal(
+                f"the class map {given.where} names {unknown[0]}, which is no class of {where} "
+                f"({', '.join(self.names[:3])}, …); correct it, or remove it"
+            )
+        order = sorted(self.names, key=given.labels.__getitem__)
+        labels = [given.labels[name] for name in order]
+        for (name, label), (other, again) in pairwise(zip(order, labels, strict=True)):
+            if label == again:
+                raise refusal(
+                    f"the class map {given.where} gives {name} and {other} the label {label}; give "
+                    "each its own, or put their images into one folder"
+                )
+        table = np.array([given.labels[name] for name in self.names], dtype=np.int64)
+        places = np.searchsorted(np.array(self.labels), self.of_images)
+        return Classes(tuple(order), tuple(labels), table[places], recorded=True)
+
+    def warn(self, where: str) -> None:
+        """Warn of labels that are probably not those that are meant."""
+        each = list(zip(self.names, self.labels, strict=True))
+        wrong = [
+            (name, label) for name, label in each if name.lstrip("0") != str(label).lstrip("0")
+        ]
+        if wrong and all(re.fullmatch("[0-9]+", name) for name in self.names):
+            _warn(
+                f"the classes of {where} are numbers, but their labels are their places in the "
+                f"sorted list: {wrong[0][0]} has {wrong[0][1]}; if the numbers are a model's "
+                "labels, say so by --class-map"
+            )
+        folded: dict[str, str] = {}
+        for name in self.names:
+            first = folded.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+            if first != name:
+                _warn(
+                    f"{first} and {name} in {where} are two classes whose names differ in case "
+                    "alone; put their images into one folder if they are one"
+                )
+
+
+def folder_classes(
+    files: Files, images: Sequence[PurePosixPath], captions: Captions
+) -> Classes | None:
+    """Return classes by outermost folder, sorted names having the labels 0, 1, …; None for none.
+
+    Raises:
+        AccelkitError: images without captions lie next to class folders, a class folder holds none,
+            or it holds folders in their place.
+    """
+    names = sorted({image.parts[0] for image in images if len(image.parts) > 1})
+    loose = [image for image in images if len(image.parts) == 1]
+    if not names or all(_SHARD.fullmatch(str(image)) for image in images):
+        return None
+    if loose and captions:
+        captions.check()  # or a stray text would take the classes away
+        return None
+    if loose:
+        raise refusal(
+            f"{files.where} holds images ({loose[0]}, …) beside class folders "
+            f"({names[0]}, …); put every image into a class, or remove the folders"
+        )
+    _check_folders(files, images, names)
+    if all(name.lower() in _PARTS for name in names):
+        if len(names) == 1 and all(len(image.parts) == 2 for image in images):
+            return None
+        raise refusal(
+            f"{files.where} holds parts of a data set ({', '.join(names[:3])}) where classes are "
+            f"expected; name the part, as in {files.where}/{names[0]}"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    labels = np.array([places[image.parts[0]] for image in images], dtype=np.int64)
+    return Classes(tuple(names), tuple(places.values()), labels)
+
+
+def recorded_classes(
+    files: Files, images: Sequence[PurePosixPath], labels: Mapping[PurePosixPath, Label]
+) -> Classes:
+    """Return the classes that a file names: numbers are labels, sorted names have 0, 1, ….
+
+    Raises:
+        AccelkitError: an image has no label, or some have numbers and others names.
+    """
+    if bare := [image for image in images if image not in labels]:
+        raise refusal(
+            f"{len(bare)} of {len(images)} images in {files.where} have no label, e.g. {bare[0]}, "
+            "though others have one in dataset.json or metadata; add theirs, or remove them"
+        )
+    given = {labels[image] for image in images}
+    if len({type(label) for label in given}) > 1:
+        raise refusal(
+            f"the labels in {files.where} are partly numbers and partly names; make them all one"
+        )
+    ordered = sorted(given)
+    table = {g: place if isinstance(g, str) else g for place, g in enumerate(ordered)}
+    of_images = np.array([table[labels[image]] for image in images], dtype=np.int64)
+    return Classes(tuple(map(str, ordered)), tuple(table.values()), of_images, recorded=True)
+
+
+def _check_folders(files: Files, images: Sequence[PurePosixPath], names: Sequence[str]) -> None:
+    where = files.where
+    if empty := sorted(files.folders - set(names)):
+        raise refusal(
+            f"{where}/{empty[0]} holds no images, and without it the classes after it would "
+            "have other labels; put images in, or remove it"
+        )
+    own = {image.parts[0] for image in images if len(image.parts) == 2}
+    within = sorted({image.parts[:2] for image in images if image.parts[0] not in own})
+    # one sub-folder alone, as in Tiny ImageNet, is a class's own way to keep its images
+    for (name, first), (again, second) in pairwise(within):
+        if name == again:
+            raise refusal(
+                f"{where}/{name} holds folders of images ({first}, {second}, …) where a class "
+                f"holds images; name the part that has the classes, as in {where}/{name}"
+            )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(one_line(text), AccelkitWarning, stacklevel=4)
