@@ -20,6 +20,7 @@ from accelkit.loading import (
     open_pipeline,
     reading,
     refuse_original_settings,
+    refuse_revision,
 )
 from accelkit.schedule import Schedule
 from accelkit.switch import Enabled, enable, enabled_on
@@ -237,7 +238,9 @@ def _is_artifact(source: str | Path, revision: str | None) -> bool:
 
 def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:
     folder = Path(source)
-    if not folder.is_dir():
+    if folder.is_dir():
+        refuse_revision(str(source), revision)
+    else:
         with reading(str(source)):
             from huggingface_hub import snapshot_download
 

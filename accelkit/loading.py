@@ -53,11 +53,10 @@ def open_pipeline(
             numbers.
     """
     name = str(model)
+    refuse_revision(name, revision)
     if is_alone(model):
         return _around(Path(model), vae, num_heads, variant)
     refuse_original_settings(name, vae, num_heads)
-    if revision is not None and Path(name if name != BUILTIN else builtin()).is_dir():
-        raise AccelkitError(f"{name} has no revisions; leave --revision out, which is of a hub id")
     with reading(name):
         import diffusers.utils.logging
         import transformers.utils.logging
@@ -116,6 +115,12 @@ def open_network(path: Path, num_heads: int | None = None, variant: str | None =
 
     backbone_of(network).restore()
     return network
+
+
+def refuse_revision(name: str, revision: str | None) -> None:
+    """Raise AccelkitError if a revision is given for what is not on the hub."""
+    if revision is not None and (name == BUILTIN or Path(name).exists()):
+        raise AccelkitError(f"{name} has no revisions; leave --revision out, which is of a hub id")
 
 
 def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) -> None:

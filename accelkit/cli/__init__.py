@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from accelkit import __version__
+from accelkit import AccelkitError, __version__
 from accelkit.cli.benching import bench, report
 from accelkit.cli.reproducing import reproduce
 from accelkit.cli.terminal import say, show_anywhere, show_warnings_as_lines, worded
@@ -37,6 +38,22 @@ Examples:
   accelkit inspect --model runs/finetune-D4
 """
 
+_BITS = 64  # of an integer in torch, with its sign
+_INTERRUPTED = 130
+
+
+class _Command(TyperCommand):
+    """A command that takes no number that no library takes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            whole = isinstance(value, int) and name != "seed"  # which has a range of its own
+            if whole and value.bit_length() >= _BITS:
+                option = name.replace("_", "-")
+                raise AccelkitError(f"--{option} takes numbers below 2^{_BITS - 1}, got {value}")
+        return super().invoke(ctx)
+
+
 app = typer.Typer(
     help=EXAMPLES,
     add_completion=False,
@@ -44,11 +61,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_INTERRUPTED = 130
 _debug = False
 
 for command in (finetune, train, sample, bench, report, reproduce, schedules, convert, inspect):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 @app.callback(invoke_without_command=True)

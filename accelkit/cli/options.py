@@ -188,7 +188,7 @@ def run_of(kind: Any, settings: dict[str, Any]) -> Any:
         checkpoint_every=settings["checkpoint_every"],
         keep=settings["checkpoints_kept"],
         preview_every=settings["preview_every"],
-        report_to=settings["report_to"],
+        report_to=settings["report_to"] or None,
     )
 
 

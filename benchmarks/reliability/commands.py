@@ -44,13 +44,12 @@ _ANY = {"output", "target"}
 def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
     """Yield ``count`` command lines, or all there are."""
     cases = list(_cases())
-    for arguments, may_pass in draw.sample(cases, min(count, len(cases))):
-        name = " ".join(arguments)
-        yield Trial(f"{name[:100]!r}", _judge(world, arguments, may_pass))
+    for name, arguments, may_pass in draw.sample(cases, min(count, len(cases))):
+        yield Trial(name, _judge(world, arguments, may_pass))
 
 
-def _cases() -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Yield command lines, and whether the command may take the value."""
+def _cases() -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """Yield what is tried, the command line, and whether the command may take the value."""
     parsers: Any = get_command(app)
     for registered in app.registered_commands:
         name = registered.callback.__name__
@@ -60,10 +59,12 @@ def _cases() -> Iterator[tuple[tuple[str, ...], bool]]:
             argument = parameter.param_type_name == "argument"
             for value, may_pass in _values(parameter.name, kinds):
                 spelled = (value,) if argument else (parameter.opts[-1], value)
+                may_pass |= name == "reproduce" and not argument and {int, str}.isdisjoint(kinds)
                 before, after = _VALID[name]
                 if argument:  # in place of the valid one
                     before, after = _AROUND[name, parameter.name]
-                yield (*before, *spelled, *after), may_pass
+                called = " ".join([name, *spelled[:-1], repr(value[:40])])
+                yield called, (*before, *spelled, *after), may_pass
 
 
 def _values(name: str, kinds: set[Any]) -> Iterator[tuple[str, bool]]:
