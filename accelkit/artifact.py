@@ -292,7 +292,11 @@ def _call(pipe: Any) -> str:
     takes = inspect.signature(type(pipe).__call__).parameters
     if "num_frames" in takes:  # trained on images, videos of one frame
         return 'pipe("a red bird", num_frames=1).frames'
-    ways = {"prompt": '"a red bird"', "class_labels": "class_labels=[0, 1, 2]"}
+    backbone = backbone_of(denoiser_of(pipe))
+    labels = f"class_labels={list(range(min(3, backbone.num_classes or 3)))}"
+    if "guidance_scale" in takes and backbone.null_class is None:
+        labels += ", guidance_scale=1"
+    ways = {"prompt": '"a red bird"', "class_labels": labels}
     return f"pipe({next((way for name, way in ways.items() if name in takes), '')}).images"
 
 

@@ -167,6 +167,14 @@ def refused(call, *words):
         assert word in message
 
 
+def test_the_model_card_of_a_table_of_two(place, tmp_path):
+    path = written(network(2), tmp_path / "dit.pt")
+    pipe = open_pipeline(path, vae=place, num_heads=2)
+    with accelkit.enable(pipe, "4@0.5,2@1"):
+        accelkit.save(pipe, tmp_path / "tuned", base_model=path, vae=place, num_heads=2)
+    assert "pipe(class_labels=[0, 1]).images" in (tmp_path / "tuned" / "README.md").read_text()
+
+
 def test_a_label_that_the_table_lacks_is_refused(place, tmp_path):
     pipe = open_pipeline(written(network(10), tmp_path / "dit.pt"), vae=place, num_heads=2)
     for label in (-1, 11, 1000):
@@ -197,6 +205,10 @@ def test_a_table_without_a_null_class_is_not_guided(how, vae, place, tmp_path):
             lambda each=each, how=guided: generate(each, [9], [0], how),
             "never trained without labels",
         )
+        with accelkit.enable(each, "4@0.5,2@1"):
+            accelkit.save(each, tmp_path / "tuned", base_model=str(path), vae=place, num_heads=2)
+        card = (tmp_path / "tuned" / "README.md").read_text()
+        assert "pipe(class_labels=[0, 1, 2], guidance_scale=1).images" in card
         expected = theirs(with_rows(each.transformer, [8, 9, 0]), vae, [0, 1], guidance_scale=1.0)
         own = pictures(each, [8, 9], guidance_scale=1.0)
         np.testing.assert_allclose(own, expected, atol=1e-5)
