@@ -74,7 +74,7 @@ class Plan:
         found = []
         for text in self.samplers:
             name, _, steps = text.strip().partition(":")
-            if not steps.isdecimal():
+            if not steps.isdecimal() or len(steps) > 9:  # int() refuses thousands of digits
                 raise AccelkitError(
                     f"cannot read the sampler {text!r}; give a name and a number of steps, such as "
                     "ddim:50"

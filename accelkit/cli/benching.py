@@ -188,6 +188,6 @@ def report(
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = listed(text)
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):  # int() has a limit
         raise AccelkitError(f"--throughput takes batch sizes such as 1,8,64, got {text!r}")
     return tuple(int(part) for part in parts)

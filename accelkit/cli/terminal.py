@@ -7,8 +7,6 @@ import sys
 import warnings
 from typing import Any
 
-import typer
-
 from accelkit.errors import LONGEST, AccelkitError, AccelkitWarning, one_line
 
 _PREFIX = "accelkit: "
@@ -18,7 +16,8 @@ _PLAINLY |= dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
 
 def say(message: object) -> None:
     """Print a message as one line of at most :data:`accelkit.errors.LONGEST` characters."""
-    typer.echo(_PREFIX + one_line(message, LONGEST - len(_PREFIX)), err=True)
+    # typer.echo would write UTF-8 to a terminal that knows ASCII only
+    print(_PREFIX + one_line(message, LONGEST - len(_PREFIX)), file=sys.stderr, flush=True)
 
 
 def worded(error: Exception) -> str | None:

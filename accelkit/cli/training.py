@@ -288,7 +288,9 @@ def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict
             "guidance_channels": plan["guidance_channels"] or 0,
             "output": str(place),
         }
-    except (KeyError, TypeError) as error:
+    except AccelkitError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise AccelkitError(
             f"the run in {place} is not one of accelkit finetune; resume it with the command that "
             "began it"

@@ -21,6 +21,7 @@ from accelkit.schedule import Schedule
 from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
+_DIGITS = 9
 GRID, INDEX = "grid.png", "samples.json"
 _AGAIN = f"{AGAIN} with --overwrite"
 _WRITTEN = re.compile(r"(\d{6,}-class\d+\.png|grid\.png|samples\.json)(\.partial)?")
@@ -127,9 +128,13 @@ def parse_labels(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise AccelkitError(f"cannot read the labels {text!r}; write e.g. 3,1,4 or 0-9")
-        if int(last or first) >= _MOST_CLASSES:
-            raise AccelkitError(f"no model has a class {last or first}, as the labels {text!r} ask")
+        for number in (first, last or first):
+            # int() refuses thousands of digits
+            if len(number) > _DIGITS or int(number) >= _MOST_CLASSES:
+                raise AccelkitError(f"no model has a class {number}, as the labels {text!r} ask")
         labels += range(int(first), int(last or first) + 1)
+        if len(labels) > _MOST_CLASSES:
+            raise AccelkitError(f"the labels {text!r} are more than {_MOST_CLASSES:,}; give fewer")
     if not labels:
         raise AccelkitError(f"the labels {text!r} name no class; write e.g. 3,1,4 or 0-9")
     return labels
