@@ -69,6 +69,7 @@ def finetune(
     supervision_for(config, backbone, parsed, pipe.scheduler, process)
     lora.check(config.lora_rank)
     if config.lora_rank:
+        lora.check_rank(backbone, config.lora_rank)
         lora.check_reach(backbone, parsed)
     tuned = artifact.config_of(source.model, source.revision)
     origin = replace(source, **artifact.base_of(tuned)) if tuned else source

@@ -46,6 +46,17 @@ def check_reach(backbone: Backbone, schedule: Schedule) -> None:
         )
 
 
+def check_rank(backbone: Backbone, rank: int) -> None:
+    """Raise AccelkitError for a rank above that of every layer that an adapter is put on."""
+    layers: list[Any] = [backbone.model.get_submodule(name) for name in targets_of(backbone)]
+    widest = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > widest:
+        raise AccelkitError(
+            f"adapters of rank {rank} are larger than the layers of this "
+            f"{type(backbone.model).__name__}; give --lora-rank at most {widest}"
+        )
+
+
 @dataclass
 class Injected:
     """Adapters that are being trained inside a model.

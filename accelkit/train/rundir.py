@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
 from accelkit.files import (
     PARTIAL,
+    SUM,
     DamagedError,
     explain_failure,
     flush,
@@ -192,13 +194,16 @@ class RunDirectory:
         """
         if not (folder / SUMS).exists():  # of an earlier version
             return False
-        recorded, found = (
-            read_record(folder / SUMS)["files"],
-            _sums(folder),
-        )
-        for name in recorded:
+        record = read_record(folder / SUMS)
+        recorded = record.get("files") if isinstance(record, dict) else None
+        if not isinstance(recorded, dict) or SUM not in read_json(folder / SUMS):
+            raise DamagedError(folder / SUMS)
+        found = _sums(folder)
+        for name in sorted(recorded.keys() | found):
             if name not in found:
                 raise AccelkitError(f"{name} is missing")
+            if name not in recorded:
+                raise AccelkitError(f"{name} is no file of it")
             if found[name] != recorded[name]:
                 raise DamagedError(Path(name))
         return True
@@ -214,7 +219,7 @@ class RunDirectory:
             raise
         except AccelkitError as error:
             raise AccelkitError(f"cannot read the run's settings: {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not isinstance(found.get(_FINGERPRINTS, {}), dict):
             raise AccelkitError(f"{path} holds no settings of a run; {afresh}")
         return found
 
@@ -237,7 +242,13 @@ class RunDirectory:
             return []
 
     def _claim(self) -> None:
-        lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise AccelkitError(
+                f"cannot write to {self.path} ({error.strerror}); make that possible, or give "
+                "another -o"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -282,8 +293,12 @@ def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of a folder's files by their path in it, except that of the list."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
+    """Return the SHA-256 of a folder's files by their path in it.
+
+    The list itself is left out, and so are hidden files, such as those of a file manager.
+    """
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    paths = sorted(p for p in files if p != folder / SUMS)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         sums = pool.map(sum_of_file, paths)
         return {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}

@@ -82,10 +82,12 @@ class Step:
             norm = float(self.accelerator.clip_grad_norm_(self.trained, limit))
             if math.isfinite(norm):
                 return loss, norm
-            # at scale 1 the scaler changes nothing, so that a lower scale would not help
-            if scaler is None or scaler.get_scale() <= 1:
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            if scaler is not None and scale > 1:  # at scale 1 a lower one would not help
+                scaler.update()
+            # it stays as it is where only the norm overflows, and no gradient
+            if scaler is None or scaler.get_scale() >= scale:
                 raise AccelkitError(self._diverged("gradient norm", norm, step))
-            scaler.update()
             for parameter in self.trained:
                 parameter.grad = None
 

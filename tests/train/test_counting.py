@@ -256,3 +256,14 @@ def test_a_gradient_that_is_never_finite_ends_in_a_sentence(tmp_path, request, s
     assert len(spoilt) == (16 if scaling else 1)  # at the scales 2^15, 2^14, ... 1
     assert latest(tmp_path) == 2
     assert all(value.isfinite().all() for value in model.parameters())
+
+
+def test_a_norm_that_overflows_by_itself_is_no_matter_of_the_scale(tmp_path, scalers):
+    """Squares of gradients near 1e25 are infinite in float32, and no scaler looks at those."""
+    model = build()
+    model.proj_out_2.weight.register_hook(
+        lambda gradient: torch.full_like(gradient, 1e25) * scalers[0].get_scale()
+    )
+    with pytest.raises(AccelkitError, match="gradient norm is inf at step 1"):
+        fit(tmp_path, HALF, model=model)
+    assert scalers[0].get_scale() == START

@@ -229,6 +229,19 @@ def test_damaged_list_of_checksums(newest, tmp_path, place):
     assert listed == json.loads(content)["files"]  # but for white space, or the name of its sum
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"files": {}}', '{"files": 3}'])
+def test_a_list_of_checksums_that_is_none(newest, tmp_path, content):
+    (newest / "checksums.json").write_text(content)
+    assert "checksums.json is damaged" in refused(tmp_path)
+
+
+def test_files_that_the_list_lacks(newest, tmp_path, uninterrupted):
+    (newest / ".DS_Store").touch()
+    RunDirectory(tmp_path).check(newest)
+    (newest / "scaler.pt").touch()
+    assert "scaler.pt is no file of it" in refused(tmp_path)
+
+
 def test_a_renamed_checkpoint(newest, tmp_path):
     first = newest.with_name("step-00000003")
     shutil.rmtree(newest)

@@ -177,6 +177,15 @@ def test_a_model_with_adapters_already_is_refused():
         pass
 
 
+def test_a_rank_above_every_layer_is_refused():
+    backbone = backbone_of(build())
+    layers = [backbone.model.get_submodule(name) for name in targets_of(backbone)]
+    most = max(min(layer.weight.shape) for layer in layers)
+    lora.check_rank(backbone, most)
+    with pytest.raises(AccelkitError, match=f"give --lora-rank at most {most}"):
+        lora.check_rank(backbone, most + 1)
+
+
 def test_peft_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     lora.check(0)

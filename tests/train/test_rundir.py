@@ -274,6 +274,24 @@ class TestResuming:
         run.identify({"images": "3"})
         run.close()
 
+    @pytest.mark.parametrize("fingerprints", ["null", "[]", "3"])
+    def test_fingerprints_that_are_none(self, run, path, fingerprints):
+        run.close()
+        (path / "run.json").write_text(f'{{"fingerprints": {fingerprints}}}')
+        with pytest.raises(
+            AccelkitError, match=r"holds no settings of a run; start over"
+        ) as caught:
+            opened(path, resume=True)
+        one_line(caught)
+
+    def test_a_lock_that_cannot_be_made(self, run, path):
+        run.close()
+        (path / ".lock").unlink()
+        (path / ".lock").mkdir()
+        with pytest.raises(AccelkitError, match=r"cannot write to .*another -o") as caught:
+            opened(path, resume=True)
+        one_line(caught)
+
 
 class TestOneRunAtATime:
     @pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
