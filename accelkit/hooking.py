@@ -62,6 +62,41 @@ def _remove(registry: HookRegistry, name: str) -> None:
         after.original_forward, after.forward = after.forward, own
 
 
+def bare(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return a stand-in without accelkit's hooks for each module of ``model``, to be copied.
+
+    Stand-ins share weights and everything else with their modules, which stay as they are: another
+    thread may be calling the model. Hooks of others in diffusers' registries are not kept.
+    """
+    twins = {module: object.__new__(type(module)) for module in model.modules()}
+    for module, twin in twins.items():
+        own = dict(module.__dict__)
+        own["_modules"] = {
+            name: None if child is None else twins[child] for name, child in own["_modules"].items()
+        }
+        registry = own.pop("_diffusers_hook", None)
+        hooks = [] if registry is None else [registry.hooks[name] for name in registry._hook_order]
+        if hooks:
+            first, last = hooks[0], hooks[-1]
+            if first.had_registry:
+                own["_diffusers_hook"] = HookRegistry(twin)
+            if own.get("_old_forward") is last.installed:  # accelerate's hooks wrap ours
+                own["_old_forward"] = first.fn_ref.original_forward
+            elif not first.had_forward:
+                own.pop("forward", None)
+            else:
+                own["forward"] = first.fn_ref.original_forward
+            compiled = own.get("_compiled_call_impl")
+            if isinstance(compiled, compiling.Outside):
+                own["_compiled_call_impl"] = compiled.compiled
+            for name in ("compile", "_initialize_hook", "_infer_parameters"):
+                own.pop(name, None)
+        elif registry is not None:
+            own["_diffusers_hook"] = registry
+        twin.__dict__.update(own)
+    return twins
+
+
 def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
     """Put a hook on a module, outside of those of diffusers that are there.
 

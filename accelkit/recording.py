@@ -17,7 +17,7 @@ from accelkit.schedule import Schedule
 
 def by() -> str | None:
     """Return what records the calls of this thread, None if nothing does."""
-    if torch.compiler.is_dynamo_compiling():  # of what follows it can trace the first alone
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace the other checks
         return "torch.export" if torch.compiler.is_exporting() else None
     if torch.jit.is_tracing():
         return "torch.jit.trace"
@@ -25,6 +25,8 @@ def by() -> str | None:
         return "torch.export"
     if proxy_tensor.get_proxy_mode() is not None:
         return "make_fx"
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph"
     return "torch.fx" if _symbolic_trace.is_fx_symbolic_tracing() else None
 
 

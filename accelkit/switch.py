@@ -6,6 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def enable(
     """Let the noise level decide how many blocks each call of ``target`` runs.
 
     The model's weights, class and state_dict keys stay as they are. A batch may mix noise levels:
-    every sample gets the depth of its own.
+    every sample gets the depth of its own. Several threads may call the model from then on; calls
+    that are under way have to return first.
 
     Args:
         target: a diffusers pipeline, or the network itself.
@@ -136,7 +138,8 @@ def enable(
 def disable(target: Any) -> None:
     """Take the schedule off: ``target`` is again exactly what it was.
 
-    Warns with AccelkitWarning if none is in force. Fine-tuned weights stay.
+    Warns with AccelkitWarning if none is in force. Fine-tuned weights stay. A call that another
+    thread has under way goes on without the schedule: let it return first.
     """
     model = denoiser_of(target)
     if enabled_on(model) is None:
@@ -199,11 +202,16 @@ class _Copier:
                 f"original's weights for what diffusers hooked on it ({', '.join(names)}); copy "
                 "it first"
             )
-        _uninstall(state.backbone.model)
-        try:
-            return state, copy.deepcopy(state.backbone.model, memo)
-        finally:
-            _install(state)
+        model = state.backbone.model
+        twins = hooking.bare(model)
+        own = twins[model].__dict__
+        for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
+            del own[name]
+        with nullcontext() if state.fused is None else state.fused.bare(own):
+            twin = copy.deepcopy(twins[model], memo)
+        # whatever refers to a module of the model refers to the copy's after this
+        memo.update((id(module), memo[id(stand_in)]) for module, stand_in in twins.items())
+        return state, twin
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         state, twin = self._bare(memo)

@@ -1,8 +1,13 @@
 """One network with a schedule, called from several threads, or while another call is under way."""
 
 import asyncio
+import copy
+import os
+import pickle
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -150,6 +155,62 @@ def test_a_model_saved_while_it_is_called(family):
     assert all(in_threads(work))
 
 
+@families(SD3, DiT, UViT)
+@kernels
+def test_a_model_copied_and_pickled_while_it_is_called(family, kernels):
+    model, expected = one_after_the_other(family, kernels)
+
+    @torch.no_grad()
+    def work(number):
+        if number < 2:
+            return [copy.deepcopy(model) if number else pickle.dumps(model) for _ in range(5)]
+        call = family.call(500)
+        return all(torch.equal(model(**call).sample, expected[500]) for _ in range(CALLS))
+
+    pickled, copied, *right = in_threads(work)
+    assert all(right)
+    for twin in (copied[-1], pickle.loads(pickled[-1])):
+        with torch.no_grad():
+            for timestep, sample in expected.items():
+                assert torch.equal(twin(**family.call(timestep)).sample, sample)
+            for parameter in twin.parameters():
+                parameter.mul_(1.1)
+            for timestep, sample in expected.items():
+                assert not torch.equal(twin(**family.call(timestep)).sample, sample)
+                assert torch.equal(model(**family.call(timestep)).sample, sample)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_beside_a_call_can_go_on():
+    family = DiT()
+    model, _ = one_after_the_other(family, "auto")
+    begun, end = threading.Event(), threading.Event()
+
+    def wait(*_):
+        begun.set()
+        end.wait()
+
+    handle = model.pos_embed.register_forward_pre_hook(wait)
+    with torch.no_grad():
+        caller = threading.Thread(target=lambda: model(**family.call(100)))
+        caller.start()
+        begun.wait()
+        child = os.fork()
+        if not child:  # no test of its own: it reports by its exit status
+            model.state_dict()
+            os._exit(0)
+        end.set()
+        caller.join()
+    handle.remove()
+    deadline = time.monotonic() + 60
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
+
+
 @families(SD3, DiT, UViT, Flux)
 @kernels
 def test_a_call_within_a_call(family, kernels):
@@ -223,8 +284,9 @@ def test_generators_and_tasks_take_turns():
 
     def loop(order):
         for timestep in order:
-            with torch.no_grad():
-                yield timestep, model(**family.call(timestep)).sample
+            with torch.no_grad():  # not around the yield, or it would reach the caller
+                sample = model(**family.call(timestep)).sample
+            yield timestep, sample
 
     loops = [loop(order) for order in ([900, 500, 100], [100, 900, 500], [500, 100, 900])]
     found = [next(each) for _ in range(2) for each in loops]

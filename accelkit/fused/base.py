@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,9 +117,12 @@ class FusedForward(ABC):
         call = None
         if not plan.grad and plan.merge is None and self._own(forward):
             call = self._call(args, kwargs)
-        with self._gate.call(*(() if call is None else (self._stale, self.look))):
-            each = None if call is None else self.pass_of(plan, call, step)
-            if call is None or each is None:
+        if call is None:
+            with self._gate.call():
+                return forward(*args, **kwargs)
+        with self._gate.call(self._stale, self.look):
+            each = self.pass_of(plan, call, step)
+            if each is None:
                 return forward(*args, **kwargs)
             sample = each(each.tensors) if self.graphs is None else self.graphs(each)
         if call.get("return_dict", True):
@@ -192,6 +197,14 @@ class FusedForward(ABC):
         """Be there for the model's calls, again if it was closed."""
         # what saves a model may take weights in one storage for copies of each other
         self._handle = self.model.register_state_dict_pre_hook(lambda *_: self.part())
+
+    @contextmanager
+    def bare(self, model: dict[str, Any]) -> Iterator[None]:
+        """Take its hook out of a model's attributes, and keep weights in place while entered."""
+        name = "_state_dict_pre_hooks"
+        model[name] = OrderedDict((k, v) for k, v in model[name].items() if k != self._handle.id)
+        with self._gate.call():
+            yield
 
     def close(self) -> None:
         """Leave the model as it was."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +14,33 @@ class Gate:
     """Any number of calls go through together; a change waits until they have left.
 
     A thread may make a change within its own call, as a hook that saves the model does. Such a
-    change waits for nobody: two of them would wait for each other and never end.
+    change is made at once, with calls of other threads under way: two that waited for each other
+    would never end. A call that waits for another thread's change, by joining that thread, does
+    not end either.
     """
 
     def __init__(self) -> None:
+        self.reset()
+        _gates.add(self)
+
+    def reset(self) -> None:
+        """Forget the calls under way, as in a forked child, which has none of their threads."""
         self._moved = threading.Condition(threading.RLock())
         self._inside: Counter[int] = Counter()  # calls under way, by thread
+        self._waiting = 0  # changes, before which no other call may begin
 
     @contextmanager
     def change(self) -> Iterator[None]:
         """Keep calls out for as long as it is entered, once those under way have left."""
         with self._moved:
-            while self._others_inside():
-                self._moved.wait()
-            yield
+            self._waiting += 1
+            try:
+                while self._others_inside():
+                    self._moved.wait()
+                yield
+            finally:
+                self._waiting -= 1
+                self._moved.notify_all()
 
     @contextmanager
     def call(
@@ -39,6 +54,8 @@ class Gate:
         """
         own = threading.get_ident()
         with self._moved:
+            while own not in self._inside and self._waiting:
+                self._moved.wait()
             while (needed := stale()) and self._others_inside():
                 self._moved.wait()
             if needed:
@@ -49,9 +66,20 @@ class Gate:
         finally:
             with self._moved:
                 self._inside[own] -= 1
-                if not self._inside[own]:
+                if self._inside[own] <= 0:  # below in a child that was forked within the call
                     del self._inside[own]
                     self._moved.notify_all()
 
     def _others_inside(self) -> bool:
         return bool(self._inside) and threading.get_ident() not in self._inside
+
+
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    for gate in _gates:
+        gate.reset()
+
+
+os.register_at_fork(after_in_child=_forget)

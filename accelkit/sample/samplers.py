@@ -79,6 +79,12 @@ def sampler_for(pipe: Any, name: str, steps: int) -> Any:
     spacing = calls.spacing(pipe, steps) if calls is not None and flow else {}
     if not config.get("use_dynamic_shifting"):
         spacing.pop("mu", None)  # which FLUX's pipeline gives all the same, to no effect
+    elif flow and calls is not None and "mu" not in spacing:
+        raise AccelkitError(
+            f"the scheduler of this {type(pipe).__name__} shifts its timesteps by the resolution "
+            "(use_dynamic_shifting), and the pipeline does not say by how much; give it a "
+            "scheduler with use_dynamic_shifting=False"
+        )
     return _made(name, scheduler, steps, learned, spacing)
 
 
