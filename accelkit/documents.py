@@ -7,6 +7,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,22 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: as :func:`read_json`, without a name for the text.
     """
-    try:
-        return _bounded(json.loads(text, object_pairs_hook=_object))
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+    return _parse(text, partial(json.loads, object_pairs_hook=_object))
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
+    return _parse(text, tomllib.loads)
+
+
+def _parse(text: str, load: Callable[[str], Any]) -> Any:
     try:
-        return _bounded(tomllib.loads(text))
+        return _bounded(load(text))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):  # Python's advice is for whoever wrote the program
+            raise ValueError(_TOO_WIDE) from None
+        raise
 
 
 def check_regular(path: str | Path) -> None:
@@ -102,7 +108,7 @@ def _read(path: Path, what: str, parse: Callable[[str], Any]) -> Any:
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:
-        reason = _TOO_WIDE if "int_max_str_digits" in str(error) else str(error)
+        reason = str(error)
     raise AccelkitError(f"cannot read {_called(path, what)}: {reason}")
 
 

@@ -81,7 +81,7 @@ class Classes:
         wrong = [
             (name, label) for name, label in each if name.lstrip("0") != str(label).lstrip("0")
         ]
-        if wrong and all(re.fullmatch("[0-9]+", name) for name in self.names):
+        if wrong and all(re.fullmatch("-?[0-9]+", name) for name in self.names):
             _warn(
                 f"the classes of {where} are numbers, but their labels are their places in the "
                 f"sorted list: {wrong[0][0]} has {wrong[0][1]}; if the numbers are a model's "
@@ -104,7 +104,7 @@ def folder_classes(
 
     Raises:
         AccelkitError: images without captions lie next to class folders, a class folder holds none,
-            or it holds folders in their place.
+            is a broken link, or holds folders in their place.
     """
     names = sorted({image.parts[0] for image in images if len(image.parts) > 1})
     loose = [image for image in images if len(image.parts) == 1]
@@ -157,6 +157,12 @@ def recorded_classes(
 
 def _check_folders(files: Files, images: Sequence[PurePosixPath], names: Sequence[str]) -> None:
     where = files.where
+    if files.links:
+        raise AccelkitError(
+            f"{where}/{min(files.links)} is a link to nothing that can be read here, and without "
+            "the class that it may be, others would have other labels; restore or pack what it "
+            "leads to, or remove it"
+        )
     if empty := sorted(files.folders - set(names)):
         raise AccelkitError(
             f"{where}/{empty[0]} holds no images, and without it the classes after it would "

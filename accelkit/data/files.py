@@ -8,6 +8,7 @@ cannot be read safely is refused before it is read.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import stat
 import zipfile
@@ -37,11 +38,14 @@ class Files(ABC):
         where: the place.
         paths: all files, relative to the place.
         folders: names of the outermost folders, empty ones too.
+        links: names of the outermost links that lead to nothing, or that a zip holds: any of them
+            may be meant as a folder.
     """
 
     where: str
     paths: list[PurePosixPath]
     folders: set[str]
+    links: set[str]
 
     @abstractmethod
     def content(self, path: PurePosixPath, most: int) -> bytes:
@@ -60,7 +64,8 @@ class Files(ABC):
 def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
     """Return the files of a folder, of a zip, or of a part of a zip.
 
-    If a zip has a single outermost folder, that folder is listed, unless a part is named.
+    If a zip has a single outermost folder, that folder is listed, unless a part is named. Files
+    next to it are listed as ``../name``, for what they are has to be said as well.
 
     Args:
         path: the folder, the zip, or the part.
@@ -74,8 +79,10 @@ def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
         if place.suffix.lower() == ".zip" and os.path.isfile(place):
             found = Zip(place, PurePosixPath(path.relative_to(place).as_posix()))
             outermost = [name for name in found.paths if len(name.parts) == 1]
-            if place == path and len(found.folders) == 1 and not any(map(matters, outermost)):
-                return Zip(place, PurePosixPath(*found.folders))
+            alone = len(found.folders) == 1 and not found.links
+            if place == path and alone and not any(map(matters, outermost)):
+                found = Zip(place, PurePosixPath(*found.folders))
+                found.paths += [PurePosixPath("..", name) for name in outermost]
             return found
     if os.path.isdir(path):
         return Folder(path)
@@ -98,11 +105,13 @@ def read_file(path: Path, most: int) -> bytes:
         AccelkitError: it is larger, or a pipe or a device, which might never end.
         OSError: it cannot be read.
     """
+    if os.path.isdir(path):  # which open() would call by a number
+        raise AccelkitError("it is a folder, not a file")
     # without O_NONBLOCK, opening a pipe waits until somebody writes
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise AccelkitError("it is a pipe, a device or a folder, not a file")
+            raise AccelkitError("it is a pipe or a device, not a file")
         _check_size(status.st_size, most)
         return file.read(status.st_size)  # read() reserves what it is asked for
 
@@ -112,7 +121,7 @@ class Folder(Files):
 
     def __init__(self, root: Path) -> None:
         self.where, self._root = str(root), root
-        self.paths = []
+        self.paths, self.links = [], set()
         reached: dict[str, PurePosixPath] = {}
         waiting = [PurePosixPath()]
         while waiting:
@@ -127,6 +136,8 @@ class Folder(Files):
             for entry in _entries(root / folder):
                 if _is_seen(entry.name):
                     (waiting if _is_folder(entry) else self.paths).append(folder / entry.name)
+                    if folder == PurePosixPath() and not os.path.exists(entry.path):
+                        self.links.add(entry.name)
         self.folders = {folder.name for folder in reached.values() if len(folder.parts) == 1}
 
     def content(self, path: PurePosixPath, most: int) -> bytes:
@@ -147,6 +158,7 @@ class Zip(Files):
             raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._members: dict[PurePosixPath, zipfile.ZipInfo] = {}
         self._folders: set[PurePosixPath] = set()
+        self._links: set[PurePosixPath] = set()
         for member in members:
             self._add(member)
         self.paths = list(self._members)
@@ -156,10 +168,11 @@ class Zip(Files):
         folders = [p.relative_to(part) for p in self._folders if p.is_relative_to(part)]
         outermost = [path.parts[0] for path in self.paths if len(path.parts) > 1]
         self.folders = {*outermost, *(folder.parts[0] for folder in folders if folder.parts)}
+        self.links = {link.name for link in self._links if link.parent == part}
 
     def content(self, path: PurePosixPath, most: int) -> bytes:
         """Return a member's bytes."""
-        member = self._members[self._part / path]
+        member = self._members[PurePosixPath(posixpath.normpath(self._part / path))]
         _check_size(member.file_size, most)
         with self._archive().open(member) as file:
             return file.read(member.file_size + 1)  # to the end, where the checksum is compared
@@ -193,6 +206,8 @@ class Zip(Files):
                 "unpack it and give the folder"
             )
         self._members[path] = member
+        if stat.S_ISLNK(member.external_attr >> 16):
+            self._links.add(path)
 
     def _archive(self) -> zipfile.ZipFile:
         # a handle shared with a forked process would share its position in the file

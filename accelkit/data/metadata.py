@@ -25,6 +25,7 @@ from accelkit.errors import AccelkitError
 NAME, TEXT, LABEL = "file_name", "text", "label"
 MOST_BYTES = 2**30
 _MOST_LABEL = 2**31  # a label beyond it is none, and would not fit an int64 if long enough
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)|nan", re.IGNORECASE)
 
 Label = int | str
 Row = tuple[int, dict[str, Any]]
@@ -150,17 +151,32 @@ def _csv(text: str) -> Iterator[Row]:
         raise _RowError(reader.line_num, error) from error
     if not rows:
         return
-    (first, columns), *below = rows
+    (first, cells), *below = rows
+    columns = [cell.strip() for cell in cells]
+    if NAME not in columns:
+        raise _RowError(first, _unnamed(columns[0]))
     if len(set(columns)) < len(columns):
         raise _RowError(first, "two columns of one name")
     for number, cells in below:
         if len(cells) != len(columns):
             raise _RowError(number, f"{len(cells)} cells under {len(columns)} columns")
-    found = [dict(zip(columns, cells, strict=True)) for _, cells in below]
+        row: dict[str, Any] = dict(zip(columns, cells, strict=True))
+        if LABEL in row:
+            row[LABEL] = _number_or_name(row[LABEL].strip())
+        yield number, row
+
+
+def _number_or_name(cell: str) -> float | str:
     # all cells are text, numbers too, which a column with gaps has as 3.0
-    numbers = all(re.fullmatch(r"\d{1,9}(\.0+)?", row.get(LABEL, "")) for row in found)
-    for (number, _), row in zip(below, found, strict=True):
-        yield number, {**row, LABEL: float(row[LABEL])} if numbers else dict(row)
+    return float(cell) if _NUMBER.fullmatch(cell) else cell
+
+
+def _unnamed(columns: str) -> str:
+    """Return why a first line, read as one column, does not name the files."""
+    for separator, name in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+        if NAME in map(str.strip, columns.split(separator)):
+            return f"its columns are separated by {name}, expected commas"
+    return f"no column {NAME}"
 
 
 _READERS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -180,7 +196,8 @@ def _check_row(number: int, row: Any) -> None:
     label = row.get(LABEL, 0)
     if not (isinstance(label, str) and label.strip()) and whole_number(label) is None:
         raise _RowError(
-            number, f"its {LABEL} is {reprlib.repr(label)}, neither a number nor a name"
+            number,
+            f"its {LABEL} is {reprlib.repr(label)}, neither a whole number of 0 or more nor a name",
         )
     if LABEL in row and not isinstance(label, str):
         row[LABEL] = whole_number(label)

@@ -204,6 +204,7 @@ class _Images(ImageSource):
             )
         self._refuse_unread_labels()
         metadata = read_metadata(files)
+        self._refuse_rows_of_nothing(metadata)
         recorded = dataset_json.read_labels(files)
         self._captions = Captions(files, self._names, metadata.captions)
         self.captioned = len(self._captions)
@@ -227,6 +228,14 @@ class _Images(ImageSource):
                 f"{self._files.where} has labels in files such as {min(found.values())}, which "
                 'accelkit does not read; write them to metadata.jsonl, {"file_name": …, "label": '
                 "…} a line, and remove those files"
+            )
+
+    def _refuse_rows_of_nothing(self, metadata: Metadata) -> None:
+        rows = metadata.captions.keys() | metadata.labels.keys()
+        if rows and rows.isdisjoint(self._names):
+            raise AccelkitError(
+                f"no row of metadata in {self._files.where} names an image there, the first is of "
+                f"{min(rows)}; write each file_name relative to the table"
             )
 
     def _classified(
@@ -262,10 +271,11 @@ class _Images(ImageSource):
                 stacklevel=4,
             )
         strangers = {*metadata.captions, *metadata.labels, *(recorded or {})} - set(self._names)
+        columns = [name or "one without a name" for name in sorted(metadata.columns)]
         notes = [
             f"other files passed over: {len(others):,} ({by_suffix(others)})" if others else "",
             f"rows that name no image: {len(strangers):,}" if strangers else "",
-            f"columns not read: {', '.join(sorted(metadata.columns))}" if metadata.columns else "",
+            f"columns not read: {', '.join(columns)}" if columns else "",
         ]
         return tuple(filter(None, notes))
 

@@ -79,18 +79,25 @@ def test_it_sets_labels_that_a_table_has(tmp_path, class_map):
         ({"ant": 1, "bee": 2, "cat": "3"}, "has '3' for cat"),
         ({"ant": 1, "bee": 2, "cat": True}, "has True for cat"),
         ({"ant": 1, "bee": 2, "cat": None}, "has None for cat"),
-        ({"ant": 1, "bee": 2, "cat": 10**20}, "has 100000000000000000000 for cat"),
+        ({"ant": 1, "bee": 2, "cat": 10**20}, "holds a whole number of more than 64 bits"),
         ('{"ant": 1, "ant": 2, "bee": 3, "cat": 4}', "it names 'ant' twice"),
         (["ant", "bee", "cat"], "is no JSON object such as"),
         ({}, "is no JSON object such as"),
         ("{", "cannot read the class map"),
         (b"\xff\xff", "cannot read the class map"),
         ("[" * 50_000, "cannot read the class map"),
+        ('{"ant": ' + "9" * 5_000 + "}", "holds a whole number of more than 64 bits"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(pets, class_map, content, words):
     with pytest.raises(AccelkitError, match=words) as error:
         open_source(pets, class_map=class_map(content))
+    assert refused(error)
+
+
+def test_a_folder_is_no_map(pets):
+    with pytest.raises(AccelkitError, match=r"class map .*\(it is a folder, not a file\)") as error:
+        open_source(pets, class_map=pets)
     assert refused(error)
 
 
@@ -147,6 +154,11 @@ def test_numbers_that_are_not_their_labels_warn(files, words, tmp_path, class_ma
     numbers = {name.split("/")[0]: int(name.split("/")[0]) for name in files}
     source = open_source(place, class_map=class_map(numbers))  # and none where they are said to be
     assert source.labels.tolist() == levels(source)
+
+
+def test_numbers_below_zero_warn_too(tmp_path):
+    with pytest.warns(AccelkitWarning, match="classes of .* are numbers.* -1 has 0; "):
+        open_source(write_folder(tmp_path, numbered(3, -1)))
 
 
 @pytest.mark.parametrize(

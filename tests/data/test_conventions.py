@@ -1,6 +1,7 @@
 """Data sets as people keep them: the labels that are meant, or a refusal; nothing lost unsaid."""
 
 import shutil
+import stat
 import subprocess
 import zipfile
 
@@ -49,6 +50,49 @@ def test_archives_within_are_refused(name, tmp_path):
 def test_folders_of_archives_are_refused(files, tmp_path):
     with pytest.raises(AccelkitError, match=r"holds archives \(.*2 \.tar\).*unpack them"):
         open_source(write_folder(tmp_path, files))
+
+
+BESIDE = {f"all/{name}": content for name, content in PETS.items()}
+
+
+def test_what_is_next_to_the_only_folder_of_a_zip_is_told(tmp_path):
+    stray = {"labels.csv": b"", "labels.txt": b"", "Dataset.json": b"", "c.gif": b""}
+    with pytest.warns(AccelkitWarning, match=r"passed over pictures .* 1 \(1 \.gif\); convert"):
+        source = open_source(write_zip(tmp_path / "d.zip", {**BESIDE, **stray}))
+    assert source.classes == ("cat", "dog")
+    assert source.notes == ("other files passed over: 3 (1 .csv, 1 .json, 1 .txt)",)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("metadata.parquet", r"all/\.\./metadata\.parquet may hold labels"),
+        ("val.zip", r"holds archives \(\.\./val\.zip; 1 \.zip\)"),
+    ],
+)
+def test_what_is_next_to_the_only_folder_of_a_zip_is_refused(name, words, tmp_path):
+    with pytest.raises(AccelkitError, match=words) as error:
+        open_source(write_zip(tmp_path / "d.zip", {**BESIDE, name: b""}))
+    assert refused(error)
+
+
+@pytest.mark.parametrize("others", [["dog"], []])
+def test_a_link_to_nothing_may_be_a_class(others, tmp_path):
+    """As when the disk is not mounted: later classes would have other labels."""
+    files = {f"{name}/0.png": png(0) for name in ["cat", *others]}
+    folder = write_folder(tmp_path / "d", files)
+    (folder / "bird").symlink_to(tmp_path / "nowhere")
+    link = zipfile.ZipInfo("bird")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16  # by zip -y
+    archive = write_zip(tmp_path / "d.zip", files)
+    with zipfile.ZipFile(archive, "a") as out:
+        out.writestr(link, "cat")
+    for place in (folder, archive):
+        with pytest.raises(AccelkitError, match=r"/bird is a link to nothing that") as error:
+            open_source(place)
+        assert refused(error)
+    (folder / "bird").unlink()
+    assert open_source(folder).classes == ("cat", *others)
 
 
 @pytest.mark.parametrize(

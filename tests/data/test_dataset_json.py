@@ -100,7 +100,7 @@ def test_rows_of_files_that_are_not_there_are_counted(tmp_path):
         ([[n, 1.5] for n in NAMES], "whole numbers or one-hot"),
         ([[n, -1] for n in NAMES], "whole numbers or one-hot"),
         ([[n, True] for n in NAMES], "whole numbers or one-hot"),
-        ([[n, 10**30] for n in NAMES], "whole numbers or one-hot"),
+        ([[n, 10**30] for n in NAMES], "a whole number of more than 64 bits"),
         ([[n, float("nan")] for n in NAMES], "whole numbers or one-hot"),
         ([[n, None] for n in NAMES], "whole numbers or one-hot"),
         ([[n] for n in NAMES], "whole numbers or one-hot"),

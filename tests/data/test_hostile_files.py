@@ -135,7 +135,7 @@ def test_bytes_that_are_no_text_in_a_name(tmp_path):
     write_folder(tmp_path, PETS)
     os.rename(tmp_path / "cat", os.fsencode(tmp_path) + b"/c\xff\n\x1bt")
     source = open_source(tmp_path)
-    assert "labels c\\udcff\\n\\x1bt=0, dog=1" in source.summary()
+    assert "labels c\\udcff \\x1bt=0, dog=1" in source.summary()
     assert len(source.fingerprint) == 64
     (tmp_path / source.classes[0] / "0.png").write_bytes(b"")
     with pytest.raises(AccelkitError, match="cannot read the image") as error:

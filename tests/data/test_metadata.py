@@ -143,7 +143,19 @@ def test_rows_of_another_form_are_refused(rows, words, tmp_path):
         ("file_name,text\n0.png,a,b\n", "line 2 of .*3 cells under 2 columns"),
         ('file_name,text\n0.png,"a', "line 2 of .*unexpected end of data"),
         ("file_name,text,text\n0.png,a,b\n", "line 1 of .*two columns of one name"),
-        ("image,text\n0.png,a\n", "line 2 of .*no file_name"),
+        ("image,text\n0.png,a\n", "line 1 of .*no column file_name"),
+        ("file_name;text\n0.png;a, b\n", "line 1 of .*separated by semicolons, expected commas"),
+        ("file_name\ttext\n0.png\ta\n", "line 1 of .*separated by tabs, expected commas"),
+        ("text;file_name\n", "line 1 of .*separated by semicolons"),
+        ("file_name,label\n0.png,-1\n1.png,0\n", "line 2 of .*its label is -1.0, neither"),
+        ("file_name,label\n0.png,1\n1.png,0.5\n", "line 3 of .*its label is 0.5, neither"),
+        ("file_name,label\n0.png,nan\n1.png,1\n", "line 2 of .*its label is nan, neither"),
+        ("file_name,label\n0.png,cat\n1.png,NaN\n", "line 3 of .*its label is nan, neither"),
+        ("file_name,label\n0.png,12345678901\n", "line 2 of .*its label is 12345678901.0"),
+        (
+            "file_name,label\n" + "".join(f"{n},{i or 'x'}\n" for i, n in enumerate(FLAT)),
+            "partly numbers and partly names",
+        ),
         ("file_name,label\n0.png,\n", "line 2 of .*its label is ''"),
         ("file_name,text\n0.png," + 200_000 * "a", "line 2 of .*larger than field limit"),
     ],
@@ -152,6 +164,30 @@ def test_tables_of_another_form_are_refused(content, words, tmp_path):
     place = write_folder(tmp_path, {**FLAT, "metadata.csv": content})
     with pytest.raises(AccelkitError, match=words) as error:
         open_source(place)
+    assert refused(error)
+
+
+def test_spaces_after_commas_belong_to_no_name(tmp_path):
+    cells = "".join(f"{name}, {'ab'[i % 2]}, 1\n" for i, name in enumerate(FLAT))
+    text = f"file_name, label, box\n{cells}"
+    source = open_source(write_folder(tmp_path, {**FLAT, "metadata.csv": text}))
+    assert source.classes == ("a", "b")
+    assert source.labels.tolist() == [level % 2 for level in levels(source)]
+    assert source.notes == ("columns not read: box",)
+
+
+def test_a_column_without_a_name_is_told(tmp_path):
+    """As pandas writes its index."""
+    text = ",file_name,label\n" + "".join(f"{i},{n},{i}\n" for i, n in enumerate(FLAT))
+    source = open_source(write_folder(tmp_path, {**FLAT, "metadata.csv": text}))
+    assert source.notes == ("columns not read: one without a name",)
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_rows_of_images_elsewhere_are_refused(described, column):
+    rows = [{"file_name": f"/elsewhere/{name}", column: "a"} for name in FLAT]
+    with pytest.raises(AccelkitError, match=r"/elsewhere/0\.png; write each file_name") as error:
+        open_source(described(rows))
     assert refused(error)
 
 
