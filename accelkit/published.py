@@ -141,8 +141,7 @@ class Publication:
         Raises:
             AccelkitError: it is not run at that scale.
         """
-        if scale not in SCALES:
-            raise AccelkitError(f"a scale is {' or '.join(SCALES)}, got {scale!r}")
+        check_scale(scale)
         if self.full is None:
             raise AccelkitError(f"{self.name} is a table of counted costs; nothing is run")
         found = self.full if scale == "full" else self.digits
@@ -169,6 +168,12 @@ class Publication:
 def names() -> tuple[str, ...]:
     """Return the names of all publications, sorted."""
     return tuple(sorted(path.stem for path in _folder().glob("*.toml")))
+
+
+def check_scale(scale: str) -> None:
+    """Raise AccelkitError for what is none of :data:`SCALES`."""
+    if scale not in SCALES:
+        raise AccelkitError(f"a scale is {' or '.join(SCALES)}, got {scale!r}")
 
 
 def publication(name: str) -> Publication:

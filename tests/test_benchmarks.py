@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))
 SCRIPTS = [path.stem for path in FILES if "def main" in path.read_text()]
+PACKAGES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/__main__.py"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *(f"{name}.__main__" for name in PACKAGES)])
 def test_a_script_tells_its_options(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", [name, "--help"])
@@ -25,4 +26,4 @@ def test_a_script_tells_its_options(name, monkeypatch, capsys):
 def test_every_script_is_listed():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert SCRIPTS
-    assert not [name for name in SCRIPTS if f"benchmarks.{name}`" not in text]
+    assert not [name for name in SCRIPTS + PACKAGES if f"benchmarks.{name}`" not in text]

@@ -23,7 +23,7 @@ from accelkit.cli.options import (
     tuned_weights,
 )
 from accelkit.cli.show import out, print_results, worded
-from accelkit.published import Publication, names, publication
+from accelkit.published import Publication, check_scale, names, publication
 
 
 def reproduce(
@@ -93,6 +93,7 @@ def reproduce(
     from accelkit.sample.generate import check_seed
 
     check_seed(seed)
+    check_scale(scale)
     if table.full is None or dry_run:
         _show(table, scale, as_json)
         return

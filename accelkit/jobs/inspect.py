@@ -14,7 +14,7 @@ from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
 from accelkit.fused import paths
-from accelkit.loading import is_alone, open_network
+from accelkit.loading import is_alone, open_network, refuse_revision
 from accelkit.noise import NoiseAxis
 from accelkit.schedule import Schedule
 from accelkit.switch import enabled_on, fitting
@@ -43,6 +43,7 @@ def inspect(
     Raises:
         AccelkitError: the model cannot be read, or the schedule does not fit it.
     """
+    refuse_revision(model, revision)
     alone = is_alone(model)
     target: Any = (
         open_network(Path(model), num_heads, variant)

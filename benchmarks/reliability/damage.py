@@ -64,19 +64,20 @@ def caches(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
     judged = replace(  # by features of the digits
         BENCH, arguments=("bench", *BENCH.arguments[5:-1], "judged"), output="judged"
     )
-    places: list[Place] = []
-    for job, kept in (
+    kinds = (
         (FINETUNE, "cache/latents"),
         (BENCH, f"{BENCH.output}/cells"),
         (judged, "cache/features"),
-    ):
-        folder = work / f"cached-{len(places)}"
-        link(world, folder)
-        expected = _result(job, folder)
-        if not kept.startswith(job.output):
-            shutil.rmtree(folder / job.output)
-        places += [(job, folder, path, expected) for path in _files(folder / kept)]
-    yield from _spread(places, count, draw)
+    )
+    for index, (job, kept) in enumerate(kinds):
+        if share := len(range(index, count, len(kinds))):
+            folder = work / f"cached-{index}"
+            link(world, folder)
+            expected = _result(job, folder)
+            if not kept.startswith(job.output):
+                shutil.rmtree(folder / job.output)
+            places: list[Place] = [(job, folder, p, expected) for p in _files(folder / kept)]
+            yield from _spread(places, share, draw)
 
 
 def _after(name: str) -> Callable[[int, Event], bool]:

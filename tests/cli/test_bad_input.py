@@ -172,6 +172,63 @@ def test_recipes_for_training(refused, recipe, words, tmp_path):
     assert words in refused(*given, after_progress=True)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("[model]\nlayers = 1000000000", "layers is at most 1,000, not 1000000000; see [model]"),
+        ("[model]\nhead_dim = 1000000000", "head_dim is at most 1,000,000"),
+        ("[model]\nhead_dim = 1000000", "parameters on images of 32 pixels takes at least"),
+        ("[model]\nheads = 1000000\nhead_dim = 1000000", "no network of these sizes can be built"),
+        ("[model]\nimage_size = 1000000", "on images of 1000000 pixels takes at least"),
+        ("[model]\nlayers = -1", "layers is a whole number, at least 1, not -1"),
+        ("[model]\nfamily = []", "family () cannot be trained from scratch"),
+        ("[model]\npatch_size = 3", "image_size 32 is not a multiple of 12"),
+        ("[autoencoder]\nchannels = []", "channels is a list of multiples of 8, at most 16"),
+        ("[autoencoder]\nchannels = [-1]", "channels is a list of multiples of 8"),
+        ("[autoencoder]\nchannels = 8", "channels is a list of multiples of 8"),
+        ("[autoencoder]\nchannels = [[8]]", "channels is a list of multiples of 8"),
+        ("[autoencoder]\nlatent_channels = 0", "latent_channels is a whole number, at least 1"),
+        ("[autoencoder]\nlearning_rate = nan", "learning_rate is a finite number above 0, not nan"),
+        ("[autoencoder]\nlearning_rate = inf", "learning_rate is a finite number above 0, not inf"),
+        ("[autoencoder]\nkl_weight = -1", "kl_weight is a finite number 0 or more, not -1"),
+        (
+            "[autoencoder]\nlayers_per_block = 1000000",
+            "layers_per_block is a whole number, 1 to",
+        ),
+        ("[autoencoder]\nsteps = true", "steps is a whole number, at least 1, not True"),
+        ("[autoencoder]\nseed = -1", "seed is a whole number in [0, 2^32)"),
+        ("[autoencoder]\nstep = 3", "unknown settings in [autoencoder]: step"),
+        ("schedule = '30@1'", "above the model's 28 blocks"),
+        ("intermediate_weight = 1", "at least two depths"),
+    ],
+)
+def test_a_dry_run_checks_all_settings_of_a_training(refused, recipe, words, tmp_path):
+    (tmp_path / "r.toml").write_text(recipe)
+    assert words in refused("train", "--recipe", tmp_path / "r.toml", "--dry-run")
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "-n"],
+        ["bench", "--rounds"],
+        ["finetune", "--checkpoints-kept"],
+        ["schedules", "--depth"],
+        ["inspect", "--num-heads"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("number", [str(10**30), "9" * 5_000, "1e400", "nan", "1.5"])
+def test_numbers_that_no_option_takes(refused, arguments, number):
+    assert arguments[1].lstrip("-") in refused(*arguments, number)
+
+
+def test_only_what_is_on_the_hub_has_revisions(refused, model, original):
+    for name in (model, original, "builtin"):
+        assert "has no revisions" in refused("inspect", "--model", name, "--revision", "main")
+
+
 # --- models
 
 
