@@ -225,7 +225,7 @@ def check_count(name: str, value: Any) -> None:
         raise AccelkitError(f"{name}={value}; expected at least 1")
 
 
-def some(names: Iterable[str], limit: int = 10) -> str:
+def some(names: Iterable[str], limit: int = 4) -> str:
     """Return at most ``limit`` names and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""

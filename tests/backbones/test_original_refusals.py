@@ -52,7 +52,7 @@ def test_head_count_of_a_wrong_type(small, heads):
         ({"blocks.2.attn.proj.bias": torch.ones(32)}, "unexpected: blocks.2.attn.proj.bias"),
         (
             {"blocks.5.adaLN_modulation.1.weight": torch.ones(192, 32)},
-            r"nearest: DiT-S/2\); missing: (\S+, ){9}\S+ and 29 more; unexpected: none",
+            r"nearest: DiT-S/2\); missing: (\S+, ){3}\S+ and 35 more; unexpected: none",
         ),
         (
             {"blocks.1.attn.qkv.weight": torch.ones(32, 96)},

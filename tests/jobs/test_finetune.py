@@ -19,8 +19,8 @@ from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.switch import enabled_on
-from accelkit.train import loop
 from accelkit.train.rundir import RunDirectory
+from accelkit.train.step import Step
 
 SCHEDULE = "6@0.5,3@1"
 SMALL = ["--eval-images", "4", "--eval-batch-size", "2", "--sampling-steps", "2"]
@@ -121,7 +121,7 @@ def test_resuming_a_finished_run_only_measures_again(command, tmp_path, monkeypa
     def trained(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(loop._Step, "backward", trained)
+    monkeypatch.setattr(Step, "gradients", trained)
     cli("finetune", "-o", run, "--resume", "latest", "--eval-images", "6")
     assert read_results(run)["protocol"]["images"] == 6
     assert same(weights(run), first)

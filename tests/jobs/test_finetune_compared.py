@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
-from accelkit.train import loop
+from accelkit.train.step import Step
 
 SMALL = ["--sampling-steps", "2", "--eval-images", "2", "--eval-batch-size", "2"]
 
@@ -69,7 +69,7 @@ def test_what_is_no_alternative_is_refused_before_anything_is_trained(
     def trained(*args, **kwargs):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(loop._Step, "backward", trained)
+    monkeypatch.setattr(Step, "gradients", trained)
     with pytest.raises(AccelkitError, match=complaint):
         cli(
             *("finetune", "--model", model, "--data", data, "-o", tmp_path / "run"),
