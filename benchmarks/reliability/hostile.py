@@ -162,7 +162,6 @@ def _cases() -> Iterator[Case]:
         {"num_attention_heads": 0},
         {"in_channels": -4},
         {"_class_name": "os.system"},
-        {"norm_num_groups": 0},
     ):
         yield f"network with {change}", _edit("model/transformer/config.json", **change), model
     for change in ({"block_out_channels": []}, {"layers_per_block": 10**9}, {"latent_channels": 0}):

@@ -120,6 +120,8 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="accelkit-trial-") as kept:
         texts = Path(kept)
+        for name in ("out", "err"):  # a child may be killed before it could make them
+            (texts / name).touch()
         began = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -162,7 +164,7 @@ def _be(
     try:
         os.setsid()
         for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(texts / name, os.O_WRONLY | os.O_CREAT), number)
+            os.dup2(os.open(texts / name, os.O_WRONLY), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(folder)
         os.environ["ACCELKIT_CACHE"] = str(folder / "cache")
