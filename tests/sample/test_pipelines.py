@@ -173,6 +173,15 @@ def test_a_shift_by_resolution(family, config, made):
     same(pipe, family, "flow", CLASSES["flow"].from_config(pipe.scheduler.config), 5)
 
 
+@pytest.mark.parametrize("family", ["sana", "wan", "auraflow"])
+def test_a_shift_that_the_pipeline_does_not_know_is_refused(family, made):
+    """Their own calls end in a ValueError: "`mu` must be passed"."""
+    pipe = made(family)
+    pipe.scheduler = CLASSES["flow"](use_dynamic_shifting=True)
+    with pytest.raises(AccelkitError, match="does not say by how much; give it a scheduler"):
+        sampler_for(pipe, "flow", 5)
+
+
 def test_a_shift_that_was_set_since(made):
     pipe, scheduler = made("sd3"), CLASSES["flow"]()
     pipe.scheduler = CLASSES["flow"]()
