@@ -100,8 +100,9 @@ class _CallHook(Hook):
         backbone = self.router.backbone
         timestep = backbone.timestep(call)
         grid = backbone.grid(call) if self.router.schedule.merges else None
+        # at one depth the batch's size decides nothing, and a recording must not depend on it
         one = len(self.router.schedule.computes) == 1 and recording.by()
-        batch = 1 if one else len(self._sample(call))  # which a recording had better not depend on
+        batch = 1 if one else len(self._sample(call))
         passes = self.router.passes(timestep, batch, backbone.narrows(call), grid)
         if len(passes) > 1 or passes[0].plan.active is not None:
             others.check_mixed(backbone.model)

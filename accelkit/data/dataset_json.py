@@ -27,7 +27,7 @@ def read_labels(files: Files) -> dict[PurePosixPath, int] | None:
         None without a ``dataset.json``, or where it is of something else and speaks of no labels.
 
     Raises:
-        AccelkitError: it cannot be read, is not of the form, labels a file twice, or lies in a
+        AccelkitError: it cannot be read, is not of the form, labels a file twice, or is in a
             folder, which then is a data set of its own.
     """
     found = sorted(path for path in files.paths if path.name == NAME)

@@ -94,7 +94,7 @@ def encode_latents(
     """Return the latents of ``source`` under ``vae``, from the cache if they are there.
 
     A folder is keyed by the autoencoder's weights, architecture and tiling, the data's fingerprint,
-    size and flip. It is written beside and renamed into place, so an interrupted encoding leaves
+    size and flip. It is written next to its place and renamed, so an interrupted encoding leaves
     nothing half done, and two at a time both end with a whole one. What killed processes left is
     removed.
 
