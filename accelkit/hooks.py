@@ -217,7 +217,7 @@ class _BlockHook(Hook):
         if stay is None:
             return forward(*args, **kwargs)
         hidden = arguments[backbone.hidden]
-        leaves = stay < len(hidden) and self.index <= call.plan.depth
+        leaves = (stay == 0 or stay < len(hidden)) and self.index <= call.plan.depth
         if backbone.sequential and leaves and not call.again:
             call.left[self.index] = hidden[stay:]
         if stay == 0:

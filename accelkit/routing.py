@@ -221,6 +221,11 @@ class Router:
             return Call(plan, again=True)
         if call is None:
             recording.refuse(self.schedule)
+            if recording.by() == "torch.fx":
+                raise AccelkitError(
+                    "torch.fx traces the forward of the model's class, without the schedule of "
+                    "this model; trace a module that calls the model"
+                )
             others.check(self.backbone, self.schedule)  # which may name what did it
             raise AccelkitError(
                 "a block was run that no call of its model is under way for: something took "

@@ -8,6 +8,8 @@ from small_models import SD3, DiT, PixArt, UViT, close, families
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import accelkit
+from accelkit.backbones import base
 from accelkit.errors import AccelkitError
 from accelkit.switch import disable, enable
 
@@ -83,7 +85,7 @@ def test_an_export_by_dynamo_names_the_way():
 
 
 class Caller(nn.Module):
-    """Calls a DiT by three arguments of its own, which is all that a symbolic trace takes."""
+    """Calls a model by three arguments of its own, which is all that a symbolic trace takes."""
 
     def __init__(self, model):
         super().__init__()
@@ -99,6 +101,68 @@ def test_a_symbolic_trace_names_the_way():
     enable(model, family.schedule)
     with pytest.raises(AccelkitError, match=f"torch.fx would record .* {WAY}"):
         torch.fx.symbolic_trace(Caller(model))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states):
+        return hidden_states + torch.tanh(self.linear(hidden_states))
+
+
+class Straight(nn.Module):
+    """A network without a branch: the networks of diffusers have some that no trace can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, sample, timestep, class_labels, return_dict=False):
+        hidden = sample
+        for block in self.blocks:
+            hidden = block(hidden)
+        return (self.out(hidden) + class_labels[:, None], timestep)
+
+
+class StraightBackbone(accelkit.Backbone):
+    family = "straight"
+    batched = ("sample", "class_labels")
+
+    @property
+    def blocks(self):
+        return self.model.blocks
+
+    @property
+    def exit(self):
+        return self.model.out
+
+
+@pytest.fixture
+def straight(monkeypatch):
+    monkeypatch.setattr(base, "_families", dict(base._families))
+    accelkit.register_backbone(Straight, StraightBackbone)
+    torch.manual_seed(0)
+    return Straight()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_symbolic_trace_of_one_depth(straight, depth):
+    cut = Straight()
+    cut.load_state_dict(straight.state_dict())
+    cut.blocks = cut.blocks[:depth]
+    given = torch.randn(2, 8), torch.full((2,), 900.0), torch.arange(2)
+    enable(straight, f"uniform:{depth}")
+    graph = torch.fx.symbolic_trace(Caller(straight))
+    assert torch.equal(graph(*given), cut(*given)[0])
+
+
+def test_a_symbolic_trace_that_passes_over_the_schedule_is_refused(straight):
+    enable(straight, "uniform:2")
+    with pytest.raises(AccelkitError, match="trace a module that calls the model"):
+        torch.fx.symbolic_trace(straight)
 
 
 @every
