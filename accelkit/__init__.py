@@ -13,30 +13,29 @@ from accelkit import presets  # noqa: F401 - makes the published schedules known
 from accelkit.compute import Compute, Merge
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.schedule import Schedule
+from accelkit.version import __version__
 
 if TYPE_CHECKING:
-    from accelkit.artifact import from_pretrained, load, save
+    from accelkit.artifact.artifact import from_pretrained, load, save
     from accelkit.assets import builtin
     from accelkit.backbones import Backbone, register_backbone
-    from accelkit.backbones.original import load_original
-    from accelkit.graphs import compile
-    from accelkit.noise import NoiseAxis
-    from accelkit.switch import disable, enable
-
-__version__ = "0.1.0"
+    from accelkit.layouts.original import load_original
+    from accelkit.noise.axis import NoiseAxis
+    from accelkit.runtime.graphs import compile
+    from accelkit.runtime.switch import disable, enable
 
 _LAZY = {
     "Backbone": "accelkit.backbones",
-    "NoiseAxis": "accelkit.noise",
+    "NoiseAxis": "accelkit.noise.axis",
     "builtin": "accelkit.assets",
-    "compile": "accelkit.graphs",
-    "disable": "accelkit.switch",
-    "enable": "accelkit.switch",
-    "from_pretrained": "accelkit.artifact",
-    "load": "accelkit.artifact",
-    "load_original": "accelkit.backbones.original",
+    "compile": "accelkit.runtime.graphs",
+    "disable": "accelkit.runtime.switch",
+    "enable": "accelkit.runtime.switch",
+    "from_pretrained": "accelkit.artifact.artifact",
+    "load": "accelkit.artifact.artifact",
+    "load_original": "accelkit.layouts.original",
     "register_backbone": "accelkit.backbones",
-    "save": "accelkit.artifact",
+    "save": "accelkit.artifact.artifact",
 }
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,21 @@ class Compute:
             raise TypeError(f"merge is a Merge or None, not {self.merge!r}")
 
     @classmethod
+    def parse(cls, text: str) -> Compute:
+        """Read an interval's part of a literal: a depth, and knobs after a ``+``.
+
+        ``28`` runs 28 blocks, ``28+tome:0.3`` merges 30% of the tokens as well.
+
+        Raises:
+            ValueError: the depth is not a whole number of at most nine digits.
+            AccelkitError: a knob has no such value.
+        """
+        depth, knobs = split_knobs(text.strip())
+        if not re.fullmatch(r"-?\d{1,9}\s*", depth):  # int() refuses thousands of digits
+            raise ValueError(f"cannot read the depth {depth!r}")
+        return cls(int(depth), **knobs)
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Compute:
         """Build from :meth:`to_dict`'s form; TypeError for unknown or missing keys."""
         merge = data.get("merge")
@@ -111,3 +127,27 @@ class Compute:
 
     def __str__(self) -> str:
         return str(self.depth) if self.merge is None else f"{self.depth}+{self.merge}"
+
+
+_KNOBS: dict[str, tuple[str, Callable[[str], Any]]] = {"tome": ("merge", Merge.parse)}
+"""How the fields beside ``depth`` are spelled: the word before the colon, the field, its reader."""
+
+
+def split_knobs(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``D4+tome:0.3`` into ``D4`` and the fields of :class:`Compute` that the rest sets.
+
+    Knobs alone leave an empty text. Knobs of a literal's intervals stay in the text: they are
+    followed by an ``@``.
+
+    Raises:
+        AccelkitError: a knob has no such value.
+    """
+    knobs: dict[str, Any] = {}
+    while True:
+        before, plus, last = text.rpartition("+")
+        word, colon, value = last.partition(":")
+        field, read = _KNOBS.get(word.strip().lower(), ("", str))
+        if not (field and colon) or field in knobs or "@" in last or (plus and not before):
+            return text, knobs
+        knobs[field] = read(value)
+        text = before

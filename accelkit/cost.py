@@ -16,8 +16,8 @@ from accelkit.backbones import Backbone, backbone_of
 from accelkit.backbones.example import Design, call
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.runtime.switch import enable
 from accelkit.schedule import Schedule
-from accelkit.switch import enable
 
 
 def macs_by_depth(model: nn.Module) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os.path
 import re
@@ -12,9 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accelkit.compute import Compute, Merge
-from accelkit.documents import read_json, read_toml
+from accelkit.compute import Compute, Merge, split_knobs
 from accelkit.errors import AccelkitError
+from accelkit.files.documents import read_json, read_toml
+from accelkit.preset_names import (
+    SEQUENTIAL,
+    families,
+    is_preset,
+    least_depth,
+    make_preset,
+    preset_family,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +29,9 @@ class Schedule:
     """A piecewise-constant map from noise level to :class:`Compute`.
 
     The noise level t runs from 0 (data) to 1 (noise) on the linear-beta variance-preserving axis
-    of :mod:`accelkit.noise`. Interval i is ``[edges[i-1], edges[i])``, the first one starts at 0
-    and the last one is closed. Neighbours of equal compute are merged, so two schedules that do
-    the same are equal; the name takes no part in the comparison.
+    of :mod:`accelkit.noise.axis`. Interval i is ``[edges[i-1], edges[i])``, the first one starts
+    at 0 and the last one is closed. Neighbours of equal compute are merged, so two schedules that
+    do the same are equal; the name takes no part in the comparison.
 
     Attributes:
         edges: upper ends of the intervals, rising, the last one 1.
@@ -91,12 +98,12 @@ class Schedule:
             raise AccelkitError(f"depth is the model's number of blocks, at least 1, not {depth!r}")
         word = str(text).strip()
         counted = preset_family(family)
-        whole, merge = _split_merge(word)
-        schedule = cls._read(whole, depth, counted)
-        if merge is not None:
-            computes = tuple(Compute(c.depth, merge) for c in schedule.computes)
+        whole, knobs = split_knobs(word)
+        schedule = cls._read(whole or ("full" if knobs else ""), depth, counted)
+        if knobs:
+            computes = tuple(replace(compute, **knobs) for compute in schedule.computes)
             schedule = replace(schedule, computes=computes, name=word)
-        if (least := _families[counted].least) > schedule.depths[0]:
+        if (least := least_depth(counted)) > schedule.depths[0]:
             raise AccelkitError(f"depth {schedule.depths[0]} runs no block; the least is {least}")
         return replace(schedule, family="" if counted == SEQUENTIAL else counted)
 
@@ -116,7 +123,7 @@ class Schedule:
             return stored.rescaled(depth)
         if "@" in word:
             return cls._literal(word, depth)
-        return _preset(word, family, depth)
+        return make_preset(word, family, depth)
 
     @classmethod
     def uniform(cls, depth: int, layers: int, name: str = "") -> Schedule:
@@ -126,20 +133,19 @@ class Schedule:
     @classmethod
     def _literal(cls, text: str, layers: int) -> Schedule:
         pairs = [part.partition("@") for part in text.split(",")]
-        # int() refuses thousands of digits, and no network has a depth of ten
-        form = re.compile(r"(-?\d{1,9})\s*(?:\+tome:([^@]+))?")
-        depths = [form.fullmatch(depth.strip()) for depth, _, _ in pairs]
         try:
-            edges = [float(edge) for _, _, edge in pairs]
+            edges = tuple(float(edge) for _, _, edge in pairs)
+            computes = tuple(Compute.parse(spent) for spent, _, _ in pairs)
+            if not all(map(math.isfinite, edges)):
+                raise ValueError("an edge is no finite number")
+        except AccelkitError:
+            raise
         except ValueError:
-            edges = []
-        if not edges or not all(depths) or not all(map(math.isfinite, edges)):
             raise AccelkitError(
                 f"cannot read the schedule {text!r}; write depth@upper-edge pairs, "
                 "e.g. 28@0.2,24@0.4,20@0.6,16@0.8,12@1"
-            )
-        computes = [Compute(int(m[1]), Merge.parse(m[2]) if m[2] else None) for m in depths if m]
-        return cls(tuple(edges), tuple(computes), layers, text)
+            ) from None
+        return cls(edges, computes, layers, text)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Schedule:
@@ -193,7 +199,7 @@ class Schedule:
             return self
         depths = ((2 * c.depth * layers + self.layers) // (2 * self.layers) for c in self.computes)
         computes = tuple(
-            Compute(max(min(1, c.depth), d), c.merge)
+            replace(c, depth=max(min(1, c.depth), d))
             for c, d in zip(self.computes, depths, strict=True)
         )
         return replace(self, computes=computes, layers=layers)
@@ -233,7 +239,7 @@ class Schedule:
             timesteps: noise levels in [0, 1], or whole timesteps of the 1,000-step linear-beta
                 process (then any of them is above 1), as a sequence or tensor. None takes the
                 exact integral over noise levels spread evenly, which is what training costs.
-                For another process convert first: :meth:`accelkit.noise.NoiseAxis.levels`.
+                For another process convert first: :meth:`accelkit.noise.axis.NoiseAxis.levels`.
         """
         if timesteps is None:
             widths = (b - a for a, b in zip((0.0, *self.edges), self.edges, strict=False))
@@ -269,64 +275,6 @@ class Schedule:
         return ",".join(f"{compute}@{edge:g}" for compute, edge in rows)
 
 
-def _split_merge(word: str) -> tuple[str, Merge | None]:
-    """Split what applies to every interval: ``D4+tome:0.3`` or, at full depth, ``tome:0.3``."""
-    match = re.fullmatch(r"(?:(.+)\+)?tome:([^@+]*)", word, re.IGNORECASE)
-    if match is None:
-        return word, None
-    return match[1] or "full", Merge.parse(match[2])
-
-
-Preset = Callable[[int], Schedule]
-SEQUENTIAL = "dit"
-"""The family whose presets every model uses whose blocks simply follow one another."""
-
-
-@dataclass
-class _Family:
-    presets: dict[str, Preset]
-    least: int
-
-
-_families: dict[str, _Family] = {SEQUENTIAL: _Family({}, 1)}
-
-
-def register_presets(family: str, presets: dict[str, Preset], least: int = 1) -> None:
-    """Make a backbone family's named schedules known to :meth:`Schedule.parse`.
-
-    Args:
-        family: the family's name.
-        presets: what makes each schedule, called with the model's number of counted blocks.
-        least: the least depth that the family can run.
-    """
-    _families.setdefault(family, _Family({}, least)).presets.update(presets)
-
-
-OptionedPreset = Callable[[int, str], Schedule]
-_everywhere: dict[str, OptionedPreset] = {}
-
-
-def register_for_all(presets: dict[str, OptionedPreset]) -> None:
-    """Make named schedules known to :meth:`Schedule.parse` for every family.
-
-    Args:
-        presets: what makes each schedule, called with the model's number of counted blocks and with
-            what stands behind the name and a colon, "" for nothing.
-    """
-    _everywhere.update(presets)
-
-
-def is_preset(text: str) -> bool:
-    """Return whether some family knows a schedule's text as a preset, options and merging aside.
-
-    Raises:
-        AccelkitError: the merging cannot be read.
-    """
-    name = _split_merge(text.strip())[0].partition(":")[0].lower()
-    named = [preset.lower() for family in _families.values() for preset in family.presets]
-    return name in _everywhere or name in named
-
-
 def check_readable(text: str) -> None:
     """Raise AccelkitError for a schedule's text that means nothing whatever the model.
 
@@ -335,7 +283,7 @@ def check_readable(text: str) -> None:
     if is_preset(text):
         return
     refused = []
-    for family in _families:
+    for family in families():
         try:
             Schedule.parse(text, _ANY_DEPTH, family)
             return
@@ -345,45 +293,3 @@ def check_readable(text: str) -> None:
 
 
 _ANY_DEPTH = 1_000_000
-
-
-def preset_family(family: str) -> str:
-    """Return whose presets a family uses: its own if it has any."""
-    return family if family in _families else SEQUENTIAL
-
-
-def families() -> tuple[str, ...]:
-    """Return the families that have presets of their own."""
-    return tuple(_families)
-
-
-def preset_names(family: str = SEQUENTIAL) -> tuple[str, ...]:
-    """Return the names of a family's own presets."""
-    return tuple(_families[preset_family(family)].presets)
-
-
-def common_presets() -> tuple[str, ...]:
-    """Return the names of the presets that every family knows."""
-    return tuple(_everywhere)
-
-
-def _preset(word: str, family: str, depth: int) -> Schedule:
-    known = {name.lower(): make for name, make in _families[family].presets.items()}
-    if word.lower() in known:
-        return known[word.lower()](depth)
-    name, _, options = word.partition(":")
-    if name.lower() in _everywhere:
-        return _everywhere[name.lower()](depth, options)
-    names = [*preset_names(family), *_everywhere, "full", "uniform:K"]
-    likeness = difflib.SequenceMatcher(b=word.lower())
-
-    def unlike(name: str) -> float:
-        likeness.set_seq1(name.lower())
-        return -likeness.ratio()
-
-    whose = "" if family == SEQUENTIAL else f" for the {family} family"
-    shown = ", ".join(sorted(names, key=unlike))  # of names equally near, the family's own first
-    raise AccelkitError(
-        f"unknown schedule {word!r}{whose}; known, nearest first: {shown}; "
-        "or depths at upper edges such as 28@0.5,14@1, or a .toml or .json file"
-    )

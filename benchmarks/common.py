@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.bench.results import commit, machine
-from accelkit.files import write_json
+from accelkit.files.writing import write_json
 
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ import torch
 
 from accelkit.backbones import backbone_of
 from accelkit.models import UViTTransformer2DModel
-from accelkit.switch import enable
+from accelkit.runtime.switch import enable
 from benchmarks.common import interleaved, parser, record
 
 WIDE, NARROW = (6, 64), (2, 16)

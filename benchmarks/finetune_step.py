@@ -4,13 +4,14 @@ from contextlib import ExitStack
 
 import torch
 
-from accelkit.artifact import from_pretrained
+from accelkit.artifact.artifact import from_pretrained
 from accelkit.backbones import DiT
-from accelkit.schedule import Schedule, preset_names
-from accelkit.switch import enable
-from accelkit.taps import Taps
+from accelkit.noise.forward import forward_process
+from accelkit.preset_names import preset_names
+from accelkit.runtime.switch import enable
+from accelkit.runtime.taps import Taps
+from accelkit.schedule import Schedule
 from accelkit.train.dvd import Supervision
-from accelkit.train.forward import forward_process
 from accelkit.train.objectives import denoising_loss
 from benchmarks.common import interleaved, parser, ratio, record
 

@@ -1,8 +1,8 @@
 """What a schedule that keeps every block costs: a sampling run with it, of one without."""
 
-from accelkit.artifact import from_pretrained
+from accelkit.artifact.artifact import from_pretrained
+from accelkit.runtime.switch import enable
 from accelkit.sample.generate import Sampling, generate
-from accelkit.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
 
 

@@ -9,8 +9,8 @@ from functools import partial
 import diffusers
 import torch
 
-from accelkit.artifact import from_pretrained
-from accelkit.switch import enable
+from accelkit.artifact.artifact import from_pretrained
+from accelkit.runtime.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
 
 ROUNDS = {1: 60, 16: 20, 256: 7}

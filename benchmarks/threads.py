@@ -16,7 +16,7 @@ import diffusers
 import torch
 
 from accelkit.backbones import Backbone, backbone_of
-from accelkit.switch import enable
+from accelkit.runtime.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
 from benchmarks.families import CROPS, NARROW, NETWORKS, WIDE
 

@@ -12,12 +12,12 @@ from accelkit.backbones import backbone_of
 from accelkit.cost import ideal_saving
 from accelkit.models import UViTPipeline, UViTTransformer2DModel
 from accelkit.models.uvit import PUBLISHED
-from accelkit.models.vp_sde import VPSDEScheduler
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.vp_sde import VPSDEScheduler
+from accelkit.runtime.switch import enable
 from accelkit.sample.generate import Sampling, generate
 from accelkit.sample.samplers import sampler_for
 from accelkit.schedule import Schedule
-from accelkit.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
 
 

@@ -81,7 +81,7 @@ def pipe(make_pipe):
 @pytest.fixture
 def original(make_dit, tmp_path):
     """An original-layout file of six blocks, two heads each."""
-    from accelkit.backbones.original import save_original
+    from accelkit.layouts.original import save_original
 
     model = make_dit()
     shared = model.transformer_blocks[0].norm1.emb.state_dict()

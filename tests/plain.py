@@ -2,6 +2,6 @@
 
 from functools import partial
 
-from accelkit import switch
+from accelkit.runtime import switch
 
 enable = partial(switch.enable, kernels="off")

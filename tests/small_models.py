@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from accelkit.models import UViTTransformer2DModel
-from accelkit.switch import enable
+from accelkit.runtime.switch import enable
 
 WIDTH = 16
 

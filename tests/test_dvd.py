@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from accelkit.cli import app
 from accelkit.compute import Compute
-from accelkit.dvd import dvd_partition
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Schedule, check_readable, is_preset
+from accelkit.preset_names import is_preset
+from accelkit.presets import dvd_partition
+from accelkit.schedule import Schedule, check_readable
 
 # parts: boundaries from noise to data, depths of 12 and of 28 blocks
 TABLE = {

@@ -1,9 +1,11 @@
-"""Which module may import which: one way, from the schedule to the command line."""
+"""Which room may import which: one way, from the floors that CONTRIBUTING.md lists."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,29 +15,9 @@ import accelkit
 PACKAGE = Path(accelkit.__file__).parent
 ROOT = PACKAGE.parent
 KERNELS = ROOT / "kernels" / "accelkit_kernels"
-
-# Each may import what stands in its own tier or in one above.
-TIERS = [
-    {"errors"},
-    {"documents", "sizes", "locks"},
-    {"compute", "schedule", "noise", "processes", "files", "assets", "settings", "published"},
-    {"tensors"},
-    {"weights"},
-    {"dvd"},
-    {"presets"},
-    {"recording"},
-    {"backbones", "models"},
-    {"routing", "hooking", "hooks", "compiling", "others", "merging"},
-    {"fused"},
-    {"switch"},
-    {"taps", "cost", "adapter", "graphs"},
-    {"artifact", "loading", "autoencoders"},
-    {"data", "train", "sample"},
-    {"metrics", "bench"},
-    {"jobs", "progress"},
-    {"cli", "__main__"},
-]
-RANK = {name: rank for rank, tier in enumerate(TIERS) for name in tier}
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FLOORS = re.search(r"```floors\n(.+?)```", CONTRIBUTING, re.DOTALL)[1].strip().splitlines()
+FLOOR = {room: number for number, line in enumerate(FLOORS) for room in line.split()}
 PUBLIC = {"AccelkitError": "accelkit.errors", "AccelkitWarning": "accelkit.errors"}
 PUBLIC |= {
     "Compute": "accelkit.compute",
@@ -46,18 +28,31 @@ PUBLIC |= {
 TERMINAL = {"typer", "click", "rich"}
 
 
-def modules(folder):
-    return sorted(path for path in folder.rglob("*.py"))
+def files(folder):
+    return sorted(folder.rglob("*.py"))
 
 
-def part(path):
-    """The module or sub-package of accelkit that a file belongs to."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def dotted(path):
+    """A file's name as it is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {dotted(path): path for path in files(PACKAGE) if path != PACKAGE / "__init__.py"}
 
 
 def imported(path):
-    """Every absolute dotted name a file imports, wherever in it; relative ones are refused."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Every absolute dotted name a file imports at run time; relative ones are refused."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -65,45 +60,57 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def accelkit_parts(path):
-    """The parts of accelkit that a file imports; a name of the root stands for where it lives."""
+def of_accelkit(path):
+    """The files of accelkit that a file imports; a public name stands for where it is made."""
     for name in imported(path):
         package, _, rest = name.partition(".")
         if package != "accelkit" or not rest:
             continue
-        target = rest.split(".")[0]
-        if target in PUBLIC and target not in RANK:
-            target = PUBLIC[target].split(".")[1]
-        if target != "__version__":
-            yield target
+        if rest in PUBLIC and name not in NAMES:
+            name = PUBLIC[rest]
+        found = name if name in NAMES else name.rpartition(".")[0]
+        assert found in NAMES, f"{path} imports {name}"
+        yield found
 
 
-def test_every_module_has_a_tier():
-    found = {part(path) for path in modules(PACKAGE)} - {"__init__"}
-    assert found == set(RANK)
+def room(name):
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    if path == PACKAGE / "__init__.py":
-        return  # the public API: names of every tier, loaded at first use
-    rank = RANK[part(path)]
-    wrong = [name for name in accelkit_parts(path) if RANK.get(name, len(TIERS)) > rank]
-    assert not wrong
+def test_the_floors_hold_every_room_once():
+    assert len(FLOOR) == sum(len(line.split()) for line in FLOORS)
+    assert set(FLOOR) == {room(name) for name in NAMES}
+    assert len(FLOOR) <= 28
+    assert len(FLOORS) <= 11
 
 
-@pytest.mark.parametrize("path", modules(KERNELS), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_go_down(name):
+    own = room(name)
+    others = {room(other) for other in of_accelkit(NAMES[name])} - {own}
+    assert {other: FLOOR[other] for other in others if FLOOR[other] >= FLOOR[own]} == {}
+
+
+def test_no_circle_of_files():
+    uses = {name: set(of_accelkit(path)) - {name} for name, path in NAMES.items()}
+    try:
+        TopologicalSorter(uses).prepare()
+    except CycleError as error:
+        pytest.fail(f"these files import each other: {error.args[1]}")
+
+
+@pytest.mark.parametrize("path", files(KERNELS), ids=lambda path: path.name)
 def test_kernels_know_nothing_of_accelkit(path):
     assert not [name for name in imported(path) if name.split(".")[0] == "accelkit"]
 
 
-def test_the_terminal_is_left_to_two_modules():
+def test_the_terminal_is_left_to_the_command_line():
     users = {
-        part(path)
-        for path in modules(PACKAGE)
-        if TERMINAL & {name.split(".")[0] for name in imported(path)}
+        room(name)
+        for name, path in NAMES.items()
+        if TERMINAL & {used.split(".")[0] for used in imported(path)}
     }
-    assert users <= {"cli", "progress"}
+    assert users <= {"cli"}
 
 
 def run(code, cwd):

@@ -3,7 +3,8 @@
 import pytest
 
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Schedule, preset_names
+from accelkit.preset_names import preset_names
+from accelkit.schedule import Schedule
 
 # blocks run in ten bins of 0.1, data to noise; mean depth; ideal saving in percent
 TABLE = {

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import accelkit
-from accelkit.artifact import config_of
+from accelkit.artifact.artifact import config_of
 from accelkit.bench.results import read_results
+from accelkit.cli.settings import read_recipe
 from accelkit.compute import Compute, Merge
 from accelkit.data import shards
 from accelkit.data.class_map import read_class_map
@@ -25,7 +26,6 @@ from accelkit.errors import AccelkitWarning
 from accelkit.jobs.sample import parse_labels
 from accelkit.metrics import npz
 from accelkit.schedule import Schedule, check_readable
-from accelkit.settings import read_recipe
 
 often = settings(
     max_examples=150,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Compute, Schedule, register_presets
+from accelkit.preset_names import register_presets
+from accelkit.schedule import Compute, Schedule
 
 LITERAL = "28@0.2,24@0.4,20@0.6,16@0.8,12@1"
 

@@ -80,7 +80,7 @@ def test_it_works_away_from_the_sources(wheel, tmp_path):
     code = (
         "import accelkit, accelkit_kernels, accelkit.metrics.features as f;"
         "f.open_extractor('digits');"
-        "import accelkit.published as p; [p.publication(name).source for name in p.names()];"
+        "import accelkit.jobs.published as p; [p.publication(name).source for name in p.names()];"
         "print(accelkit.__file__, accelkit_kernels.__file__, accelkit.builtin(), sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], **how)

@@ -5,11 +5,12 @@ a model is.
 """
 
 from accelkit.backbones import prompted as _prompted  # noqa: F401 - it registers what it knows
-from accelkit.backbones.base import Backbone, backbone_of, called_by, denoiser_of, register_backbone
+from accelkit.backbones.base import Backbone
 from accelkit.backbones.dit import DiT
 from accelkit.backbones.flux import Flux
 from accelkit.backbones.hunyuan import HunyuanDiT
 from accelkit.backbones.pixart import PixArt
+from accelkit.backbones.registry import backbone_of, called_by, denoiser_of, register_backbone
 from accelkit.backbones.sana import Sana
 from accelkit.backbones.sd3 import SD3
 from accelkit.backbones.unet import UNet

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.backbones.autoencoder import (
+from accelkit.backbones.autoencoders import (
     AT_USE,
     autoencoder_of,
     check_autoencoder,
@@ -36,7 +36,7 @@ class Conditioning:
         text: whether items are captions.
         factor: pixels per latent along a side, as the pipeline has it; None before it is known.
         latent_settings: settings of the autoencoder that the family's pipelines apply to latents
-            (:func:`accelkit.autoencoders.scaling`).
+            (:func:`accelkit.backbones.autoencoders.scaling`).
     """
 
     text = False

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit.backbones import dit_original
 from accelkit.backbones.base import Backbone
-from accelkit.errors import AccelkitWarning
+from accelkit.errors import AccelkitError, AccelkitWarning
+
+NORM_EPS = 1e-6  # the original's
+FREQ_SHIFT = 0  # the original's, of the exponent's divisor, 128 - shift; diffusers' own is 1
+SHIFT_KEY = "timestep_freq_shift"  # its name in config.json
+NULL_KEY = "null_class"  # in config.json where the label table has no row for no label: null
 
 
 class DiT(Backbone):
@@ -42,7 +46,7 @@ class DiT(Backbone):
     def null_class(self) -> int | None:
         """The label table's last row, unless the config records that it has none."""
         config: Any = self.model.config
-        return config.get(dit_original.NULL_KEY, config.num_embeds_ada_norm)
+        return config.get(NULL_KEY, config.num_embeds_ada_norm)
 
     @property
     def num_classes(self) -> int:
@@ -60,7 +64,7 @@ class DiT(Backbone):
 
     def restore(self) -> None:
         """Apply the original DiT's timestep frequencies if the config records them."""
-        dit_original.restore_numerics(self.model)
+        restore_numerics(self.model)
 
     def check(self) -> None:
         """Warn if the config records the original's frequencies but diffusers' are in use."""
@@ -78,7 +82,7 @@ class DiT(Backbone):
     def notes(self) -> dict[str, Any]:
         """Return which timestep frequencies and norm epsilon are in use, and if embedders agree."""
         return {
-            **dit_original.numerics(self.model),
+            **numerics(self.model),
             "embedders_equal": self.embedders_equal,
         }
 
@@ -150,3 +154,39 @@ class DiT(Backbone):
                 embedder.timestep_embedder = time.requires_grad_()
                 embedder.class_embedder = label
                 label.dropout_prob = drop
+
+
+def restore_numerics(model: Any) -> None:
+    """Apply the timestep frequencies that the model's config records; without a record, nothing.
+
+    ``from_pretrained`` keeps the entry that :func:`accelkit.layouts.dit.read` left in
+    ``config.json`` (and warns that it is ignored) but builds diffusers' own
+    frequencies. Safe to call repeatedly.
+
+    Raises:
+        AccelkitError: the recorded ``timestep_freq_shift`` is neither 0 nor 1.
+    """
+    shift = model.config.get(SHIFT_KEY)
+    if shift is None:
+        return
+    if shift not in (0, 1):
+        raise AccelkitError(f"{SHIFT_KEY}={shift!r} in the config; expected 0 (original) or 1")
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = shift
+
+
+def numerics(model: Any) -> dict[str, str | float]:
+    """The constants on which the original and diffusers differ, as the modules have them.
+
+    Returns:
+        ``timestep_frequencies``: ``"original"`` (10000^(-i/128)), ``"diffusers"``
+        (10000^(-i/127)), ``"other"``, or ``"mixed"`` if blocks differ. ``norm_eps``: eps of the
+        norm before the MLP (original 1e-6), or ``"mixed"``.
+    """
+    shifts = {block.norm1.emb.time_proj.downscale_freq_shift for block in model.transformer_blocks}
+    epsilons = {block.norm3.eps for block in model.transformer_blocks}
+    names = {FREQ_SHIFT: "original", 1: "diffusers"}
+    return {
+        "timestep_frequencies": names.get(shifts.pop(), "other") if len(shifts) == 1 else "mixed",
+        "norm_eps": epsilons.pop() if len(epsilons) == 1 else "mixed",
+    }

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelkit import recording
 from accelkit.backbones.base import Backbone
-from accelkit.backbones.uvit_fold import Fold, FoldedSkips
+from accelkit.backbones.folds import Fold, FoldedSkips
 
 
 class UViT(Backbone):
@@ -83,11 +82,8 @@ class UViT(Backbone):
     def shortcut(
         self, depth: int, hidden: Tensor
     ) -> Callable[[list[dict[str, Any]]], Tensor] | None:
-        """Return what joins all long skips from ``depth`` on at once, where no gradients are kept.
-
-        None while a call is recorded: a fold would be a copy of weights that the recording has.
-        """
-        fold = None if recording.by() else self._fold_for(depth, hidden)
+        """Return what joins all long skips from ``depth`` on at once, without gradients."""
+        fold = self._fold_for(depth, hidden)
         if fold is None:
             return None
         return lambda calls: fold(calls[0]["hidden_states"], [call["skip"] for call in calls])

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.backbones.autoencoder import AT_USE, autoencoder_of, scaling
-from accelkit.backbones.base import TIMES, Backbone, backbone_of, denoiser_of
+from accelkit.backbones.autoencoders import AT_USE, autoencoder_of, scaling
+from accelkit.backbones.base import TIMES, Backbone
 from accelkit.backbones.conditioning import LEARNED, Captions, Rows, conditioning_of
+from accelkit.backbones.registry import backbone_of, denoiser_of
 from accelkit.errors import AccelkitError
 
 _PROMPTS = ("a", "a bird", "")  # three, the number of nothing else in a call

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.files import AGAIN, read_record, write_record
+from accelkit.files.writing import AGAIN, read_record, write_record
 
 _RESULT, _LOCK = "cell.json", ".lock"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from accelkit import __version__
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item
 from accelkit.bench import harness
@@ -20,16 +19,17 @@ from accelkit.bench.cells import Cells
 from accelkit.bench.harness import Run, Variant
 from accelkit.bench.judging import Judge, judge_variant
 from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_steps, parse_methods
-from accelkit.bench.plan import Plan
+from accelkit.bench.protocol import Plan
 from accelkit.bench.results import blank_row, identity, installed, machine
 from accelkit.compute import Compute
 from accelkit.data.shards import fingerprint
-from accelkit.files import AGAIN, sum_of_file, write_bytes, writing
-from accelkit.noise import NoiseAxis
+from accelkit.files.writing import AGAIN, sum_of_file, write_bytes, writing
+from accelkit.noise.axis import NoiseAxis
 from accelkit.sample.generate import Sampling, generate, grid
+from accelkit.sample.many import Work, World
 from accelkit.sample.samplers import sampler_for
-from accelkit.sample.scale import Work, World
 from accelkit.schedule import Schedule
+from accelkit.version import __version__
 
 _PACKAGES = ("torch", "diffusers", "cache-dit")  # what images may depend on
 _IN_A_PICTURE = 10  # images of a row's samples

@@ -17,13 +17,13 @@ from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.files import AGAIN, read_record, write_record
-from accelkit.noise import NoiseAxis
+from accelkit.files.writing import AGAIN, read_record, write_record
+from accelkit.noise.axis import NoiseAxis
+from accelkit.runtime.switch import enable
 from accelkit.sample.generate import Sampling, decode, generate_latents
+from accelkit.sample.many import Work
 from accelkit.sample.samplers import sampler_for
-from accelkit.sample.scale import Work
 from accelkit.schedule import Schedule
-from accelkit.switch import enable
 
 DEPTH_ROUNDS = 10
 THROUGHPUT_ROUNDS = 3

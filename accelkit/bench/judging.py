@@ -11,7 +11,7 @@ from accelkit.bench.methods import applied
 from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.quality import measure
 from accelkit.metrics.references import Reference
-from accelkit.sample.scale import RowShards, Work, World, generate_shards
+from accelkit.sample.many import RowShards, Work, World, generate_shards
 
 
 @dataclass(frozen=True)

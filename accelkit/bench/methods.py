@@ -4,7 +4,7 @@ A method is spelled in parts between ``+``, in any order::
 
     D4                    a schedule, as accelkit.Schedule.parse reads it
     tome:0.3              token merging, at full depth
-    first_block_cache     a cache (accelkit.bench.baselines.BASELINES), its options behind colons
+    first_block_cache     a cache (accelkit.bench.baselines.registry), its options behind colons
     compile               torch.compile; compile:BACKEND, or compile:graphs for CUDA graphs
     eager                 the model's own modules, where full depth runs fused kernels
     steps:20              full depth in another number of steps
@@ -29,17 +29,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit import graphs, others
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
-from accelkit.bench.baselines import BASELINES, Value, cached
-from accelkit.bench.target import Target, Unavailable, cannot_run, some_items
+from accelkit.bench.baselines.registry import BASELINES, Value, cached
+from accelkit.bench.baselines.target import Target, Unavailable, cannot_run, some_items
 from accelkit.bench.twins import in_place_of_its_own, twin_of
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError
-from accelkit.graphs import GRAPHS
+from accelkit.preset_names import common_presets, preset_names
+from accelkit.runtime import conflicts, graphs
+from accelkit.runtime.graphs import GRAPHS
+from accelkit.runtime.switch import enable, enabled_on
 from accelkit.sample.generate import Sampling, generate_latents
-from accelkit.schedule import Schedule, common_presets, preset_names
-from accelkit.switch import enable, enabled_on
+from accelkit.schedule import Schedule
 
 FEWER = 0
 """The steps of the method ``steps``, which :func:`fewer_steps` replaces."""
@@ -55,7 +56,7 @@ class Method:
     Attributes:
         name: as it was asked for.
         schedule: full depth where none was named; merging of tokens is part of it.
-        baseline: a key of :data:`accelkit.bench.baselines.BASELINES`, None for no cache.
+        baseline: a key of :data:`accelkit.bench.baselines.registry.BASELINES`, None for no cache.
         options: all options of the baseline.
         compile: ``graphs`` or a backend of torch.compile's, None for neither.
         eager: whether it runs the model's own modules; False where a cache or torch.compile does.
@@ -230,7 +231,7 @@ def _put_on(stack: ExitStack, pipe: Any, method: Method, sampling: Sampling, ker
         if method.baseline is not None:
             target = Target(pipe, sampling)
             stack.enter_context(cached(target, method.baseline, method.options))
-            others.check(target.backbone, schedule)
+            conflicts.check(target.backbone, schedule)
     except Unavailable:
         raise
     except AccelkitError as error:

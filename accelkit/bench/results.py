@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, read_record, write_record
+from accelkit.files.documents import read_json
+from accelkit.files.writing import AGAIN, read_record, write_record
 
 SCHEMA = 2
 RESULTS = "results.json"

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from accelkit import AccelkitError, __version__
+from accelkit.artifact.loading import quiet
 from accelkit.cli.benching import bench, report
 from accelkit.cli.reproducing import reproduce
 from accelkit.cli.terminal import say, show_anywhere, show_warnings_as_lines, worded
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import convert, inspect, sample, schedules
-from accelkit.errors import Stopped
-from accelkit.loading import quiet
+from accelkit.errors import AccelkitError, Stopped
+from accelkit.version import __version__
 
 EXAMPLES = """
 Make pretrained diffusion models faster: compute follows the noise level.

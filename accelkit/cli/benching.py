@@ -32,9 +32,9 @@ from accelkit.cli.options import (
     source_of,
     tuned_weights,
 )
+from accelkit.cli.settings import read_recipe, resolve
 from accelkit.cli.show import out, print_results, shown
 from accelkit.errors import AccelkitError
-from accelkit.settings import read_recipe, resolve
 
 
 def bench(
@@ -132,7 +132,7 @@ def bench(
     small = made_of_builtin(settings)
     defaults = {"num_images": 500 if small else 5000, "batch_size": 250 if small else 32}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
-    from accelkit.bench.plan import Plan
+    from accelkit.bench.protocol import Plan
 
     plan = Plan(
         methods=";".join([*listed(settings["schedules"]), *listed(settings["baselines"])]),
@@ -179,7 +179,7 @@ def report(
 
       accelkit report runs/bench
     """
-    from accelkit.bench.report import write_report
+    from accelkit.bench.report.report import write_report
     from accelkit.bench.results import RESULTS, read_results
 
     for path in write_report(directory, read_results(directory / RESULTS)):

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from accelkit.documents import is_utf8, read_json
 from accelkit.errors import AccelkitError
+from accelkit.files.documents import is_utf8, read_json
 
 Model = Annotated[
     str, typer.Option(help="builtin, a directory, an original-layout file or a hub id.")
@@ -236,6 +236,6 @@ def sampling_of(settings: dict[str, Any]) -> Any:
 
 def reporter() -> Any:
     """Return what draws a job's progress."""
-    from accelkit.progress import TerminalReporter
+    from accelkit.cli.progress import TerminalReporter
 
     return TerminalReporter()

@@ -23,7 +23,7 @@ from accelkit.cli.options import (
     tuned_weights,
 )
 from accelkit.cli.show import out, print_results, worded
-from accelkit.published import Publication, check_scale, names, publication
+from accelkit.jobs.published import Publication, check_scale, names, publication
 
 
 def reproduce(
@@ -149,7 +149,7 @@ def _list(as_json: bool) -> None:
 
 def _show(found: Publication, scale: str, as_json: bool) -> None:
     """Print what a reproduction would do, the published figures, and the counted ones."""
-    from accelkit.bench.costs import counted
+    from accelkit.jobs.published_costs import counted
 
     experiment = found.experiment(scale) if found.full else None
     costs = counted(found)

@@ -63,10 +63,11 @@ from accelkit.cli.options import (
     run_of,
     source_of,
 )
+from accelkit.cli.settings import read_recipe, resolve
 from accelkit.cli.show import out, print_results, shown
 from accelkit.errors import AccelkitError
-from accelkit.schedule import SEQUENTIAL, Schedule, check_readable
-from accelkit.settings import read_recipe, resolve
+from accelkit.preset_names import SEQUENTIAL
+from accelkit.schedule import Schedule, check_readable
 
 
 def finetune(
@@ -153,7 +154,7 @@ def finetune(
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
-    from accelkit.bench.plan import Plan
+    from accelkit.bench.protocol import Plan
     from accelkit.jobs.common import Run
     from accelkit.train.config import TrainConfig
 

@@ -28,11 +28,12 @@ from accelkit.cli.options import (
     sampling_of,
     source_of,
 )
+from accelkit.cli.settings import read_recipe, resolve
 from accelkit.cli.show import intervals, out, overview, saved, shown, worded
 from accelkit.errors import AccelkitError
+from accelkit.preset_names import common_presets, families, preset_family, preset_names
 from accelkit.presets import published_depth
-from accelkit.schedule import Schedule, common_presets, families, preset_family, preset_names
-from accelkit.settings import read_recipe, resolve
+from accelkit.schedule import Schedule
 
 
 def sample(
@@ -223,7 +224,7 @@ def inspect(
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:
     """The noise levels a sampler visits on the linear-beta process of DiT."""
-    from accelkit.noise import NoiseAxis, reference_process
+    from accelkit.noise.axis import NoiseAxis, reference_process
     from accelkit.sample.samplers import make_sampler
 
     made = make_sampler(sampler, reference_process(), steps)

@@ -10,8 +10,8 @@ from typing import Any
 from accelkit.data.files import read_file
 from accelkit.data.metadata import repeated, whole_number
 from accelkit.data.words import reason
-from accelkit.documents import parse_json
 from accelkit.errors import AccelkitError
+from accelkit.files.documents import parse_json
 
 _MOST_BYTES = 64 * 2**20
 

@@ -14,8 +14,8 @@ from typing import Any
 from accelkit.data.files import Files
 from accelkit.data.metadata import MOST_BYTES, located, whole_number
 from accelkit.data.words import reason
-from accelkit.documents import parse_json
 from accelkit.errors import AccelkitError
+from accelkit.files.documents import parse_json
 
 NAME = "dataset.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.autoencoders import AT_USE, posterior, scaling
+from accelkit.backbones.autoencoders import AT_USE, posterior, scaling
 from accelkit.data import shards
 from accelkit.data.shards import INDEX, Rows, Shards, default_cache
 from accelkit.data.sources import ImageSource, iter_images
@@ -112,7 +112,7 @@ def encode_latents(
         device: where.
         flip: append the mirrored images, in the same order.
         applied: settings of the autoencoder that the pipeline applies to latents, as for
-            :func:`accelkit.autoencoders.scaling`.
+            :func:`accelkit.backbones.autoencoders.scaling`.
         progress: called with the samples encoded and their total.
 
     Raises:

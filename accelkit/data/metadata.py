@@ -19,8 +19,8 @@ from typing import Any
 
 from accelkit.data.files import Files
 from accelkit.data.words import reason
-from accelkit.documents import parse_json
 from accelkit.errors import AccelkitError
+from accelkit.files.documents import parse_json
 
 NAME, TEXT, LABEL = "file_name", "text", "label"
 MOST_BYTES = 2**30

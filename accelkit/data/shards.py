@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.files import AGAIN, flush, flush_folder, read_record, write_record
-from accelkit.tensors import load_tensors, write_tensors
+from accelkit.files.tensors import load_tensors, write_tensors
+from accelkit.files.writing import AGAIN, flush, flush_folder, read_record, write_record
 
 SHARD = 4096
 SHARD_BYTES = 512 * 2**20

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from accelkit import __version__, artifact
+from accelkit.artifact import artifact
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.comparison import Comparison
 from accelkit.bench.judging import Judge
-from accelkit.bench.plan import Plan
-from accelkit.bench.report import write_report
+from accelkit.bench.protocol import Plan
+from accelkit.bench.report.report import write_report
 from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_results, write_results
 from accelkit.bench.timing import Stopwatch
 from accelkit.data.sources import ImageSource
@@ -35,11 +35,12 @@ from accelkit.jobs.common import (
     open_unscheduled,
 )
 from accelkit.jobs.sample import parse_labels
-from accelkit.metrics.features import open_extractor
+from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.references import open_reference
-from accelkit.sample.scale import World
+from accelkit.sample.many import World
 from accelkit.schedule import Schedule
 from accelkit.train.rundir import SETTINGS
+from accelkit.version import __version__
 
 CELLS, SAMPLES = "cells", "samples"
 

@@ -12,22 +12,22 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from accelkit import artifact
+from accelkit.artifact import artifact
 from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.autoencoder import autoencoder_of
+from accelkit.backbones.autoencoders import autoencoder_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
-from accelkit.files import RESUME, writing
+from accelkit.files.tensors import add_sums
+from accelkit.files.writing import RESUME, writing
+from accelkit.runtime.switch import disable, enabled_on
 from accelkit.sample.generate import Sampling, generate, grid
-from accelkit.switch import disable, enabled_on
-from accelkit.tensors import add_sums
+from accelkit.sample.many import together
 from accelkit.train.config import TrainConfig
-from accelkit.train.launch import together
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
 
@@ -311,7 +311,7 @@ def watch(
 
 
 def save_picture(pixels: Any, path: Path, go_on: str = RESUME) -> None:
-    """Write uint8 (H, W, 3) as a PNG; see :func:`accelkit.files.writing`."""
+    """Write uint8 (H, W, 3) as a PNG; see :func:`accelkit.files.writing.writing`."""
     with writing(path, go_on, durable=False) as part:  # nothing reads it back
         Image.fromarray(pixels).save(part, format="png")
 

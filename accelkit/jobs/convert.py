@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from accelkit.backbones.original import load_original, save_original
-from accelkit.documents import read_object
+from accelkit.artifact.loading import ORIGINAL_SUFFIXES, is_alone, open_network
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN
+from accelkit.files.documents import read_object
+from accelkit.files.writing import AGAIN
 from accelkit.jobs.common import save_pipeline
-from accelkit.loading import ORIGINAL_SUFFIXES, is_alone, open_network
+from accelkit.layouts.original import load_original, save_original
 
 
 def convert(

@@ -8,11 +8,11 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from accelkit import artifact
+from accelkit.artifact import artifact
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
-from accelkit.bench.plan import Plan
+from accelkit.bench.protocol import Plan
 from accelkit.data.shards import fingerprint
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
@@ -31,7 +31,7 @@ from accelkit.jobs.common import (
     prompted,
     watch,
 )
-from accelkit.switch import enable, fitting
+from accelkit.runtime.switch import enable, fitting
 from accelkit.train import lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import supervision_for

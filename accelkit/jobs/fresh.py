@@ -11,8 +11,8 @@ import torch
 
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
-from accelkit.noise import reference_process
-from accelkit.sizes import MOST, MOST_LAYERS
+from accelkit.models.sizes import MOST, MOST_LAYERS
+from accelkit.noise.axis import reference_process
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from accelkit import artifact
+from accelkit.artifact import artifact
+from accelkit.artifact.loading import is_alone, open_network, refuse_revision
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
-from accelkit.fused import paths
-from accelkit.loading import is_alone, open_network, refuse_revision
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.runtime.fused import paths
+from accelkit.runtime.switch import enabled_on, fitting
 from accelkit.schedule import Schedule
-from accelkit.switch import enabled_on, fitting
 
 
 def inspect(

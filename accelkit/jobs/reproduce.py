@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accelkit import artifact
+from accelkit.artifact import artifact
+from accelkit.artifact.loading import open_pipeline
 from accelkit.assets import BUILTIN, builtin
-from accelkit.bench.plan import Plan
+from accelkit.bench.protocol import Plan
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.files import AGAIN
+from accelkit.files.writing import AGAIN
 from accelkit.jobs.bench import bench
 from accelkit.jobs.common import Reporter, Run, Source, save_pipeline
 from accelkit.jobs.finetune import finetune
 from accelkit.jobs.fresh import ModelConfig
+from accelkit.jobs.published import Experiment, Publication
 from accelkit.jobs.scratch import PIPELINE, scratch
-from accelkit.loading import open_pipeline
-from accelkit.published import Experiment, Publication
+from accelkit.runtime.switch import enable
 from accelkit.sample.generate import check_seed
-from accelkit.sample.scale import World
-from accelkit.switch import enable
+from accelkit.sample.many import World
 from accelkit.train.autoencoder import AutoencoderConfig
 from accelkit.train.config import TrainConfig
 from accelkit.train.rundir import RunDirectory
@@ -38,7 +38,7 @@ class Given:
         tuned: directories of artifacts by the schedules that they are tuned for; the rest is
             trained.
         kernels: as :func:`accelkit.enable` takes it.
-        features, features_sha256, reference: as of :class:`accelkit.bench.plan.Plan`.
+        features, features_sha256, reference: as of :class:`accelkit.bench.protocol.Plan`.
         seed: of all trainings; its images have seeds that no other's have.
     """
 
@@ -211,7 +211,7 @@ def _run(folder: Path, config: TrainConfig) -> Run:
 
 def _continuous(trained: Path, target: Path) -> None:
     """Copy a pipeline of the linear-beta process as one of the VP SDE that it discretises."""
-    from accelkit.models.vp_sde import VPSDEEulerMaruyamaScheduler
+    from accelkit.noise.vp_sde import VPSDEEulerMaruyamaScheduler
 
     pipe = open_pipeline(trained)
     pipe.register_modules(scheduler=VPSDEEulerMaruyamaScheduler())

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from accelkit import graphs
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.errors import AccelkitError
-from accelkit.files import AGAIN, PARTIAL, explain_failure, remove, write_json
+from accelkit.files.locks import LOCK, alone_in
+from accelkit.files.writing import AGAIN, PARTIAL, explain_failure, remove, write_json
 from accelkit.jobs.common import Reporter, Source, open_model, save_picture
-from accelkit.locks import LOCK, alone_in
+from accelkit.runtime import graphs
+from accelkit.runtime.switch import disable, enable, enabled_on
 from accelkit.sample.generate import Sampling, check_seed, generate, grid
 from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable, enabled_on
 
 _MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
 _DIGITS = 9

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from accelkit.artifact.loading import FETCH_AGAIN, open_whole, reading
 from accelkit.data.shards import fingerprint_of
 from accelkit.data.sources import ImageSource, iter_images
+from accelkit.files.tensors import check_tensors
+from accelkit.files.weights import check_model
 from accelkit.jobs.common import (
     Reporter,
     Run,
@@ -26,14 +29,11 @@ from accelkit.jobs.common import (
     watch,
 )
 from accelkit.jobs.fresh import ModelConfig, check_sizes, fresh_pipeline
-from accelkit.loading import FETCH_AGAIN, open_whole, reading
 from accelkit.schedule import Schedule
-from accelkit.tensors import check_tensors
 from accelkit.train.autoencoder import AutoencoderConfig, build_autoencoder, train_autoencoder
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import parts_of
 from accelkit.train.loop import train
-from accelkit.weights import check_model
 
 PIPELINE, AUTOENCODER = "pipeline", "autoencoder"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accelkit.data.digits import SIZE, digits
-from accelkit.files import AGAIN, write_bytes
+from accelkit.files.writing import AGAIN, write_bytes
 
 VERSION = "1"
 NAME = f"digit-cnn-v{VERSION}"

@@ -14,11 +14,11 @@ import torch
 from accelkit.data import shards
 from accelkit.data.sources import ImageSource, iter_images, open_source
 from accelkit.errors import AccelkitError
+from accelkit.files.tensors import load_tensors, write_tensors
 from accelkit.metrics import npz
 from accelkit.metrics.features import FeatureExtractor, file_hash
 from accelkit.metrics.frechet import Gaussian, Moments
 from accelkit.metrics.rows import Batches, Rows
-from accelkit.tensors import load_tensors, write_tensors
 
 FORMAT = 1
 BATCH = 256  # a moment of 2048 features is 33 MB to add to, whatever the batch

@@ -12,10 +12,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from accelkit.backbones.autoencoder import scaling
+from accelkit.backbones.autoencoders import scaling
 from accelkit.errors import AccelkitError
 from accelkit.models.uvit import UViTTransformer2DModel
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
 
 Generators = torch.Generator | list[torch.Generator] | None
 

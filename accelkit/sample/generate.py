@@ -16,13 +16,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from accelkit import others
-from accelkit.autoencoders import decoded
 from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.autoencoder import autoencoder_of, check_autoencoder
+from accelkit.backbones.autoencoders import autoencoder_of, check_autoencoder, decoded
 from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
+from accelkit.runtime import conflicts
 from accelkit.sample.samplers import STOCHASTIC, resolved, sampler_for
 
 
@@ -129,7 +128,7 @@ def generate_latents(
             )
         nulls = calls.encode(pipe, [None] * len(items))
         rows = {name: torch.cat([rows[name], nulls[name]]) for name in rows}
-    with others.sampling_run(model):
+    with conflicts.sampling_run(model):
         for t in sampler.timesteps:
             scaled = scale_input(x, t)
             inputs = torch.cat([scaled, scaled]) if guided else scaled

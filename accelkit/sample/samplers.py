@@ -16,12 +16,12 @@ import numpy as np
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError
-from accelkit.models.vp_sde import (
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.vp_sde import (
     VPSDEDPMSolverScheduler,
     VPSDEEulerMaruyamaScheduler,
     VPSDEScheduler,
 )
-from accelkit.noise import NoiseAxis
 from accelkit.sample.discrete import DDIMScheduler, DDPMScheduler
 
 SAMPLERS = {

@@ -11,7 +11,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
-from accelkit.sizes import MOST, MOST_LAYERS
+from accelkit.models.sizes import MOST, MOST_LAYERS
 
 
 @dataclass(frozen=True)

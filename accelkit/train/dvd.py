@@ -38,12 +38,12 @@ from torch import Tensor
 
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.forward import ForwardProcess
+from accelkit.runtime.taps import Tap, check
 from accelkit.schedule import Schedule
-from accelkit.taps import Tap, check
 from accelkit.train import heads
 from accelkit.train.config import TrainConfig
-from accelkit.train.forward import ForwardProcess
 
 
 def intermediate_target(

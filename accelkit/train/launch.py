@@ -9,11 +9,8 @@ would keep a part of the weights elsewhere, is refused by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -95,25 +92,3 @@ def check(accelerator: Accelerator) -> None:
             f"there is no training in fp16 on {accelerator.device.type}; train with "
             "--mixed-precision bf16 or no"
         )
-
-
-@contextmanager
-def together(processes: int) -> Iterator[None]:
-    """Say in a sentence that another process has ended, which torch reports as a lost connection.
-
-    Args:
-        processes: how many there are.
-
-    Raises:
-        AccelkitError: one of the others has ended, and this one was waiting for it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if processes == 1 or not lost:
-            raise
-        raise AccelkitError(
-            f"another of the {processes} processes has ended, and this one cannot go on without "
-            "it; see what that one printed, then launch all of them again"
-        ) from error

@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2022) for models too big to train whole, through PEFT.
 
-PEFT is needed to train an adapter; applying one is two matrix products (:mod:`accelkit.adapter`).
+PEFT is needed to train an adapter; applying one is two matrix products
+(:mod:`accelkit.artifact.adapter`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit.adapter import Adapter, refuse_peft, targets_of
+from accelkit.artifact.adapter import Adapter, refuse_peft, targets_of
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelkit.documents import read_json
 from accelkit.errors import AccelkitError
-from accelkit.files import (
+from accelkit.files.documents import read_json
+from accelkit.files.writing import (
     PARTIAL,
     SUM,
     DamagedError,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from accelkit.backbones.conditioning import Conditioning
 from accelkit.errors import AccelkitError
-from accelkit.noise import NoiseAxis
-from accelkit.taps import Taps
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.forward import ForwardProcess
+from accelkit.runtime.taps import Taps
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw, seed_of_model
 from accelkit.train.dvd import Supervision
-from accelkit.train.forward import ForwardProcess
 from accelkit.train.heads import OwnHeads
 from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory

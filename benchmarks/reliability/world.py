@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 
 import accelkit
-from accelkit import artifact
-from accelkit.backbones.original import save_original
+from accelkit.artifact import artifact
+from accelkit.layouts.original import save_original
 
 SCHEDULE = "4@0.5,2@1"
 _SEVERAL = ["--model", "model", "--data", "data"]

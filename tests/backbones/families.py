@@ -16,7 +16,7 @@ from plain import enable
 
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
-from accelkit.switch import disable, enabled_on
+from accelkit.runtime.switch import disable, enabled_on
 
 SCHEDULE = "4@0.3,3@0.6,1@1"
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -6,7 +6,7 @@ import torch
 from families import ALPHA_BAR, Compiled, Family, WithResiduals, close, draws, randomized
 
 from accelkit.backbones.flux import Flux
-from accelkit.switch import enable
+from accelkit.runtime.switch import enable
 
 
 class TestFlux(Compiled, WithResiduals, Family):

@@ -15,11 +15,11 @@ from families import close, draws, gradients, randomized, row, same_gradients, t
 from torch import nn
 
 import accelkit
-from accelkit.backbones import backbone_of, base
+from accelkit.backbones import backbone_of, registry
 from accelkit.backbones.example import Design, lists_of
 from accelkit.backbones.generic import Generic, _found, find
 from accelkit.errors import AccelkitError
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.runtime.switch import disable, enable, enabled_on
 
 SCHEDULE = "4@0.3,3@0.6,1@1"
 
@@ -298,7 +298,7 @@ def test_it_agrees_with_the_family_of_a_known_network(dit, monkeypatch):
     schedule = accelkit.Schedule.parse("6@0.3,4@0.6,2@1", 6)
     with enable(dit, schedule):
         expected = dit(x, t, labels).sample
-    monkeypatch.delitem(base._families, "DiTTransformer2DModel")
+    monkeypatch.delitem(registry._families, "DiTTransformer2DModel")
     found = backbone_of(dit)
     assert isinstance(found, Generic)
     assert found.blocks == list(real.blocks)
@@ -332,7 +332,7 @@ def test_what_is_registered_comes_first(monkeypatch):
         def exit(self):
             return self.model.norm_out
 
-    monkeypatch.setattr(base, "_families", dict(base._families))
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
     accelkit.register_backbone(case.kind, Mine)
     model = randomized(lambda: case.kind(**case.config))
     call = mixed(case)
@@ -366,7 +366,7 @@ def of_stack(**changes):
     ],
 )
 def test_a_backbone_that_names_what_is_not_there_is_refused_at_once(backbone, words, monkeypatch):
-    monkeypatch.setattr(base, "_families", dict(base._families))
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
     case = NETWORKS["LTXVideoTransformer3DModel"]
     accelkit.register_backbone(case.kind, backbone)
     with pytest.raises(AccelkitError, match=words) as caught:
@@ -384,10 +384,10 @@ def test_a_backbone_that_names_what_is_not_there_is_refused_at_once(backbone, wo
     ],
 )
 def test_what_is_no_backbone_is_not_registered(given, words):
-    before = dict(base._families)
+    before = dict(registry._families)
     with pytest.raises(TypeError, match=words):
         accelkit.register_backbone(*given)
-    assert base._families == before
+    assert registry._families == before
 
 
 def test_a_timestep_for_every_token_is_refused():

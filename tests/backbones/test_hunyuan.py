@@ -10,8 +10,8 @@ from families import ALPHA_BAR, Compiled, Family, close, draws, randomized
 from accelkit.backbones import backbone_of
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
+from accelkit.runtime.switch import disable, enable
 from accelkit.schedule import Schedule
-from accelkit.switch import disable, enable
 
 FIRST = 6  # of the counted blocks: five encode, one is in the middle
 

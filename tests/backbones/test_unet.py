@@ -10,8 +10,8 @@ from torch import nn
 
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
-from accelkit.switch import disable, enable, enabled_on
-from accelkit.taps import Taps
+from accelkit.runtime.switch import disable, enable, enabled_on
+from accelkit.runtime.taps import Taps
 
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4}
 

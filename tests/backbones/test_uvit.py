@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from accelkit.backbones import backbone_of
-from accelkit.backbones.original import load_original
+from accelkit.layouts.original import load_original
 from accelkit.models import PUBLISHED, UViTTransformer2DModel
-from accelkit.switch import disable, enabled_on
+from accelkit.runtime.switch import disable, enabled_on
 
 SCHEDULE = "4@0.3,2@0.6,0@1"  # of the four decoder blocks of `uvit`
 DEPTH_OF = {100: 4, 299: 4, 300: 2, 500: 2, 600: 0, 900: 0}

@@ -7,8 +7,9 @@ from plain import enable
 from test_uvit import make
 
 from accelkit.errors import AccelkitError
-from accelkit.schedule import Schedule, preset_names
-from accelkit.switch import enabled_on
+from accelkit.preset_names import preset_names
+from accelkit.runtime.switch import enabled_on
+from accelkit.schedule import Schedule
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from families import Compiled, Family, close, draws, randomized
 
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.switch import disable, enable, enabled_on
+from accelkit.runtime.switch import disable, enable, enabled_on
 
 
 class TestWan(Compiled, Family):

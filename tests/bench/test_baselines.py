@@ -10,13 +10,13 @@ from counting import TEN, counted, same, sample, traces
 from small_models import UViT
 from text_pipes import make
 
-from accelkit.bench.baselines import BASELINES
+from accelkit.bench.baselines.registry import BASELINES
+from accelkit.bench.baselines.target import Unavailable
 from accelkit.bench.methods import Method, applied, check, parse_methods
-from accelkit.bench.target import Unavailable
 from accelkit.errors import AccelkitError
 from accelkit.models import UViTPipeline
+from accelkit.runtime.switch import enabled_on
 from accelkit.sample.generate import Sampling, generate
-from accelkit.switch import enabled_on
 
 ALL = list(BASELINES)
 GUIDED = replace(TEN, guidance=2.0)

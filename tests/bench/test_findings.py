@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measured import measured, one_row
 
-from accelkit.bench.figures import saving, styles_of
-from accelkit.bench.findings import Findings, group, grouped, label, verdict
-from accelkit.bench.plots import MARKERS, SIZES
-from accelkit.bench.summary import standings, summary
-from accelkit.bench.tables import papers, where_each_wins
+from accelkit.bench.report.drawing import MARKERS, SIZES
+from accelkit.bench.report.figures import saving, styles_of
+from accelkit.bench.report.findings import Findings, group, grouped, label, verdict
+from accelkit.bench.report.summary import standings, summary
+from accelkit.bench.report.tables import papers, where_each_wins
 
 
 def comparison(*rows, samplers=("ddim:50",)):

@@ -14,16 +14,16 @@ from small_models import DiT
 from text_pipes import make
 
 from accelkit.bench import methods as module
-from accelkit.bench.baselines import BASELINES
+from accelkit.bench.baselines.registry import BASELINES
+from accelkit.bench.baselines.target import Unavailable
 from accelkit.bench.methods import FEWER, Method, applied, check, fewer_steps, parse_methods
-from accelkit.bench.target import Unavailable
 from accelkit.compute import Compute
 from accelkit.cost import macs
 from accelkit.errors import AccelkitError
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.runtime.switch import enable, enabled_on
 from accelkit.sample.samplers import make_sampler
 from accelkit.schedule import Schedule
-from accelkit.switch import enable, enabled_on
 
 LADDER = "6@0.3,4@0.6,2@1"  # of the six blocks of `dit`
 DEPTHS = [2] * 4 + [4] * 3 + [6] * 3  # at the timesteps 900, 800, ... 0

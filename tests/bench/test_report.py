@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from measured import measured, one_row, published, with_samples
 from PIL import Image
 
-from accelkit.bench.figures import depths as depths_plot
-from accelkit.bench.figures import saving as saving_plot
-from accelkit.bench.figures import styles_of
-from accelkit.bench.findings import Findings
-from accelkit.bench.formats import percent
-from accelkit.bench.report import write_report
+from accelkit.bench.report.figures import depths as depths_plot
+from accelkit.bench.report.figures import saving as saving_plot
+from accelkit.bench.report.figures import styles_of
+from accelkit.bench.report.findings import Findings
+from accelkit.bench.report.formats import percent
+from accelkit.bench.report.report import write_report
 from accelkit.errors import AccelkitError
 
 EVIL = '<img src="http://x.y/z.png" onerror="alert(1)"> *|* `a` [b](http://c.d) & _e_ $\\frac{$'

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from measured import measured, one_row, published, with_samples
 
-from accelkit.bench.report import write_report
+from accelkit.bench.report.report import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from accelkit.jobs import reproduce as job
-from accelkit.published import names
+from accelkit.jobs.published import names
 
 
 def test_alone_it_lists_all_there_are(main):

@@ -11,7 +11,7 @@ from spoil import WEIGHTS
 
 from accelkit.cli import terminal
 from accelkit.errors import LONGEST, AccelkitError
-from accelkit.locks import LOCK, alone_in
+from accelkit.files.locks import LOCK, alone_in
 
 # the C locale without Python's own turn to UTF-8, as under cron of old systems
 NARROW = {
@@ -173,7 +173,7 @@ def test_two_samplings_in_one_directory(main, refused, model, tmp_path):
 def test_the_lock_of_a_killed_sampling_is_nothing(main, tmp_path, model):
     (tmp_path / "s").mkdir()
     code = (
-        "import sys, time; from pathlib import Path; from accelkit.locks import alone_in\n"
+        "import sys, time; from pathlib import Path; from accelkit.files.locks import alone_in\n"
         "with alone_in(Path(sys.argv[1]), 'x'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -19,7 +19,7 @@ from accelkit.bench import harness, judging
 from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.switch import enabled_on
+from accelkit.runtime.switch import enabled_on
 
 SMALL = (
     *("-n", "4", "--batch-size", "2", "--samplers", "ddim:3,ddpm:2", "--rounds", "2"),

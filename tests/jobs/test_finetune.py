@@ -18,7 +18,7 @@ import accelkit
 from accelkit.bench.results import read_results
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
-from accelkit.switch import enabled_on
+from accelkit.runtime.switch import enabled_on
 from accelkit.train.rundir import RunDirectory
 from accelkit.train.step import Step
 

@@ -49,9 +49,9 @@ def test_a_unet(unet):
 
 
 def test_a_transformer_that_was_looked_at(pipe, tmp_path, monkeypatch):
-    from accelkit.backbones import base
+    from accelkit.backbones import registry
 
-    monkeypatch.delitem(base._families, "DiTTransformer2DModel")
+    monkeypatch.delitem(registry._families, "DiTTransformer2DModel")
     pipe.save_pretrained(tmp_path / "dit")
     seen = json.loads(cli("inspect", "--model", tmp_path / "dit", "--json"))
     assert seen["family"] == "DiTTransformer2DModel"

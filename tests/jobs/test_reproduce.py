@@ -16,10 +16,10 @@ from accelkit.backbones import denoiser_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.jobs import reproduce as job
 from accelkit.jobs.common import Source
+from accelkit.jobs.published import Publication, publication
 from accelkit.jobs.reproduce import Given, reproduce
-from accelkit.noise import NoiseAxis
-from accelkit.published import Publication, publication
-from accelkit.switch import enabled_on
+from accelkit.noise.axis import NoiseAxis
+from accelkit.runtime.switch import enabled_on
 
 SHORT = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.0}
 NETWORK = {"layers": 4, "heads": 2, "head_dim": 8, "num_classes": 2}

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.backbones.original import restore_numerics
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.jobs.sample import parse_labels
+from accelkit.layouts.original import restore_numerics
 
 SCHEDULE = "6@0.3,4@0.6,2@1"
 

@@ -19,8 +19,8 @@ from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.jobs.fresh import ModelConfig, fresh_pipeline
 from accelkit.models import UViTPipeline
+from accelkit.runtime.switch import enabled_on
 from accelkit.sample.generate import Sampling, generate
-from accelkit.switch import enabled_on
 
 BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -15,7 +15,7 @@ import accelkit
 from accelkit.backbones import denoiser_of, prompted
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
-from accelkit.switch import enabled_on
+from accelkit.runtime.switch import enabled_on
 
 SMALL = ["--eval-images", "2", "--eval-batch-size", "2", "--sampling-steps", "2"]
 

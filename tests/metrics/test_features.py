@@ -14,7 +14,8 @@ from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
 from accelkit.metrics import features as features_module
 from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
-from accelkit.metrics.features import DigitFeatures, open_extractor
+from accelkit.metrics.extractors import open_extractor
+from accelkit.metrics.features import DigitFeatures
 from accelkit.metrics.frechet import Moments, frechet_distance
 
 SHIPPED = resources.files("accelkit") / "assets" / "digit_features.safetensors"

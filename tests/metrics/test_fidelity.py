@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from accelkit.errors import AccelkitError
-from accelkit.metrics.features import open_extractor
+from accelkit.metrics.extractors import open_extractor
 
 
 class Branch(nn.Module):

@@ -14,7 +14,7 @@ from scipy import stats
 
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.metrics.features import open_extractor
+from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.frechet import Gaussian
 from accelkit.metrics.quality import distinguishable, jackknife_error, measure
 from accelkit.metrics.references import Reference, open_reference
@@ -351,7 +351,7 @@ import numpy as np
 from accelkit.metrics import kid
 from accelkit.metrics.frechet import Gaussian
 from accelkit.metrics.quality import measure
-from accelkit.metrics.features import open_extractor
+from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.references import Reference, open_reference
 
 def rows(n, shift):

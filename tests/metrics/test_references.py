@@ -11,7 +11,8 @@ from accelkit.data.digits import digits
 from accelkit.data.sources import open_source
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.metrics import references
-from accelkit.metrics.features import FeatureExtractor, open_extractor
+from accelkit.metrics.extractors import open_extractor
+from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Gaussian
 from accelkit.metrics.references import open_reference
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError
-from accelkit.metrics.features import open_extractor
+from accelkit.metrics.extractors import open_extractor
 
 
 class Inception(nn.Module):

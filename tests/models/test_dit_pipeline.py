@@ -11,10 +11,10 @@ import text_pipes
 import torch
 
 import accelkit
+from accelkit.artifact.loading import open_pipeline
 from accelkit.backbones import backbone_of
-from accelkit.backbones.original import load_original, save_original, to_original
 from accelkit.errors import AccelkitError
-from accelkit.loading import open_pipeline
+from accelkit.layouts.original import load_original, save_original, to_original
 from accelkit.models import DiTPipeline
 from accelkit.sample.generate import Sampling, generate
 
@@ -52,7 +52,7 @@ def with_rows(model, rows):
     own = tables(model)[0].weight.detach()
     config = {**model.config, "num_embeds_ada_norm": 1000}
     other = diffusers.DiTTransformer2DModel.from_config(config)
-    accelkit.backbones.dit_original.restore_numerics(other)
+    accelkit.layouts.dit.restore_numerics(other)
     state = {k: v for k, v in model.state_dict().items() if "embedding_table" not in k}
     other.load_state_dict(state, strict=False)
     for table in tables(other):
@@ -141,7 +141,7 @@ def test_it_survives_saving(place, tmp_path):
     assert np.array_equal(pictures(accelkit.from_pretrained(tmp_path / "pipeline")), full)
     # diffusers opens the same files; its own pipeline guides with 1,000 classes only
     plain = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipeline")
-    accelkit.backbones.dit_original.restore_numerics(plain.transformer)
+    accelkit.layouts.dit.restore_numerics(plain.transformer)
     unguided = {"guidance_scale": 1.0}
     np.testing.assert_allclose(pictures(plain, **unguided), pictures(pipe, **unguided), atol=1e-6)
     with pytest.raises(IndexError):

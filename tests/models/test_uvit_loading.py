@@ -8,12 +8,12 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
 
 import accelkit
-from accelkit.backbones.original import load_original, save_original, to_original
 from accelkit.errors import AccelkitError
 from accelkit.jobs.convert import convert
+from accelkit.layouts.original import load_original, save_original, to_original
 from accelkit.models import UViTPipeline, UViTTransformer2DModel
-from accelkit.models.vp_sde import VPSDEEulerMaruyamaScheduler
-from accelkit.switch import enabled_on
+from accelkit.noise.vp_sde import VPSDEEulerMaruyamaScheduler
+from accelkit.runtime.switch import enabled_on
 
 
 def network(channels=3, **config):

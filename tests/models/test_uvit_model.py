@@ -11,7 +11,7 @@ from safetensors import safe_open
 from accelkit.errors import AccelkitError
 from accelkit.models import PUBLISHED, UViTTransformer2DModel
 from accelkit.models.uvit import UViTBlock
-from accelkit.switch import enable
+from accelkit.runtime.switch import enable
 
 TINY = {
     "sample_size": 8,

@@ -14,8 +14,8 @@ from diffusers import (
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
 from accelkit.errors import AccelkitError
+from accelkit.runtime.switch import disable, enable
 from accelkit.sample.generate import Sampling, generate, generate_latents, grid, guide
-from accelkit.switch import disable, enable
 
 LABELS, SEEDS = [3, 7, 999, 3], [11, 12, 13, 14]
 DDIM = DDIMScheduler(clip_sample=False)

@@ -12,7 +12,7 @@ from accelkit.backbones import prompted
 from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
 from accelkit.models import UViTPipeline, UViTTransformer2DModel
-from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
+from accelkit.noise.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.sample import sampler_for
 from accelkit.sample.generate import Sampling, generate_latents
 

@@ -21,8 +21,8 @@ from diffusers import (
 )
 
 from accelkit.errors import AccelkitError
-from accelkit.models.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
 from accelkit.sample import sampler_for
 from accelkit.sample.samplers import SAMPLERS, STOCHASTIC, make_sampler, resolved
 

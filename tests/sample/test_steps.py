@@ -15,7 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from accelkit.models.vp_sde import VPSDEScheduler
+from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.sample import sampler_for
 from accelkit.sample.samplers import make_sampler
 

@@ -25,7 +25,7 @@ from toy_run import (
 )
 
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.files import read_record, write_record
+from accelkit.files.writing import read_record, write_record
 from accelkit.train.launch import check, make_accelerator
 from accelkit.train.rundir import RunDirectory
 

@@ -11,15 +11,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from accelkit.errors import AccelkitError
-from accelkit.models.vp_sde import VPSDEScheduler
-from accelkit.noise import NoiseAxis
+from accelkit.noise.axis import NoiseAxis
+from accelkit.noise.forward import DiscreteProcess, FlowProcess, VPSDEProcess, forward_process
+from accelkit.noise.vp_sde import VPSDEScheduler
+from accelkit.runtime.switch import enabled_on
+from accelkit.runtime.taps import Tap
 from accelkit.schedule import Schedule
-from accelkit.switch import enabled_on
-from accelkit.taps import Tap
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
 from accelkit.train.dvd import Supervision, intermediate_target
-from accelkit.train.forward import DiscreteProcess, FlowProcess, VPSDEProcess, forward_process
 from accelkit.train.loop import Watch, make_accelerator, train
 from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory

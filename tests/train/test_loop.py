@@ -29,7 +29,7 @@ from toy_run import (
 
 from accelkit.backbones import DiT
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.switch import enabled_on
+from accelkit.runtime.switch import enabled_on
 from accelkit.train.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_cpu")

@@ -11,7 +11,7 @@ from torch import nn
 from toy_run import CONFIG, LAYERS, RAGGED, build, fit, weights
 
 import accelkit
-from accelkit.adapter import Adapter, targets_of
+from accelkit.artifact.adapter import Adapter, targets_of
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.schedule import Schedule

@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import accelkit
+from accelkit.noise.forward import DiscreteProcess
 from accelkit.schedule import Schedule
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
-from accelkit.train.forward import DiscreteProcess
 from accelkit.train.loop import Watch, make_accelerator, train
 from accelkit.train.rundir import RunDirectory
 

@@ -1,0 +1,1 @@
+"""What a retrofit leaves behind, and every way to open a model."""

@@ -1,0 +1,1 @@
+"""Methods of other libraries that a bench compares with."""

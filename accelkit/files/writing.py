@@ -1,0 +1,208 @@
+"""Files that are whole or absent, and small ones that carry a checksum.
+
+Whatever is read back is written next to its place, flushed to the disk and renamed, and its folder
+is flushed after it. :mod:`accelkit.files.tensors` does the same for tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelkit.errors import AccelkitError
+from accelkit.files.documents import read_json
+
+RESUME, AGAIN = "go on with --resume latest", "run the same command again"
+"""What to do after a failed write: for a run that is resumed, and for one that goes on alone."""
+
+PARTIAL = ".partial"
+"""Suffix of the folders that are written into. A killed process leaves one, the next removes it."""
+
+SUM = "sha256"
+"""Name of the checksum in a record, a JSON object."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_IN_WORDS = (
+    "no space left",
+    "quota exceeded",
+    "file too large",
+    "file write failed",
+    "unexpected pos",
+)
+
+
+class DamagedError(AccelkitError):
+    """A file whose content does not match its checksum."""
+
+    def __init__(self, path: Path, what_to_do: str = "") -> None:
+        end = f"; {what_to_do}" if what_to_do else ""
+        super().__init__(f"{path} is damaged, it does not match its checksum{end}")
+
+
+@contextmanager
+def writing(path: Path, go_on: str = RESUME, *, durable: bool = True) -> Iterator[Path]:
+    """Give a place to write a file or folder to, and move it to ``path`` when it is complete.
+
+    The place is in a folder of its own, ``NAME.partial``: libraries leave temporary files next to
+    what they write. A file or folder at ``path`` is replaced. An error leaves what was there.
+
+    Args:
+        path: where the file or folder is to be; missing parents are made.
+        go_on: what to do if it cannot be written.
+        durable: flush it to the disk first, and the folder it is in afterwards, so that not even
+            a power failure leaves half of it. Pictures, which nothing reads back, do without.
+
+    Raises:
+        AccelkitError: it cannot be written.
+    """
+    folder = path.with_name(path.name + PARTIAL)
+    place = folder / path.name
+    with explain_failure(path, go_on):
+        try:
+            remove(folder)
+            folder.mkdir(parents=True)
+            yield place
+            if durable:
+                flush(place)
+            replace(place, path)
+            if durable:
+                flush_folder(path.parent)
+        finally:
+            with suppress(OSError):  # the error that led here says more
+                remove(folder)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder to ``target``, which may exist."""
+    if not (source.is_dir() and os.path.lexists(target)) and not _is_folder(target):
+        source.replace(target)
+        return
+    old = source.with_name(source.name + ".replaced")  # a folder is not replaced in one step
+    target.rename(old)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder and all it holds, if it is there."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or a folder and all it holds, to the disk."""
+    entries = [path, *path.rglob("*")] if path.is_dir() else [path]
+    for entry in entries:
+        if entry.is_dir():
+            flush_folder(entry)
+        elif entry.is_file():
+            _flush(entry, os.O_RDWR)  # some file systems flush only what may be written to
+
+
+def flush_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, after one was renamed or removed."""
+    try:
+        _flush(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # cannot be flushed there
+            raise
+
+
+def _flush(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+@contextmanager
+def explain_failure(path: Path, go_on: str = RESUME) -> Iterator[None]:
+    """Turn a failed write into an AccelkitError that names the place and what to do."""
+    try:
+        yield
+    except AccelkitError:
+        raise
+    except Exception as error:  # safetensors and torch raise errors of their own
+        text = " ".join(str(error).split())
+        full = getattr(error, "errno", None) in _FULL
+        if full or any(words in text.lower() for words in _FULL_IN_WORDS):
+            raise AccelkitError(
+                f"no room to write {path} ({text}); free some space and {go_on}: "
+                "what was written before is intact"
+            ) from error
+        if isinstance(error, OSError) or "i/o error" in text.lower():
+            raise AccelkitError(
+                f"cannot write {path} ({text}); make that possible and {go_on}: "
+                "what was written before is intact"
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes, go_on: str = RESUME) -> None:
+    """Write a small file; see :func:`writing`."""
+    with writing(path, go_on) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: Path, data: Any, go_on: str = RESUME) -> None:
+    """Write plain data; see :func:`writing`."""
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode(), go_on)
+
+
+def write_record(path: Path, data: dict[str, Any], go_on: str = RESUME) -> None:
+    """Write plain data with its checksum, for :func:`read_record`."""
+    write_json(path, {**data, SUM: _sum_of(data)}, go_on)
+
+
+def read_record(path: Path, what_to_do: str = "") -> Any:
+    """Return what :func:`write_record` wrote, without the checksum.
+
+    A file without one is taken as it is: of an earlier version, or edited by someone who removed
+    it. So is what is no object.
+
+    Args:
+        path: the file.
+        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
+
+    Raises:
+        DamagedError: the content does not match its checksum.
+        AccelkitError: the file is missing, or no JSON.
+    """
+    try:
+        data = read_json(path)
+    except AccelkitError as error:
+        raise AccelkitError(f"{error}; {what_to_do}" if what_to_do else str(error)) from error
+    recorded = data.pop(SUM, None) if isinstance(data, dict) else None
+    if recorded is not None and recorded != _sum_of(data):
+        edited = f' (or, if you edited it, remove its "{SUM}")'
+        raise DamagedError(path, what_to_do + edited if what_to_do else "")
+    return data
+
+
+def _sum_of(data: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(data))  # keys are text from here on, and sort as such
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def sum_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

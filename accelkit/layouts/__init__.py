@@ -1,0 +1,1 @@
+"""Checkpoint layouts of the original repositories, to and from diffusers' models."""

@@ -1,0 +1,1 @@
+"""The noise axis, and the processes that turn data into noise."""

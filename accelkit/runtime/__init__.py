@@ -1,0 +1,1 @@
+"""A schedule at work on a model: put on, run, and taken off again."""

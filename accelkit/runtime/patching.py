@@ -1,0 +1,209 @@
+"""Hooks of diffusers put on one module of one model, and taken off without a trace.
+
+``module.compile()``, which diffusers' ``compile_repeated_blocks`` calls for every block, compiles
+a module's call with the hooks on it. What a hook decides would be part of the graph: a model's
+would break it at the timestep, and a block's would make one for every block and depth. So a hook
+that can be outside of its module's graph is kept there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from accelkit.runtime.routing import Router
+
+HOOK = "accelkit"
+TAP = "accelkit-tap"
+"""Names of the hooks on a module, in the order in which they are put there."""
+
+
+def detach(model: nn.Module, *names: str) -> None:
+    """Take accelkit's hooks off ``model``, leaving no trace and every other hook at work.
+
+    Args:
+        model: the network.
+        names: of the hooks to take off; default: all of them.
+    """
+    for module in model.modules():
+        for name in names or (TAP, HOOK):
+            _take_off(module, name)
+    if not names:
+        for name in ("_initialize_hook", "_infer_parameters"):
+            model.__dict__.pop(name, None)
+
+
+def _take_off(module: nn.Module, name: str) -> None:
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook(name)
+    if registry is None or not isinstance(hook, Hook):
+        return
+    outer = module.__dict__["forward"]
+    if module.__dict__.get("_original_forward") is hook.installed:  # what cache-dit will put back
+        module._original_forward = hook.fn_ref.original_forward
+    if name == HOOK:
+        let_in(module)
+    _remove(registry, name)
+    if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    elif not registry.hooks and not hook.had_forward:
+        module.__dict__.pop("forward", None)
+    if not registry.hooks and not hook.had_registry:
+        del module._diffusers_hook
+
+
+def _remove(registry: HookRegistry, name: str) -> None:
+    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
+    place = registry._hook_order.index(name) + 1
+    after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
+    own = after.forward if after is not None and after.original_forward is not None else None
+    registry.remove_hook(name, recurse=False)
+    if after is not None and own is not None:
+        after.original_forward, after.forward = after.forward, own
+
+
+def bare(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return a stand-in without accelkit's hooks for each module of ``model``, to be copied.
+
+    Stand-ins share weights and everything else with their modules, which stay as they are: another
+    thread may be calling the model. Hooks of others in diffusers' registries are not kept.
+    """
+    twins = {module: object.__new__(type(module)) for module in model.modules()}
+    for module, twin in twins.items():
+        own = dict(module.__dict__)
+        own["_modules"] = {
+            name: None if child is None else twins[child] for name, child in own["_modules"].items()
+        }
+        registry = own.pop("_diffusers_hook", None)
+        hooks = [] if registry is None else [registry.hooks[name] for name in registry._hook_order]
+        if hooks:
+            first, last = hooks[0], hooks[-1]
+            if first.had_registry:
+                own["_diffusers_hook"] = HookRegistry(twin)
+            if own.get("_old_forward") is last.installed:  # accelerate's hooks wrap ours
+                own["_old_forward"] = first.fn_ref.original_forward
+            elif not first.had_forward:
+                own.pop("forward", None)
+            else:
+                own["forward"] = first.fn_ref.original_forward
+            compiled = own.get("_compiled_call_impl")
+            if isinstance(compiled, Outside):
+                own["_compiled_call_impl"] = compiled.compiled
+            for name in ("compile", "_initialize_hook", "_infer_parameters"):
+                own.pop(name, None)
+        elif registry is not None:
+            own["_diffusers_hook"] = registry
+        twin.__dict__.update(own)
+    return twins
+
+
+def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
+    """Put a hook on a module, outside of those of diffusers that are there.
+
+    Inside of accelerate's: taking those off, as a pipeline that offloads its models does after
+    every call, leaves the forward that they were put around.
+    """
+    outer: Any = module.__dict__.get("forward")
+    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
+        module.forward = module._old_forward  # type: ignore[assignment]
+    else:
+        outer = None
+    hook.had_forward = "forward" in module.__dict__
+    hook.had_registry = "_diffusers_hook" in module.__dict__
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    made: Any = module.forward  # diffusers' partial
+    module.forward = _Bound(made.func, *made.args)
+    vars(module.forward).update(vars(made))  # by which its signature is known
+    hook.installed, hook.own = module.forward, hook.fn_ref.forward
+    if outer is not None:
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    if hook.can_be_outside:
+        keep_outside(module, hook)
+
+
+class _Bound(functools.partial[Any]):
+    """A module's forward, which stays as it is where it is bound to the module once more.
+
+    cache-dit does that, on being disabled, with the forward that it found.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> _Bound:
+        return self
+
+
+def _is_accelerates(forward: Any) -> bool:
+    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Return the names of what a module's forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+class Hook(ModelHook):
+    """What accelkit's hooks have in common."""
+
+    had_forward = had_registry = False
+    installed: Any = None  # the module's forward with this hook
+    own: Any = None  # what this hook runs in place of the module's forward
+    can_be_outside = False  # whether it has an `outside` method
+    is_outside = False  # whether it is kept outside of the graph of a module compiled in place
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the module by ``forward``, in whose graph the hook is to do nothing."""
+        raise NotImplementedError
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Let the call's arguments through; see that this hook is what runs."""
+        if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
+            return args, kwargs
+        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
+        return args, kwargs
+
+
+class Outside:
+    """What a module runs in place of its compiled call."""
+
+    def __init__(self, hook: Hook, compiled: Any) -> None:
+        self.hook = hook
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, the hook around its compiled call."""
+        return self.hook.outside(self.compiled, args, kwargs)
+
+
+def keep_outside(module: nn.Module, hook: Hook) -> None:
+    """Keep a hook outside of the graphs of a module that is compiled, or will be."""
+    _wrap(module, hook)
+    module.compile = functools.partial(_compile, module, hook)  # type: ignore[method-assign]
+
+
+def let_in(module: nn.Module) -> None:
+    """Undo :func:`keep_outside`; what is compiled stays so."""
+    if "compile" not in module.__dict__:
+        return
+    del module.__dict__["compile"]
+    if isinstance(module._compiled_call_impl, Outside):
+        module._compiled_call_impl = module._compiled_call_impl.compiled
+
+
+def _compile(module: nn.Module, hook: Hook, *args: Any, **kwargs: Any) -> None:
+    type(module).compile(module, *args, **kwargs)
+    _wrap(module, hook)
+
+
+def _wrap(module: nn.Module, hook: Hook) -> None:
+    if module._compiled_call_impl is not None:
+        module._compiled_call_impl = Outside(hook, module._compiled_call_impl)
+        hook.is_outside = True
