@@ -1,4 +1,4 @@
-"""What one call of the network may spend: the values that a schedule takes."""
+"""The compute of one network call: the values that a schedule takes, and how they are spelled."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Merge:
 
     Attributes:
         ratio: share of the tokens that are merged into others, above 0 and at most 0.75.
-        placement: which blocks merge: ``all``, or ``blocks`` of them counted from the front ``F``,
-            the rear ``R`` or both ends ``B`` (Moon et al. 2024, tables 5 to 8).
-        blocks: how many, 0 with ``all``; even with ``B``.
+        placement: the blocks that merge: ``all``, or ``blocks`` of them from the front ``F``, the
+            rear ``R`` or both ends ``B`` (Moon et al. 2024, tables 5 to 8).
+        blocks: the number of blocks that merge, 0 with ``all``; even with ``B``.
     """
 
     ratio: float
@@ -81,9 +81,11 @@ class Merge:
 class Compute:
     """What one call of the network spends.
 
+    A new knob is a field here with its spelling in ``_KNOBS``, and the place that acts on it.
+
     Attributes:
-        depth: how many of the counted blocks run, the first ones.
-        merge: how tokens are merged in the attention of those that do; None for not at all.
+        depth: number of counted blocks that run, the first ones.
+        merge: how tokens are merged in the attention of these blocks; None for not at all.
     """
 
     depth: int
@@ -114,12 +116,12 @@ class Compute:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Compute:
-        """Build from :meth:`to_dict`'s form; TypeError for unknown or missing keys."""
+        """Return the compute of plain data; TypeError for unknown or missing keys."""
         merge = data.get("merge")
         return cls(**{**data, "merge": None if merge is None else Merge(**merge)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, without what is not spent."""
+        """Return plain data, without the knobs that are not set."""
         if self.merge is None:
             return {"depth": self.depth}
         names = ("ratio", "placement", "blocks")
@@ -130,7 +132,7 @@ class Compute:
 
 
 _KNOBS: dict[str, tuple[str, Callable[[str], Any]]] = {"tome": ("merge", Merge.parse)}
-"""How the fields beside ``depth`` are spelled: the word before the colon, the field, its reader."""
+"""Knobs by the word before the colon: the field of :class:`Compute`, and what reads its value."""
 
 
 def split_knobs(text: str) -> tuple[str, dict[str, Any]]:

@@ -39,7 +39,7 @@ def register_presets(family: str, presets: dict[str, Preset], least: int = 1) ->
 
     Args:
         family: the family's name.
-        presets: what makes each schedule, called with the model's number of counted blocks.
+        presets: a function per name, called with the model's number of counted blocks.
         least: the least depth that the family can run.
     """
     _families.setdefault(family, _Family({}, least)).presets.update(presets)
@@ -49,17 +49,17 @@ def register_for_all(presets: dict[str, OptionedPreset]) -> None:
     """Make named schedules known to :meth:`Schedule.parse` for every family.
 
     Args:
-        presets: what makes each schedule, called with the model's number of counted blocks and with
-            what stands behind the name and a colon, "" for nothing.
+        presets: a function per name, called with the model's number of counted blocks and the
+            options after a colon, "" if there are none.
     """
     _everywhere.update(presets)
 
 
 def is_preset(text: str) -> bool:
-    """Return whether some family knows a schedule's text as a preset, options and merging aside.
+    """Return whether a text names a preset of some family; options and knobs are ignored.
 
     Raises:
-        AccelkitError: the merging cannot be read.
+        AccelkitError: a knob cannot be read.
     """
     name = split_knobs(text.strip())[0].partition(":")[0].lower()
     named = [preset.lower() for family in _families.values() for preset in family.presets]
@@ -72,7 +72,7 @@ def least_depth(family: str) -> int:
 
 
 def preset_family(family: str) -> str:
-    """Return whose presets a family uses: its own if it has any."""
+    """Return the family whose presets a family uses: itself if it has any."""
     return family if family in _families else SEQUENTIAL
 
 

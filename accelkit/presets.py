@@ -62,18 +62,17 @@ def dvd_partition(
 ) -> Schedule:
     """Return the schedule of depth-varying diffusion (DvD).
 
-    Two intervals to begin with: depth L/2 (halves up) above ``threshold``, all L blocks below it.
-    Every further part halves the noisiest interval: its noisier half runs delta blocks fewer than
-    it did, the other delta more, where delta = (D' - D) / 2 - 1 for the noisiest two intervals'
-    depths D < D' as they are then, rounded down and at least 1. With 12 blocks: 6, 12; 4, 8, 12;
-    3, 5, 8, 12 (the paper's tables). The mean depth of an even L is 3L/4, whatever the number of
-    parts.
+    The first two intervals run L/2 blocks (halves up) above ``threshold`` and all L below it. Every
+    further part halves the noisiest interval: its noisier half runs delta blocks fewer, the other
+    half delta more. delta is (D' - D) / 2 - 1, rounded down and at least 1, where D < D' are the
+    present depths of the noisiest two intervals. 12 blocks give 6, 12; 4, 8, 12; 3, 5, 8, 12 (the
+    paper's tables). The mean depth of an even L is 3L/4 for any number of parts.
 
     Args:
-        parts: how many, 2 or more.
-        layers: blocks that the model's schedules count, L.
-        threshold: where the first cut lies on the noise axis, in (0, 1); 0.5 is published.
-        first_depth: depth of the noisier of the two intervals to begin with. Default L/2.
+        parts: number of parts, 2 or more.
+        layers: the model's number of counted blocks, L.
+        threshold: the first cut on the noise axis, in (0, 1); 0.5 is published.
+        first_depth: depth of the noisier of the first two intervals. Default L/2.
 
     Raises:
         AccelkitError: fewer blocks than 2^(parts - 1), a threshold or depth out of range, or depths
@@ -90,11 +89,11 @@ def dvd_partition(
             f"model's schedules count {layers}; {instead}give depths at upper edges"
         )
     if not 0 < threshold < 1:
-        raise AccelkitError(f"the threshold of {name} lies between 0 and 1, got {threshold}")
+        raise AccelkitError(f"the threshold of {name} is between 0 and 1, got {threshold}")
     first = (layers + 1) // 2 if first_depth is None else first_depth
     if not 0 < first < layers:
         raise AccelkitError(
-            f"the first depth of {name} lies between 1 and {layers - 1}, for a model with {layers} "
+            f"the first depth of {name} is between 1 and {layers - 1} for a model with {layers} "
             f"counted blocks; got {first}"
         )
     starts, depths = [threshold, 0.0], [first, layers]  # from noise to data
@@ -112,7 +111,7 @@ def dvd_partition(
 
 
 def dvd_preset(parts: int) -> OptionedPreset:
-    """Return what reads ``dvd-Np`` with its options, e.g. ``dvd-2p:threshold=0.6,depth=10``."""
+    """Return the reader of ``dvd-Np`` and its options, e.g. ``dvd-2p:threshold=0.6,depth=10``."""
 
     def read(layers: int, options: str) -> Schedule:
         given = {}
@@ -142,8 +141,8 @@ def _name(parts: int, threshold: float, first_depth: int | None) -> str:
     return f"dvd-{parts}p" + (f":{','.join(options)}" if options else "")
 
 
-# Whose rows a family takes, how many blocks they are for, and the least depth that it can run. The
-# decoder of HunyuanDiT is one of long skips too; of a UNet nothing has to run that is counted.
+# The rows that a family takes, the number of blocks they are for, and the least depth that it can
+# run. The decoder of HunyuanDiT has long skips as U-ViT's has. A UNet can skip every counted block.
 _FAMILIES: dict[str, tuple[_Rows, int, int]] = {
     SEQUENTIAL: (_ASE_DIT, DIT_LAYERS, 1),
     "uvit": (_ASE_UVIT, UVIT_LAYERS, 0),

@@ -1,4 +1,4 @@
-"""The one idea: a schedule maps the noise level to what one network call may spend."""
+"""The one idea: a schedule maps the noise level to what a network call may spend."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Schedule:
     """A piecewise-constant map from noise level to :class:`Compute`.
 
     The noise level t runs from 0 (data) to 1 (noise) on the linear-beta variance-preserving axis
-    of :mod:`accelkit.noise.axis`. Interval i is ``[edges[i-1], edges[i])``, the first one starts
-    at 0 and the last one is closed. Neighbours of equal compute are merged, so two schedules that
-    do the same are equal; the name takes no part in the comparison.
+    of :mod:`accelkit.noise.axis`. Interval i is ``[edges[i-1], edges[i])``; the first starts at 0
+    and the last is closed. Neighbours of equal compute are merged, so two schedules that do the
+    same are equal. The name is not compared.
 
     Attributes:
-        edges: upper ends of the intervals, rising, the last one 1.
-        computes: what is spent in each interval.
-        layers: how many counted blocks the model has, i.e. the depth of a full call.
-        name: how it was asked for, e.g. ``"D4"``.
-        family: whose blocks are counted where that is not all of them in order, e.g. ``"uvit"``.
+        edges: upper ends of the intervals, rising; the last is 1.
+        computes: the compute of each interval.
+        layers: the model's number of counted blocks, the depth of a full call.
+        name: the text that the schedule was made from, e.g. ``"D4"``.
+        family: the family whose blocks are counted, e.g. ``"uvit"``; empty for all blocks in order.
     """
 
     edges: tuple[float, ...]
@@ -84,12 +84,12 @@ class Schedule:
         Args:
             text: a preset (``"D4"``, or ``"dvd-4p"`` for any family), ``"full"``, ``"uniform:K"``,
                 a literal of depths at upper edges (``"28@0.2,24@0.4,20@0.6,16@0.8,12@1"``) or the
-                path of a TOML or JSON file as :meth:`to_dict` writes it. A literal's depths are
+                path of a TOML or JSON file of :meth:`to_dict`'s form. The depths of a literal are
                 absolute; presets and files made for another depth are scaled (:meth:`rescaled`).
-                ``"+tome:RATIO"`` behind any of them merges tokens as well
-                (:class:`accelkit.compute.Merge`); ``"tome:RATIO"`` alone does so at full depth.
-            depth: how many blocks the model has.
-            family: which backbone family's presets are meant.
+                Knobs follow a ``+`` and apply at every noise level: ``"D4+tome:0.3"`` merges
+                tokens as well (:class:`accelkit.compute.Merge`), ``"tome:0.3"`` at full depth.
+            depth: the model's number of blocks.
+            family: the backbone family whose presets are meant.
 
         Raises:
             AccelkitError: an unknown name, a malformed literal or file, a depth the model lacks.
@@ -127,7 +127,7 @@ class Schedule:
 
     @classmethod
     def uniform(cls, depth: int, layers: int, name: str = "") -> Schedule:
-        """Return the schedule that spends ``depth`` of ``layers`` blocks at every noise level."""
+        """Return the schedule that runs ``depth`` of ``layers`` blocks at every noise level."""
         return cls((1.0,), (Compute(depth),), layers, name or f"uniform:{depth}")
 
     @classmethod
@@ -149,7 +149,11 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Schedule:
-        """Build from :meth:`to_dict`'s form; unknown or missing keys raise AccelkitError."""
+        """Return the schedule of plain data in :meth:`to_dict`'s form.
+
+        Raises:
+            AccelkitError: keys are unknown or missing, or values are not what they should be.
+        """
         optional = {"name", "family"}
         if not isinstance(data, dict) or set(data) - optional != {"layers", "intervals"}:
             raise AccelkitError(
@@ -191,9 +195,9 @@ class Schedule:
             raise AccelkitError(f"cannot read {what} {path}: {error}") from error
 
     def rescaled(self, layers: int) -> Schedule:
-        """Return it for a model of ``layers`` blocks: equal fractions, halves up.
+        """Return the schedule for a model of ``layers`` blocks: equal fractions, halves up.
 
-        A depth of at least 1 stays so.
+        A depth of at least 1 stays at least 1.
         """
         if layers == self.layers:
             return self
@@ -205,9 +209,9 @@ class Schedule:
         return replace(self, computes=computes, layers=layers)
 
     def at(self, t: float) -> Compute:
-        """Return what is spent at noise level ``t`` in [0, 1]."""
+        """Return the compute at noise level ``t`` in [0, 1]."""
         if not 0 <= t <= 1:
-            raise AccelkitError(f"a noise level lies between 0 (data) and 1 (noise), got {t!r}")
+            raise AccelkitError(f"a noise level is between 0 (data) and 1 (noise), got {t!r}")
         return self.computes[bisect_right(self.edges, t, hi=len(self.edges) - 1)]
 
     def depth_at(self, t: float) -> int:
@@ -216,30 +220,31 @@ class Schedule:
 
     @property
     def full(self) -> bool:
-        """Whether it spends all there is at every noise level."""
+        """Whether every noise level runs all blocks and nothing is saved."""
         return self.computes == (Compute(self.layers),)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """The distinct depths, rising: one specialised forward pass each."""
+        """The distinct depths, rising."""
         return tuple(sorted({c.depth for c in self.computes}))
 
     @property
     def merges(self) -> tuple[Merge, ...]:
-        """The distinct ways in which tokens are merged, none if they never are."""
+        """The distinct ways in which tokens are merged."""
         return tuple(dict.fromkeys(c.merge for c in self.computes if c.merge is not None))
 
     def mean(
         self, of: Callable[[Compute], float], timesteps: Iterable[float] | None = None
     ) -> float:
-        """Return the mean of a function of what is spent, e.g. its cost.
+        """Return the mean of a function of the compute, e.g. its cost.
 
         Args:
             of: maps a compute to a number.
             timesteps: noise levels in [0, 1], or whole timesteps of the 1,000-step linear-beta
                 process (then any of them is above 1), as a sequence or tensor. None takes the
-                exact integral over noise levels spread evenly, which is what training costs.
-                For another process convert first: :meth:`accelkit.noise.axis.NoiseAxis.levels`.
+                exact integral over evenly spread noise levels, which is the cost of training.
+                Convert the timesteps of another process first, by
+                :meth:`accelkit.noise.axis.NoiseAxis.levels`.
         """
         if timesteps is None:
             widths = (b - a for a, b in zip((0.0, *self.edges), self.edges, strict=False))
@@ -252,7 +257,7 @@ class Schedule:
         return sum(of(self.at(t)) for t in levels) / len(levels)
 
     def mean_depth(self, timesteps: Iterable[float] | None = None) -> float:
-        """Return the mean number of counted blocks run, over ``timesteps`` as in :meth:`mean`."""
+        """Return the mean depth, over ``timesteps`` as in :meth:`mean`."""
         return self.mean(lambda compute: compute.depth, timesteps)
 
     def ideal_saving(
@@ -260,11 +265,11 @@ class Schedule:
         timesteps: Iterable[float] | None = None,
         cost: Callable[[Compute], float] | None = None,
     ) -> float:
-        """Return the share of a full call's cost that is saved, of 1.
+        """Return the share of a full call's cost that is saved, from 0 to 1.
 
         Args:
             timesteps: as in :meth:`mean`.
-            cost: what a compute costs, in any unit. Default: its depth, which is right where all
+            cost: the cost of a compute, in any unit. Default: its depth, which is right if all
                 blocks are counted and cost the same.
         """
         cost = cost or (lambda compute: compute.depth)
@@ -276,9 +281,9 @@ class Schedule:
 
 
 def check_readable(text: str) -> None:
-    """Raise AccelkitError for a schedule's text that means nothing whatever the model.
+    """Raise AccelkitError for a text that is a schedule of no model.
 
-    A preset is not looked into, whose depths and options want the model's number of blocks.
+    Depths and options of a preset are not checked: they depend on the model's number of blocks.
     """
     if is_preset(text):
         return

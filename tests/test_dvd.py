@@ -101,13 +101,13 @@ def test_names_keep_a_threshold_exactly():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dvd-2p:threshold=0", "lies between 0 and 1, got 0"),
-        ("dvd-2p:threshold=1", "lies between 0 and 1, got 1"),
-        ("dvd-2p:threshold=nan", "lies between 0 and 1, got nan"),
+        ("dvd-2p:threshold=0", "is between 0 and 1, got 0"),
+        ("dvd-2p:threshold=1", "is between 0 and 1, got 1"),
+        ("dvd-2p:threshold=nan", "is between 0 and 1, got nan"),
         ("dvd-2p:threshold=half", "takes threshold=.*and depth=.*got 'threshold=half'"),
         ("dvd-2p:depth=2.5", "got 'depth=2.5'"),
-        ("dvd-2p:depth=0", "lies between 1 and 11.*got 0"),
-        ("dvd-2p:depth=12", "lies between 1 and 11.*got 12"),
+        ("dvd-2p:depth=0", "is between 1 and 11.*got 0"),
+        ("dvd-2p:depth=12", "is between 1 and 11.*got 12"),
         ("dvd-2p:first=3", "got 'first=3'"),
         ("dvd-2p:0.6", "got '0.6'"),
         ("dvd-3p:depth=2", "would give -2, 6, 12 of 12 blocks"),
