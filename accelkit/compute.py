@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelkit.errors import AccelkitError
@@ -77,11 +76,18 @@ class Merge:
         return {"all": True, "F": front, "R": rear, "B": front or rear}[self.placement]
 
 
+KNOBS: dict[str, tuple[str, Any]] = {"tome": ("merge", Merge)}
+"""Knobs by the word before the colon: the field of :class:`Compute`, and the class of its value.
+
+The class is a dataclass. Its ``parse`` reads the text after the colon, its ``str`` writes the word.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
     """What one call of the network spends.
 
-    A new knob is a field here with its spelling in ``_KNOBS``, and the place that acts on it.
+    A new knob is a field here, a row of ``KNOBS``, and the place that acts on it.
 
     Attributes:
         depth: number of counted blocks that run, the first ones.
@@ -96,8 +102,10 @@ class Compute:
             raise TypeError(f"a depth is a whole number of blocks, not {self.depth!r}")
         if self.depth < 0:
             raise AccelkitError(f"a depth is a number of blocks, 0 or more, got {self.depth}")
-        if self.merge is not None and not isinstance(self.merge, Merge):
-            raise TypeError(f"merge is a Merge or None, not {self.merge!r}")
+        for field, kind in KNOBS.values():
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{field} is a {kind.__name__} or None, not {value!r}")
 
     @classmethod
     def parse(cls, text: str) -> Compute:
@@ -117,22 +125,21 @@ class Compute:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Compute:
         """Return the compute of plain data; TypeError for unknown or missing keys."""
-        merge = data.get("merge")
-        return cls(**{**data, "merge": None if merge is None else Merge(**merge)})
+        knobs = {field: kind for field, kind in KNOBS.values() if data.get(field) is not None}
+        return cls(**{**data, **{field: kind(**data[field]) for field, kind in knobs.items()}})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, without the knobs that are not set."""
-        if self.merge is None:
-            return {"depth": self.depth}
-        names = ("ratio", "placement", "blocks")
-        return {"depth": self.depth, "merge": {n: getattr(self.merge, n) for n in names}}
+        return {"depth": self.depth, **{name: asdict(knob) for name, knob in self._knobs.items()}}
+
+    @property
+    def _knobs(self) -> dict[str, Any]:
+        """The knobs that are set, by field."""
+        values = {field: getattr(self, field) for field, _ in KNOBS.values()}
+        return {field: value for field, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return str(self.depth) if self.merge is None else f"{self.depth}+{self.merge}"
-
-
-_KNOBS: dict[str, tuple[str, Callable[[str], Any]]] = {"tome": ("merge", Merge.parse)}
-"""Knobs by the word before the colon: the field of :class:`Compute`, and what reads its value."""
+        return "+".join(map(str, (self.depth, *self._knobs.values())))
 
 
 def split_knobs(text: str) -> tuple[str, dict[str, Any]]:
@@ -148,8 +155,9 @@ def split_knobs(text: str) -> tuple[str, dict[str, Any]]:
     while True:
         before, plus, last = text.rpartition("+")
         word, colon, value = last.partition(":")
-        field, read = _KNOBS.get(word.strip().lower(), ("", str))
-        if not (field and colon) or field in knobs or "@" in last or (plus and not before):
+        known = KNOBS.get(word.strip().lower()) if colon and "@" not in last else None
+        if known is None or known[0] in knobs or (plus and not before):
             return text, knobs
-        knobs[field] = read(value)
+        field, kind = known
+        knobs[field] = kind.parse(value)
         text = before
