@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files.locks import shared
 from accelkit.files.tensors import load_tensors, write_tensors
 from accelkit.files.writing import AGAIN, flush, flush_folder, read_record, write_record
 
@@ -30,7 +30,6 @@ SHARD_BYTES = 512 * 2**20
 GO_ON = f"{AGAIN}, or name another folder in ACCELKIT_CACHE"
 """What to do if a cache cannot be written."""
 INDEX = "index.json"
-_LOCK = ".lock"
 
 Rows = dict[str, Tensor]
 T = TypeVar("T")
@@ -152,7 +151,7 @@ def made(folder: Path, make: Callable[[Path], T], what: str) -> T:
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _at_work(cache) as part:
+        with _partial(cache) as part:
             result = make(part)  # mapped before it is in anybody's reach
             _install(part, folder)
     except (OSError, SafetensorError) as error:
@@ -164,27 +163,20 @@ def made(folder: Path, make: Callable[[Path], T], what: str) -> T:
 
 
 @contextmanager
-def _at_work(cache: Path) -> Iterator[Path]:
-    """Give a new folder to write into; remove it afterwards, and those of killed processes before.
+def _partial(cache: Path) -> Iterator[Path]:
+    """Make a folder to write into; remove it afterwards, and those of killed processes before."""
 
-    All who write share a lock that the system releases with a process, however that ends. Who
-    gets it alone knows that the folders lying there belong to nobody.
-    """
-    lock = os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for stale in cache.glob("partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    def remove_stale() -> None:
+        for stale in cache.glob("partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+    with shared(cache, remove_stale):
         part = cache / f"partial-{secrets.token_hex(8)}"
         try:
             part.mkdir()
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def default_cache(what: str = "latents") -> Path:
