@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
-from accelkit.metrics import digit_classifier
 from accelkit.metrics import features as features_module
-from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
+from accelkit.metrics.digit_classifier import DigitClassifier, to_grey
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.features import DigitFeatures
 from accelkit.metrics.frechet import Moments, frechet_distance
+from benchmarks import digit_classifier as training
+from benchmarks.digit_classifier import main, split
 
 SHIPPED = resources.files("accelkit") / "assets" / "digit_features.safetensors"
 HELD_OUT_HEAD = [3, 7, 13, 19, 36, 38, 43, 48]
@@ -220,7 +221,7 @@ def test_unit_variance_leaves_the_logits(images):
     model = DigitClassifier()
     with torch.no_grad():
         before = model(grey)
-        model.set_unit_variance(grey)
+        training.set_unit_variance(model, grey)
         torch.testing.assert_close(model(grey), before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.features(grey).var(dim=0), torch.ones(64))
 
@@ -231,7 +232,7 @@ def test_training_lowers_the_loss_and_repeats(images):
     state = torch.random.get_rng_state()
     losses: list[float] = []
     runs = [
-        digit_classifier.train(
+        training.train(
             grey, labels, seed=3, epochs=5, on_epoch=lambda _, loss: losses.append(loss)
         )
         for _ in range(2)
@@ -278,8 +279,8 @@ def test_overwrite_replaces_and_a_failed_write_leaves_nothing(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(AccelkitError, match=r"cannot write .*disk full"):
-            digit_classifier.write_weights(path, DigitClassifier(), {})
+            training.write_weights(path, DigitClassifier(), {})
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"old"
-    digit_classifier.write_weights(path, DigitClassifier(), {"seed": 1})
+    training.write_weights(path, DigitClassifier(), {"seed": 1})
     assert read_metadata(path) == {"seed": 1}
