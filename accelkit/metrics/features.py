@@ -132,12 +132,6 @@ def without_tf32() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
 
 
-def file_hash(path: Path) -> str:
-    """Return a file's SHA-256, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_recorded(name: str, found: str, recorded: str | None) -> None:
     """Refuse weights of another SHA-256 than the recorded one, before they are loaded.
 

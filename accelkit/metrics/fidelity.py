@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
     check_images,
     check_recorded,
-    file_hash,
     in_batches,
     to_channels_first,
     without_tf32,
@@ -62,7 +62,7 @@ class FidelityFeatures(FeatureExtractor):
                 "give a TorchScript file, which needs neither"
             ) from error
         weights = _downloaded(inception.URL_INCEPTION_V3)
-        self.version, self.sha256 = torch_fidelity.__version__, file_hash(weights)
+        self.version, self.sha256 = torch_fidelity.__version__, sum_of_file(weights)
         check_recorded(self.name, self.sha256, sha256)
         _check(weights, self.sha256)
         self._device = device

@@ -15,8 +15,9 @@ from accelkit.data import shards
 from accelkit.data.sources import ImageSource, iter_images, open_source
 from accelkit.errors import AccelkitError
 from accelkit.files.tensors import load_tensors, write_tensors
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics import npz
-from accelkit.metrics.features import FeatureExtractor, file_hash
+from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Gaussian, Moments
 from accelkit.metrics.rows import Batches, Rows
 
@@ -114,7 +115,7 @@ def _of_npz(path: Path, make: _Maker) -> Reference:
             f"the images in {path} are {shape[2]}x{shape[1]}, the generated ones {size}x{size}; "
             "give a reference of their size"
         )
-    fingerprint = file_hash(path)
+    fingerprint = sum_of_file(path)
     if shape is None:
         assert pooled is not None
         return Reference(str(path), fingerprint, "statistics", None, pooled, spatial, None)
@@ -164,15 +165,18 @@ class _Maker:
     ) -> _Features:
         text = f"{fingerprint} {self.size} {self.extractor.name} {self.extractor.sha256} {FORMAT}"
         folder = self.cache / hashlib.sha256(text.encode()).hexdigest()[:16]
-        cached = shards.cached(folder, _Features, "features")
-        # images left out by an earlier call are this one's errors, unless it leaves them out too
-        if cached is not None and (skip_bad or not cached.skipped):
-            return cached
-        features = shards.made(folder, lambda part: self._write(images, total, part), "features")
+        features = shards.kept(
+            folder,
+            _Features,
+            lambda part: self._write(images, total, part),
+            "features",
+            # an image that an earlier call skipped is an error here, unless it may be skipped again
+            lambda found: skip_bad or not found.skipped,
+        )
         features.folder = folder
         return features
 
-    def _write(self, images: Iterator[np.ndarray], total: int, part: Path) -> _Features:
+    def _write(self, images: Iterator[np.ndarray], total: int, part: Path) -> None:
         pooled, spatial = Moments(), Moments()
 
         def rows() -> Iterator[shards.Rows]:
@@ -191,4 +195,3 @@ class _Maker:
             moments |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
         write_tensors(part / _MOMENTS, moments, shards.GO_ON)
         shards.write_index(part, {**index, "skipped": total - index["count"]})
-        return _Features(part)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
     check_images,
     check_recorded,
-    file_hash,
     in_batches,
     to_channels_first,
     without_tf32,
@@ -57,7 +57,7 @@ class TorchScriptFeatures(FeatureExtractor):
                 f"no feature extractor is called {str(path)!r} and no file lies there; choose one "
                 "of: digits, torch-fidelity, the path of a TorchScript file"
             )
-        self.sha256 = file_hash(path)
+        self.sha256 = sum_of_file(path)
         check_recorded(path.stem, self.sha256, sha256)
         try:
             self._model = torch.jit.load(str(path), map_location=device).eval()

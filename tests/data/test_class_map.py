@@ -106,7 +106,7 @@ def test_a_folder_is_no_map(pets):
     [
         ("ant\nbee\n", "no label for 1 of 3 classes"),
         ("ant\n\nbee\ncat\n", "line 2 is empty"),
-        ("ant\nbee\ncat\nbee\n", "'bee' is in it twice"),
+        ("ant\nbee\ncat\nbee\n", "it holds 'bee' twice"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(pets, class_map, content, words):
