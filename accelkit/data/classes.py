@@ -78,7 +78,9 @@ class Classes:
     def warn(self, where: str) -> None:
         """Warn of labels that are probably not the intended ones."""
         each = zip(self.names, self.labels, strict=True)
-        wrong = [(name, label) for name, label in each if name.lstrip("0") != f"{label}".lstrip("0")]
+        wrong = [
+            (name, label) for name, label in each if name.lstrip("0") != f"{label}".lstrip("0")
+        ]
         if wrong and all(re.fullmatch("-?[0-9]+", name) for name in self.names):
             _warn(
                 f"the classes of {where} are numbers, but their labels are their places in the "

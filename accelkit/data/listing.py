@@ -80,7 +80,7 @@ class Files(ABC):
     def next_to(
         self, images: Sequence[PurePosixPath], suffix: str
     ) -> dict[PurePosixPath, PurePosixPath]:
-        """Return files with a suffix that have an image of the same name, by path without suffix."""
+        """Return files of a suffix that have an image of the same name, by path without suffix."""
         found = {p.with_suffix(""): p for p in self.paths if p.suffix.lower() == suffix}
         stems = {image.with_suffix("") for image in images} if found else set()
         return {stem: path for stem, path in found.items() if stem in stems}

@@ -240,7 +240,7 @@ def fingerprint(pipe: Any) -> str:
 
 
 def _install(part: Path, folder: Path) -> None:
-    """Rename ``part`` to ``folder``; an old folder is first renamed, so it is never half removed."""
+    """Rename ``part`` to ``folder``; an old folder is moved away whole before it is removed."""
     flush(part)
     old = part.with_name(f"{part.name}-replaced")
     with suppress(FileNotFoundError):

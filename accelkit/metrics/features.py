@@ -1,4 +1,4 @@
-"""Named feature extractors: fixed networks that turn images into what distances compare."""
+"""Feature extractors: fixed networks that map images to vectors, which distances compare."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _DIGIT_SHA256 = "7bef49de328daa9089e878ee0bcee5f8506c397688b994080a04bcd683bea9b
 class FeatureExtractor(ABC):
     """A fixed map from images to feature vectors.
 
-    Distances are comparable only between results of the same ``name`` and ``sha256``; both belong
-    beside every number reported.
+    Distances are comparable only between results of the same ``name`` and ``sha256``; report both
+    with every number.
     """
 
     name: str
@@ -39,23 +39,23 @@ class FeatureExtractor(ABC):
     spatial_dim: int | None = None
     """Width of the spatial features, None without."""
     size: int | None = None
-    """Pixels a side that images must have; None if the network resizes them itself."""
+    """Pixels a side that images must have; None if the network resizes them."""
     resize: str
-    """How images are brought to the network's input."""
+    """Method that brings images to the size of the network's input."""
     missing: Mapping[str, str] = {}
-    """Why "spatial" or "probabilities" are not given."""
+    """Reasons for the absence of "spatial" or "probabilities"."""
 
     @abstractmethod
     def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Map uint8 images (n, height, width, 3) to rows of float32.
 
         Returns:
-            "pooled", (n, dim); where there are such, "spatial", (n, spatial_dim), of an
-            intermediate layer's places, and "probabilities" of classes, (n, K).
+            "pooled", (n, dim); if the network has them, "spatial", (n, spatial_dim), the places of
+            an intermediate layer, and "probabilities" of classes, (n, K).
 
         Raises:
-            TypeError: if ``images`` is not a uint8 array.
-            AccelkitError: if it has a shape that the network does not take.
+            TypeError: ``images`` is not a uint8 array.
+            AccelkitError: the network does not take images of this shape.
         """
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ class FeatureExtractor(ABC):
         return self.extract(images)["pooled"]
 
     def record(self) -> dict[str, Any]:
-        """Return what belongs beside every figure: name, version, sha256, dim and resize."""
+        """Return the data to report with every figure: name, version, sha256, dim and resize."""
         names = ("name", "version", "sha256", "dim", "resize")
         return {name: getattr(self, name) for name in names}
 
@@ -71,17 +71,17 @@ class FeatureExtractor(ABC):
 class DigitFeatures(FeatureExtractor):
     """Features of the 32x32 handwritten digits, from a small classifier that comes with accelkit.
 
-    It was trained on 80% of the digits (see :mod:`accelkit.metrics.digit_classifier`). The 64
-    features have unit variance over those. Fréchet distances are then about 0.7 between random
-    halves of the 1,797 digits, 0.1 to 0.2 between 1,000 of them and all, 15 for noise of deviation
-    50 added to every pixel, 53 for a single class, and over 500 for pure noise. They are no
-    substitute for FID: their scale is their own.
+    The network (:mod:`accelkit.metrics.digit_classifier`) was trained on 80% of the digits, over
+    which the 64 features have unit variance. Fréchet distances are about 0.7 between random halves
+    of the 1,797 digits, 0.1 to 0.2 between 1,000 of them and all, 15 for noise of deviation 50
+    added to every pixel, 53 for a single class, and over 500 for pure noise. Their scale is not
+    that of FID, which they do not replace.
 
-    It runs in float32 on the CPU, in batches of its own, so that neither the device the samples
-    were made on nor how many are passed at once changes a result by more than rounding.
+    It runs in float32 on the CPU, in batches of a fixed size, so that neither the device that made
+    the samples nor the number passed at once changes a result by more than rounding.
 
     Raises:
-        AccelkitError: if the weights file is missing or is not the one this version came with.
+        AccelkitError: the weights file is missing, or is not the one of this version.
     """
 
     name = digit_classifier.NAME
@@ -97,12 +97,7 @@ class DigitFeatures(FeatureExtractor):
         self._model.load_state_dict(load(_verified(weights, self.sha256)))
 
     def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities.
-
-        Raises:
-            TypeError: if ``images`` is not a uint8 array.
-            AccelkitError: if it has another shape.
-        """
+        """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities."""
         check_images(images, self.size)
         return in_batches(
             images,
@@ -128,20 +123,19 @@ def to_channels_first(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 def without_tf32() -> AbstractContextManager[None]:
-    """Have convolutions on a GPU keep float32's 24 bits; TF32's 11 would show in a distance."""
+    """Return a context in which convolutions on a GPU keep the 24 bits of float32.
+
+    The 11 bits of TF32 would change a distance visibly.
+    """
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
 
 
 def check_recorded(name: str, found: str, recorded: str | None) -> None:
-    """Refuse weights of another SHA-256 than the recorded one, before they are loaded.
-
-    Raises:
-        AccelkitError: there is a recorded one, and it is another.
-    """
+    """Raise AccelkitError if the SHA-256 of weights is not the recorded one, if any."""
     if recorded is not None and recorded.lower() != found:
         raise AccelkitError(
             f"the weights of {name} have SHA-256 {found[:12]}…, those recorded {recorded[:12]}…; "
-            "give the file that the recorded results were made with"
+            "give the file of the recorded results"
         )
 
 
@@ -159,13 +153,13 @@ def _verified(path: Path, sha256: str) -> bytes:
 
 
 def check_images(images: Any, size: int | None = None) -> None:
-    """Refuse what is not uint8 (n, size, size, 3), or (n, height, width, 3) without a size.
+    """Refuse images that are not uint8 (n, size, size, 3), or (n, height, width, 3) without a size.
 
-    Other sizes are not resized: the filter would change the distance more than the model measured.
+    Other sizes are not resized: the filter would change the distance more than the model does.
 
     Raises:
-        TypeError: if ``images`` is not a uint8 array.
-        AccelkitError: if it has another shape.
+        TypeError: ``images`` is not a uint8 array.
+        AccelkitError: the array has another shape.
     """
     if not isinstance(images, np.ndarray):
         raise TypeError(

@@ -14,7 +14,7 @@ from accelkit.errors import AccelkitError
 Array: TypeAlias = NDArray[np.float64]
 
 _TOLERANCE = 1e-5
-"""Asymmetry and negative eigenvalues forgiven, relative to the largest entry or eigenvalue.
+"""Asymmetry and negative eigenvalues allowed, relative to the largest entry or eigenvalue.
 
 A covariance computed elsewhere in float32 is off by about 1e-6; anything larger is a mistake.
 """
@@ -58,10 +58,10 @@ class Moments:
             self._join(len(x), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Add everything ``other`` has seen, as if its batches had been given to this one.
+        """Add the samples of ``other``, as if its batches had been given to this one.
 
         Raises:
-            AccelkitError: if the two have seen features of different widths.
+            AccelkitError: if the features of the two differ in width.
         """
         if other._mean is not None and other._scatter is not None:
             self._check_width(len(other._mean))
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def n(self) -> int:
-        """The number of samples seen."""
+        """Number of samples so far."""
         return self._n
 
     @property
@@ -114,7 +114,7 @@ class Moments:
 class Gaussian:
     """A mean, float64 (d,), and the symmetric root of a covariance, float64 (d, d).
 
-    The root is most of a distance's work, so what is compared with many keeps it.
+    The root is most of a distance's work, so a reference that is compared with many keeps it.
     """
 
     mean: Array
@@ -129,7 +129,7 @@ class Gaussian:
         Args:
             mean: shape (d,).
             cov: shape (d, d), symmetric positive semi-definite; it may be singular.
-            names: of the two, for the errors.
+            names: names of the two in error messages.
 
         Raises:
             AccelkitError: if shapes do not fit, a value is not finite, or the covariance is
@@ -149,10 +149,9 @@ class Gaussian:
                 f"the means have {len(self.mean)} and {len(other.mean)} entries; "
                 "compare features of one extractor"
             )
-        # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. Taking
-        # these rather than roots of the eigenvalues of the product keeps singular covariances
-        # exact: the root would lift rounding errors of 1e-16 to 1e-8. It is also symmetric in the
-        # two arguments.
+        # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. This is
+        # symmetric in the two arguments and keeps singular covariances exact, where roots of the
+        # eigenvalues of the product would raise rounding errors from 1e-16 to 1e-8.
         cross = np.linalg.svd(self.root @ other.root, compute_uv=False).sum()
         spread = np.square(self.root).sum() + np.square(other.root).sum()  # tr(S) = |S^1/2|^2
         return max(0.0, float(np.square(self.mean - other.mean).sum() + spread - 2 * cross))

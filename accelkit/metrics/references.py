@@ -1,4 +1,4 @@
-"""What generated images are measured against: images' features, kept on disk, or statistics."""
+"""References for generated images: features of real images, cached on disk, or statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from accelkit.metrics.frechet import Gaussian, Moments
 from accelkit.metrics.rows import Batches, Rows
 
 FORMAT = 1
-BATCH = 256  # a moment of 2048 features is 33 MB to add to, whatever the batch
+BATCH = 256  # adding a batch to the moments of 2048 features touches 33 MB, whatever its size
 _MOMENTS = "moments.safetensors"
 
 
@@ -31,13 +31,13 @@ class Reference:
     """Features of real images.
 
     Attributes:
-        name: what was asked for.
+        name: the name that was given.
         fingerprint: SHA-256 of the images, or of the file of statistics.
-        kind: "images", or "statistics" if the moments were computed elsewhere.
-        n: images that ``batches`` tells of, None without.
+        kind: "images", or "statistics" if the moments come from a file.
+        n: number of images in ``batches``, None without.
         pooled: mean and root of the covariance of the pooled features.
-        spatial: likewise of the spatial ones, None if there are none.
-        batches: gives "pooled" rows, float32 (n, d), from the disk, as often as asked; None for
+        spatial: likewise of the spatial features, None if there are none.
+        batches: yields "pooled" rows, float32 (n, d), from the disk, on every call; None for
             statistics alone. ADM's reference batches have both, statistics of the whole data
             set and 10,000 of its images.
     """
@@ -51,7 +51,7 @@ class Reference:
     batches: Batches | None
 
     def record(self) -> dict[str, Any]:
-        """Return what belongs beside every figure: name, fingerprint, kind and n."""
+        """Return the data to report with every figure: name, fingerprint, kind and n."""
         return {name: getattr(self, name) for name in ("name", "fingerprint", "kind", "n")}
 
 
@@ -68,19 +68,19 @@ def open_reference(
     A folder of the cache is keyed by the images' fingerprint, their size and the extractor's hash.
 
     Args:
-        spec: a data set, what :func:`accelkit.data.sources.open_source` takes, or an ``.npz``: of
-            statistics (``mu`` and ``sigma``, as pytorch-fid writes, and ``mu_s`` and ``sigma_s`` of
-            spatial features, as ADM does), of images (``arr_0``, uint8 (n, size, size, 3)), or of
-            both.
-        extractor: of the features.
-        size: pixels a side that images are brought to, those of the generated ones; those in an
+        spec: a data set, an argument of :func:`accelkit.data.sources.open_source`, or an ``.npz``
+            with statistics (``mu`` and ``sigma``, as pytorch-fid writes, and ``mu_s`` and
+            ``sigma_s`` of spatial features, as ADM does), with images (``arr_0``, uint8
+            (n, size, size, 3)), or with both.
+        extractor: the feature extractor.
+        size: pixels a side of the generated images, to which images are resized; those in an
             ``.npz`` must have it.
         cache_dir: default ``$ACCELKIT_CACHE/features``, else ``~/.cache/accelkit/features``.
-        on_images: called with the images done and their total.
+        on_images: called with the number of images done and their total.
 
     Raises:
-        AccelkitError: there is nothing, it cannot be read, it is of another size or of another
-            extractor, or the cache cannot be written.
+        AccelkitError: the reference does not exist, cannot be read, has another size or is from
+            another extractor, or the cache cannot be written.
     """
     if extractor.size not in (None, size):
         raise AccelkitError(
@@ -127,7 +127,7 @@ def _of_npz(path: Path, make: _Maker) -> Reference:
 
 
 class _Features:
-    """Rows and moments of images, as they lie in a folder.
+    """Rows and moments of images in a folder of the cache.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
@@ -153,7 +153,7 @@ class _Features:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Extracts features of images once, and finds them again."""
+    """Extracts features of images, or finds them in the cache."""
 
     extractor: FeatureExtractor
     size: int

@@ -88,7 +88,7 @@ def test_a_link_to_nothing_may_be_a_class(others, tmp_path):
     with zipfile.ZipFile(archive, "a") as out:
         out.writestr(link, "cat")
     for place in (folder, archive):
-        with pytest.raises(AccelkitError, match=r"/bird is a link whose target cannot be read") as error:
+        with pytest.raises(AccelkitError, match=r"/bird is a link whose target cannot") as error:
             open_source(place)
         assert refused(error)
     (folder / "bird").unlink()

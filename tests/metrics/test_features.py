@@ -232,9 +232,7 @@ def test_training_lowers_the_loss_and_repeats(images):
     state = torch.random.get_rng_state()
     losses: list[float] = []
     runs = [
-        training.train(
-            grey, labels, seed=3, epochs=5, on_epoch=lambda _, loss: losses.append(loss)
-        )
+        training.train(grey, labels, seed=3, epochs=5, on_epoch=lambda _, loss: losses.append(loss))
         for _ in range(2)
     ]
     assert losses[4] < 0.8 * losses[0]

@@ -254,7 +254,7 @@ def test_a_reference_of_few_images_warns_with_its_number(sets):
     reference = reference_of(pooled[:6], spatial[:6])
     words = (
         r"^the reference's 6 images are too few for the 6 dimensions of fid's features and the 9 "
-        r"dimensions of sfid's features: rows"
+        r"dimensions of sfid's features: compare"
     )
     with pytest.warns(AccelkitWarning, match=words):
         measure(batches_of(**generated), reference)
