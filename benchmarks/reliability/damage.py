@@ -26,9 +26,7 @@ def _flip(content: bytes, draw: random.Random) -> bytes:
 def _zero(content: bytes, draw: random.Random) -> bytes:
     size = min(_BLOCK, -(-len(content) // 2))
     starts = range(0, len(content) - size + 1, max(1, size // 8))
-    filled = [
-        s for s in starts if any(content[s : s + size])
-    ]  # zeroing zeros is no damage
+    filled = [s for s in starts if any(content[s : s + size])]  # zeroing zeros is no damage
     start = draw.choice(filled or [0])
     return content[:start] + bytes(size) + content[start + size :]
 

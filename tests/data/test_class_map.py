@@ -124,7 +124,7 @@ def test_a_map_where_there_is_nothing_to_label(tmp_path, class_map):
 
 
 def test_latents_of_other_labels_are_others(pets, class_map, tmp_path):
-    """The cache holds the labels, and must not give those of another map."""
+    """The cache holds labels, and must not return those of another map."""
     labels = []
     for content in (None, {"ant": 7, "bee": 8, "cat": 9}, {"ant": 9, "bee": 8, "cat": 7}):
         source = open_source(pets, class_map=content and class_map(content))
