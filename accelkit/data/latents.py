@@ -13,10 +13,8 @@ from torch import Tensor
 
 from accelkit.backbones.autoencoders import AT_USE, posterior, scaling
 from accelkit.data import shards
-from accelkit.data.shards import INDEX, Rows, Shards, default_cache
+from accelkit.data.shards import Rows, Shards
 from accelkit.data.sources import ImageSource, iter_images
-
-__all__ = ["INDEX", "Latents", "default_cache", "encode_latents"]
 
 FORMAT = 1
 
@@ -117,7 +115,7 @@ def encode_latents(
         AccelkitError: an image cannot be read, the cache cannot be written, or the autoencoder is
             not one that accelkit can call.
     """
-    folder = (cache_dir or default_cache()) / _key(source, vae, size, flip)
+    folder = (cache_dir or shards.default_cache("latents")) / _key(source, vae, size, flip)
     total = len(source) * (1 + flip)
 
     def make(part: Path) -> None:

@@ -197,8 +197,8 @@ def _partial(cache: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def default_cache(what: str = "latents") -> Path:
-    """Return ``$ACCELKIT_CACHE/latents``, or the folder in the user's cache directory."""
+def default_cache(what: str) -> Path:
+    """Return ``$ACCELKIT_CACHE/what``, or that folder in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ACCELKIT_CACHE") or Path(home) / "accelkit") / what
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from accelkit.data import shards as module
-from accelkit.data.latents import INDEX, default_cache, encode_latents
+from accelkit.data.latents import encode_latents
+from accelkit.data.shards import INDEX, default_cache
 from accelkit.data.sources import crop_and_resize, open_source
 from accelkit.errors import AccelkitError, AccelkitWarning
 
@@ -357,11 +358,11 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     for name in ("ACCELKIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache() == tmp_path / "home" / ".cache" / "accelkit" / "latents"
+    assert default_cache("latents") == tmp_path / "home" / ".cache" / "accelkit" / "latents"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache() == tmp_path / "xdg" / "accelkit" / "latents"
+    assert default_cache("latents") == tmp_path / "xdg" / "accelkit" / "latents"
     monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "own"))
-    assert default_cache() == tmp_path / "own" / "latents"
+    assert default_cache("latents") == tmp_path / "own" / "latents"
 
 
 def test_without_an_autoencoder_the_latents_are_the_pixels(folder, tmp_path):

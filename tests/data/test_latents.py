@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from accelkit.data.latents import INDEX, encode_latents
+from accelkit.data.latents import encode_latents
+from accelkit.data.shards import INDEX
 from accelkit.data.sources import open_source
 from accelkit.errors import AccelkitError
 
