@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output.exists() and not options.overwrite:
         parser.error(f"{options.output} exists; name another file or add --overwrite")
     if not options.output.parent.is_dir():
-        parser.error(f"{options.output.parent} is no folder; create it first")
+        parser.error(f"{options.output.parent} is not a folder; create it first")
 
     images, classes = digits()
     grey, labels = to_grey(images), torch.from_numpy(classes.copy())

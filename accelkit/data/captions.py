@@ -48,7 +48,7 @@ class Captions:
         where, images = self._files.where, self._images
         if bare := self._bare:
             strange = sorted(map(str, self._rows.keys() - set(images)))
-            also = f" (a row names {strange[0]}, which is no image there)" if strange else ""
+            also = f" (a row names {strange[0]}, which is not an image there)" if strange else ""
             raise AccelkitError(
                 f"{len(bare)} of {len(images)} images in {where} have no caption, e.g. {bare[0]}"
                 f"{also}; give each a line in metadata.jsonl or a .txt next to it"

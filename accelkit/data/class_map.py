@@ -54,7 +54,7 @@ def read_class_map(path: str | Path) -> ClassMap:
         ) from error
     if not isinstance(content, dict) or not content:
         raise AccelkitError(
-            f'the class map {path} is no JSON object such as {{"cat": 0, "dog": 1}}; write the '
+            f'the class map {path} is not a JSON object such as {{"cat": 0, "dog": 1}}; write the '
             "classes of the data and their labels in this form, or a list of names, one a line"
         )
     return ClassMap(str(path), {n: _label(path, n, v) for n, v in content.items()}, False)

@@ -60,7 +60,7 @@ class Classes:
         unknown = sorted(given.labels.keys() - set(self.names))
         if unknown and not given.of_model:
             raise AccelkitError(
-                f"the class map {given.where} names {unknown[0]}, which is no class of {where} "
+                f"the class map {given.where} names {unknown[0]}, which is not a class of {where} "
                 f"({', '.join(self.names[:3])}, …); correct it, or remove it"
             )
         order = sorted(self.names, key=given.labels.__getitem__)
@@ -147,7 +147,7 @@ def recorded_classes(
     given = {labels[image] for image in images}
     if len({type(label) for label in given}) > 1:
         raise AccelkitError(
-            f"the labels in {files.where} are partly numbers and partly names; make them all one"
+            f"the labels in {files.where} are partly numbers and partly names; use only one kind"
         )
     ordered = sorted(given)
     table = {g: place if isinstance(g, str) else g for place, g in enumerate(ordered)}

@@ -56,7 +56,7 @@ class Files(ABC):
             most: largest size in bytes that is read.
 
         Raises:
-            Exception: the file cannot be read, is larger, or is no regular file; :mod:`zipfile`
+            Exception: the file cannot be read, is larger, or is not a regular file; :mod:`zipfile`
                 and the decompressors raise many kinds of exception.
         """
 

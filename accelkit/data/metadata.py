@@ -22,7 +22,7 @@ from accelkit.files.documents import parse_json
 
 NAME, TEXT, LABEL = "file_name", "text", "label"
 MOST_BYTES = 2**30
-_MOST_LABEL = 2**31  # a larger one is no label, and might not fit an int64
+_MOST_LABEL = 2**31  # a larger number is not a label, and might not fit an int64
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)|nan", re.IGNORECASE)
 
 Label = int | str
@@ -169,11 +169,11 @@ _READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 def _check_row(number: int, row: Any) -> None:
     """Refuse a row without a file name, or with a caption or label of another type."""
     if not isinstance(row, dict):
-        raise _RowError(number, "no object")
+        raise _RowError(number, "not an object")
     if not isinstance(row.get(NAME), str) or not row[NAME]:
         raise _RowError(number, f"no {NAME}")
     if not isinstance(row.get(TEXT, ""), str):
-        raise _RowError(number, f"its {TEXT} is {reprlib.repr(row[TEXT])}, which is no text")
+        raise _RowError(number, f"its {TEXT} is {reprlib.repr(row[TEXT])}, expected text")
     label = row.get(LABEL, 0)
     if not (isinstance(label, str) and label.strip()) and whole_number(label) is None:
         raise _RowError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
 
-_BATCH = 256
 _DIGIT_WEIGHTS = Path(__file__).parents[1] / "assets" / "digit_features.safetensors"
 _DIGIT_SHA256 = "7bef49de328daa9089e878ee0bcee5f8506c397688b994080a04bcd683bea9b1"
 
@@ -45,7 +43,13 @@ class FeatureExtractor(ABC):
     missing: Mapping[str, str] = {}
     """Reasons for the absence of "spatial" or "probabilities"."""
 
+    batch = 64
+    """Images that the network is run on at a time."""
+
     @abstractmethod
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map one batch of uint8 images (n, height, width, 3) to rows, as :meth:`extract`."""
+
     def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Map uint8 images (n, height, width, 3) to rows of float32.
 
@@ -57,6 +61,16 @@ class FeatureExtractor(ABC):
             TypeError: ``images`` is not a uint8 array.
             AccelkitError: the network does not take images of this shape.
         """
+        check_images(images, self.size)
+        starts = range(0, max(len(images), 1), self.batch)
+        # the 11 bits of TF32 in place of float32's 24 would show in a distance
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+        with torch.inference_mode(), exact:
+            found = [self.run(images[i : i + self.batch]) for i in starts]
+            names = found[0]
+            return {
+                name: torch.cat([f[name].float().cpu() for f in found]).numpy() for name in names
+            }
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Map uint8 images of shape (n, height, width, 3) to float32 features of shape (n, dim)."""
@@ -91,43 +105,20 @@ class DigitFeatures(FeatureExtractor):
     spatial_dim = digit_classifier.SPATIAL_FEATURES
     size = digit_classifier.SIZE
     resize = "none"
+    batch = 256
 
     def __init__(self, weights: Path = _DIGIT_WEIGHTS) -> None:
         self._model = digit_classifier.DigitClassifier().eval()
         self._model.load_state_dict(load(_verified(weights, self.sha256)))
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
         """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities."""
-        check_images(images, self.size)
-        return in_batches(
-            images,
-            _BATCH,
-            lambda batch: self._model.all_features(digit_classifier.to_grey(batch)),
-        )
-
-
-def in_batches(
-    images: np.ndarray, size: int, run: Callable[[np.ndarray], dict[str, Tensor]]
-) -> dict[str, np.ndarray]:
-    """Run a network on ``size`` images at a time and return all rows by name, float32."""
-    with torch.inference_mode():
-        found = [run(images[i : i + size]) for i in range(0, max(len(images), 1), size)]
-        return {
-            name: torch.cat([f[name].float().cpu() for f in found]).numpy() for name in found[0]
-        }
+        return self._model.all_features(digit_classifier.to_grey(images))
 
 
 def to_channels_first(images: np.ndarray, device: torch.device | str) -> Tensor:
     """Map uint8 (n, height, width, 3) to uint8 (n, 3, height, width) on ``device``."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
-
-
-def without_tf32() -> AbstractContextManager[None]:
-    """Return a context in which convolutions on a GPU keep the 24 bits of float32.
-
-    The 11 bits of TF32 would change a distance visibly.
-    """
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
 
 
 def check_recorded(name: str, found: str, recorded: str | None) -> None:

@@ -14,14 +14,10 @@ from accelkit.errors import AccelkitError
 from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
-    check_images,
     check_recorded,
-    in_batches,
     to_channels_first,
-    without_tf32,
 )
 
-BATCH = 64
 _LAYERS = ["2048", "logits_unbiased"]
 _CHANNELS = 7
 
@@ -64,7 +60,7 @@ class FidelityFeatures(FeatureExtractor):
         weights = _downloaded(inception.URL_INCEPTION_V3)
         self.version, self.sha256 = torch_fidelity.__version__, sum_of_file(weights)
         check_recorded(self.name, self.sha256, sha256)
-        _check(weights, self.sha256)
+        _refuse_damaged(weights, self.sha256)
         self._device = device
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat", _LAYERS, feature_extractor_weights_path=str(weights)
@@ -72,16 +68,11 @@ class FidelityFeatures(FeatureExtractor):
         self._spatial: Tensor | None = None
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Map uint8 (n, height, width, 3) to "pooled", "spatial" and "probabilities"."""
-        check_images(images)
-        with without_tf32():
-            return in_batches(images, BATCH, self._run)
-
     def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
-    def _run(self, images: np.ndarray) -> dict[str, Tensor]:
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map uint8 (n, height, width, 3) to "pooled", "spatial" and "probabilities"."""
         pooled, logits = self._model(to_channels_first(images, self._device))
         spatial, self._spatial = self._spatial, None
         assert spatial is not None
@@ -103,7 +94,7 @@ def _downloaded(url: str) -> Path:
     return path
 
 
-def _check(path: Path, sha256: str) -> None:
+def _refuse_damaged(path: Path, sha256: str) -> None:
     """Refuse damaged weights.
 
     torch-fidelity unpickles any object, so the file is read here first, as weights only.

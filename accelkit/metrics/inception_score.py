@@ -30,7 +30,7 @@ def inception_score(batches: Batches, n: int, period: int = 1) -> tuple[float, f
 
     Raises:
         TooFewError: there are fewer than 2 images.
-        AccelkitError: a row is no distribution.
+        AccelkitError: a row is not a distribution.
 
     Source: Salimans et al., "Improved Techniques for Training GANs" (2016), section 4.
     """

@@ -106,7 +106,7 @@ def dealt(
     """Yield rows with the group that their round is dealt to: row i to ``(i // period) % count``.
 
     Groups have equally many whole rounds, as a jackknife needs. The rows that remain have the
-    number ``count``, which is no group.
+    number ``count``, which belongs to no group.
 
     Args:
         batches: the source of the rows.

@@ -12,14 +12,10 @@ from accelkit.errors import AccelkitError
 from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
-    check_images,
     check_recorded,
-    in_batches,
     to_channels_first,
-    without_tf32,
 )
 
-BATCH = 64
 _FEATURES = "return_features"
 _PROBABILITIES = "no_output_bias"
 
@@ -91,13 +87,8 @@ class TorchScriptFeatures(FeatureExtractor):
                 )
         self.dim = found["pooled"].shape[1]
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
         """Map uint8 (n, height, width, 3) to "pooled", (n, dim), and possibly "probabilities"."""
-        check_images(images)
-        with without_tf32():
-            return in_batches(images, BATCH, self._run)
-
-    def _run(self, images: np.ndarray) -> dict[str, Tensor]:
         x = to_channels_first(images, self._device)
         found = {"pooled": self._model(x, **self._features)}
         if self._with_classes:

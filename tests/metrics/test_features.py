@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
-from accelkit.metrics import features as features_module
+from accelkit.metrics import extractors
 from accelkit.metrics.digit_classifier import DigitClassifier, to_grey
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.features import DigitFeatures
@@ -137,11 +137,11 @@ def test_scale_of_the_distance(images, features):
 
 
 def test_distance_grows_with_the_damage(images, features):
-    rng = np.random.default_rng(0)
-    unit = rng.normal(size=images.shape)
+    some = images[::4]
+    unit = np.random.default_rng(0).normal(size=some.shape)
     found = [
         distance(
-            features, open_extractor("digits")(np.clip(images + s * unit, 0, 255).astype(np.uint8))
+            features, open_extractor("digits")(np.clip(some + s * unit, 0, 255).astype(np.uint8))
         )
         for s in (5, 25, 100)
     ]
@@ -199,7 +199,7 @@ def test_weights_of_another_hash_are_not_loaded(monkeypatch):
     def load():
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(features_module, "_digits", load)
+    monkeypatch.setattr(extractors, "_digits", load)
     with pytest.raises(AccelkitError, match=r"those recorded 0{12}…"):
         open_extractor("digits", "0" * 64)
 

@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from accelkit.data import shards
@@ -27,9 +28,9 @@ class Corners(FeatureExtractor):
         if not spatial:
             self.spatial_dim = None
 
-    def extract(self, images):
+    def run(self, images):
         self.seen += len(images)
-        corners = images[:, [0, -1], [0, -1]].reshape(len(images), 6).astype(np.float32)
+        corners = torch.from_numpy(images[:, [0, -1], [0, -1]].reshape(len(images), 6)).float()
         return {"pooled": corners} | ({"spatial": corners[:, :3]} if self.spatial_dim else {})
 
 
