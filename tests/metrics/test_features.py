@@ -15,7 +15,7 @@ from accelkit.metrics import extractors
 from accelkit.metrics.digit_classifier import DigitClassifier, to_grey
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.features import DigitFeatures
-from accelkit.metrics.frechet import Moments, frechet_distance
+from accelkit.metrics.frechet import Gaussian, Moments
 from benchmarks import digit_classifier as training
 from benchmarks.digit_classifier import main, split
 
@@ -38,7 +38,7 @@ def distance(x, y):
     a, b = Moments(), Moments()
     a.update(x)
     b.update(y)
-    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    return Gaussian.of(a.mean, a.cov).distance(Gaussian.of(b.mean, b.cov))
 
 
 def read_metadata(path):
