@@ -85,9 +85,10 @@ def test_fid_precision_and_recall_are_those_of_torch_fidelity(sets):
 
 def test_batches_do_not_change_a_bit(sets):
     generated, pooled, spatial = sets
-    reference = reference_of(pooled, spatial)
+    some = {name: rows[:300] for name, rows in generated.items()}
+    reference = reference_of(pooled[:200], spatial[:200])
     first, *others = [
-        measure(batches_of(sizes, **generated), reference) for sizes in ((1,), (1234,), (5, 700))
+        measure(batches_of(sizes, **some), reference) for sizes in ((1,), (300,), (5, 70))
     ]
     assert all(other == first for other in others)
 
@@ -352,10 +353,12 @@ from accelkit.metrics.frechet import Gaussian
 from accelkit.metrics.quality import measure
 from accelkit.metrics.references import Reference
 
+noise = np.random.default_rng(0).normal(size=(500, 256)).astype(np.float32)
+
 def rows(n, shift):
     def batches():
         for start in range(0, n, 500):
-            x = np.random.default_rng(start).normal(shift, 1, (500, 256)).astype(np.float32)
+            x = np.roll(noise, start, axis=1) + np.float32(shift)
             yield {"pooled": x, "spatial": x, "probabilities": np.full((500, 10), 0.1)}
     return batches
 

@@ -191,7 +191,7 @@ def test_a_reference_batch_of_adm_has_statistics_of_all_and_images_of_some(tmp_p
     assert (found.kind, found.n) == ("statistics", 10)
     assert_moments_of(found.pooled, rows)
     assert found.spatial is None
-    np.testing.assert_array_equal(rows_of(found), rows[:40])
+    np.testing.assert_array_equal(rows_of(found), rows[:10])
 
 
 def test_references_of_the_wrong_size_are_refused(tmp_path, pictures):
