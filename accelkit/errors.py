@@ -1,19 +1,19 @@
-"""What accelkit raises and warns with: one line that says what was given and what to do."""
+"""Errors and warnings of accelkit: one line with the value given and what to do."""
 
 import re
 import signal
 
 LONGEST = 400
-"""Characters of a message: what a terminal shows at a glance."""
+"""Most characters of a message, a few lines of a terminal."""
 _LONG_WORD = 80
 
 
 def one_line(text: object, longest: int = LONGEST) -> str:
     """Return ``text`` as one printable line of at most ``longest`` characters.
 
-    A message begins with what was given and ends with what to do, so the middle is cut: of long
-    words first, which are what a user gave in place of a name or a path, then of the line. What
-    does not print, such as the bytes of a path that are no UTF-8, is escaped.
+    A message begins with the value given and ends with what to do, so the middle is cut: first of
+    long words, which are usually values, then of the line. Characters that do not print, such as
+    the bytes of a path that is no UTF-8, are escaped.
     """
     line = " ".join(str(text).split())
     if len(line) > longest:
@@ -36,9 +36,9 @@ def _escaped(character: str) -> str:
 
 
 class AccelkitError(ValueError):
-    """A user's input that cannot be used: what was given, what was expected, what to do.
+    """An input that cannot be used: what was given, what was expected, what to do.
 
-    Its text is one line of at most :data:`LONGEST` characters; ``args`` keep all of it.
+    Its text is one line of at most :data:`LONGEST` characters; ``args`` hold the whole message.
     """
 
     def __str__(self) -> str:
@@ -46,14 +46,14 @@ class AccelkitError(ValueError):
 
 
 class AccelkitWarning(UserWarning):
-    """Something that works but is probably not what was meant."""
+    """An input that works but is probably not the intended one."""
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the run can go on
-    """A run was asked to end by a signal, and left a checkpoint.
+class Stopped(Exception):  # noqa: N818 - not an error: the run can go on
+    """A run ended on a signal, after writing a checkpoint.
 
     Attributes:
-        signum: the signal.
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Feature rows to measure, handed out in batches of uneven size."""
+"""Feature rows in batches of uneven size, and references made from rows."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from accelkit.metrics.references import Reference
 
 
 def batches_of(sizes=(7, 1, 64, 333), **rows):
-    """Give the rows in batches of these sizes over and over, as often as asked."""
+    """Return a function that yields the rows in batches of these sizes, over and over."""
     rows = {name: np.asarray(r) for name, r in rows.items()}
 
     def batches():

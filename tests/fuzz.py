@@ -1,10 +1,10 @@
-"""What a test of anything at all may end in."""
+"""The two results that arbitrary input may have: a value, or a refusal in one line."""
 
 from accelkit.errors import LONGEST, AccelkitError
 
 
 def value_or_refusal(read, *arguments):
-    """Return what is read, or None where it is refused in one line; nothing else may be raised."""
+    """Return the value that is read, or None if it is refused; no other error may be raised."""
     try:
         return read(*arguments)
     except AccelkitError as error:

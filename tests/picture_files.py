@@ -1,4 +1,4 @@
-"""Data sets whose pictures say which they are: picture ``n`` is one grey of level ``n``."""
+"""Data sets whose pictures can be told apart: picture ``n`` is one grey of level ``n``."""
 
 import io
 import zipfile
@@ -10,7 +10,7 @@ from accelkit.data.sources import iter_images
 
 
 def png(level, size=8):
-    """The file of a grey picture of ``level``, 0 to 255."""
+    """Return the file of a grey picture of ``level``, 0 to 255."""
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), (level,) * 3).save(buffer, "png")
     return buffer.getvalue()
@@ -33,10 +33,10 @@ def write_zip(path, files, **options):
 
 
 def levels(source):
-    """The levels of a source's pictures, in its order."""
+    """Return the levels of a source's pictures, in its order."""
     return np.concatenate([images[:, 0, 0, 0] for _, images in iter_images(source, 8, 16)]).tolist()
 
 
 def refused(error):
-    """Whether an error is one line of a length that can be read."""
+    """Return whether an error is one line of a readable length."""
     return len(str(error.value)) <= 400 and "\n" not in str(error.value)

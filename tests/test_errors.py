@@ -1,4 +1,4 @@
-"""What a message looks like: one line that fits a terminal, whatever it quotes."""
+"""Messages are one line that fits a terminal, whatever they quote."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from accelkit.errors import LONGEST, AccelkitError, one_line
 
-ANYTHING = st.text(st.characters(), max_size=2_000)  # surrogates and controls, too
+ANYTHING = st.text(st.characters(), max_size=2_000)  # with surrogates and control characters
 
 
 @given(ANYTHING, st.integers(20, LONGEST))
@@ -28,7 +28,7 @@ def test_short_text_stays_as_it_is(words):
 @pytest.mark.parametrize(
     "given", ["x" * 100_000, "x y " * 25_000, "/a/b" * 25_000, "\x1b[31m" * 9999]
 )
-def test_what_to_do_is_kept_and_what_was_given_cut(given):
+def test_the_advice_is_kept_and_the_value_is_cut(given):
     start, end = (
         "unknown schedule '",
         "'; known, nearest first: D1, D3, D4; or a .toml or .json file",
@@ -40,12 +40,12 @@ def test_what_to_do_is_kept_and_what_was_given_cut(given):
     assert "…" in line
 
 
-def test_what_does_not_print_is_escaped():
+def test_characters_that_do_not_print_are_escaped():
     assert one_line("a\n  b\tc") == "a b c"
     assert one_line("\x1b[31m \udcff \ud800 \u202e") == r"\x1b[31m \udcff \ud800 \u202e"
     assert one_line("Vögel – 鳥 🐦") == "Vögel – 鳥 🐦"
 
 
-def test_the_whole_message_is_kept_for_who_asks():
+def test_args_hold_the_whole_message():
     error = AccelkitError("a\n" * 1_000)
     assert error.args == ("a\n" * 1_000,)

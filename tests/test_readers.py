@@ -1,4 +1,4 @@
-"""Whatever a file or text of a user's holds, each reader returns a value or refuses in one line."""
+"""For any content of a file or text, each reader returns a value or refuses it in one line."""
 
 import contextlib
 import io
@@ -27,8 +27,8 @@ from accelkit.jobs.sample import parse_labels
 from accelkit.metrics import npz
 from accelkit.schedule import Schedule, check_readable
 
-often = settings(
-    max_examples=150,
+few = settings(
+    max_examples=40,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -49,7 +49,7 @@ VALUES = st.recursive(
 
 
 def places(value, path=()):
-    """Every place within JSON data."""
+    """Yield the path of every place in JSON data."""
     yield path
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
@@ -58,7 +58,7 @@ def places(value, path=()):
 
 @st.composite
 def spoiled(draw, whole):
-    """JSON of ``whole`` with another value, or none, at up to three places; or anything at all."""
+    """Draw JSON of ``whole`` with up to three places changed or removed, or arbitrary bytes."""
     if draw(st.integers(0, 4)) == 0:
         return draw(BYTES)
     value = json.loads(json.dumps(whole))
@@ -85,21 +85,21 @@ TEXTS = st.tuples(st.lists(PIECES, max_size=9).map("".join), ENDINGS).map("".joi
 TEXTS |= st.text(st.characters(), max_size=60)
 
 
-@settings(often, max_examples=1_000)
+@settings(few, max_examples=200)
 @given(TEXTS, st.sampled_from(["dit", "uvit", "unet"]), st.integers(1, 40))
 def test_schedules(text, family, depth):
     value_or_refusal(Schedule.parse, text, depth, family)
     value_or_refusal(check_readable, text)
 
 
-@settings(often, max_examples=500)
+@settings(few, max_examples=100)
 @given(TEXTS)
 def test_merging(text):
     found = value_or_refusal(Merge.parse, text)
     assert found is None or 0 < found.ratio <= 0.75
 
 
-@often
+@few
 @given(TEXTS)
 def test_labels(text):
     found = value_or_refusal(parse_labels, text)
@@ -147,7 +147,7 @@ ARTIFACT = {
 }
 
 
-@often
+@few
 @given(content=spoiled(SCHEDULE))
 def test_schedule_files(content, tmp_path):
     path = tmp_path / "s.json"
@@ -156,7 +156,7 @@ def test_schedule_files(content, tmp_path):
     assert found is None or found.layers == 28
 
 
-@often
+@few
 @given(content=BYTES | TEXTS.map(lambda text: f"layers = {text}".encode(errors="replace")))
 def test_schedule_files_in_toml(content, tmp_path):
     path = tmp_path / "s.toml"
@@ -169,7 +169,7 @@ def test_a_model_of_no_blocks_has_no_schedule(tmp_path):
     assert value_or_refusal(Schedule.from_dict, content) is None
 
 
-@often
+@few
 @given(data=VALUES)
 def test_computes(data):
     if isinstance(data, dict):
@@ -177,7 +177,7 @@ def test_computes(data):
             Compute.from_dict(data)
 
 
-@often
+@few
 @given(content=spoiled(ARTIFACT))
 def test_artifacts(content, tmp_path):
     (tmp_path / "accelkit.json").write_bytes(content)
@@ -191,7 +191,7 @@ WORDS_OF_TOML = "steps model [model] [a.b] = = 3 'x' true nan [1] {a=1} 1979-05-
 TOML = st.sampled_from([*WORDS_OF_TOML.split(), '"\\u0000"', "\n", "\n", "0x" + "f" * 999])
 
 
-@settings(often, max_examples=400)
+@settings(few, max_examples=80)
 @given(content=BYTES | st.lists(TOML, max_size=10).map(lambda parts: "".join(parts).encode()))
 def test_recipes(content, tmp_path):
     path = tmp_path / "r.toml"
@@ -209,7 +209,7 @@ def test_a_recipe_that_sets_an_option_twice(tmp_path):
 ROW = {"schema": 2, "protocol": {}, "rows": [], "depths": [], "samples": [], "published": []}
 
 
-@often
+@few
 @given(content=spoiled(ROW))
 def test_results(content, tmp_path):
     (tmp_path / "results.json").write_bytes(content)
@@ -219,7 +219,7 @@ def test_results(content, tmp_path):
 INDEX = {"count": 2, "files": ["shard-00000.safetensors"], "classes": ["a"], "skipped": 0}
 
 
-@often
+@few
 @given(content=spoiled(INDEX), shard=st.none() | BYTES)
 def test_indexes_of_caches(content, shard, tmp_path, recwarn):
     (tmp_path / "index.json").write_bytes(content)
@@ -254,7 +254,7 @@ REFERENCE = zipped(
 )
 
 
-@settings(often, max_examples=300)
+@settings(few, max_examples=80)
 @given(data=st.data())
 def test_references(data, tmp_path):
     content = bytearray(REFERENCE)
@@ -287,7 +287,7 @@ def test_what_a_reference_claims_is_compared_with_its_size(content, tmp_path):
     assert value_or_refusal(npz.image_shape, path) is None
 
 
-@often
+@few
 @given(content=BYTES | spoiled({"ant": 0, "bee": 1}))
 def test_class_maps(content, tmp_path):
     for name in ("c.json", "c.txt"):
@@ -299,7 +299,7 @@ LINES = spoiled({"file_name": "a.png", "text": "a caption"})
 
 
 @pytest.mark.filterwarnings("ignore::accelkit.errors.AccelkitWarning")  # of empty captions
-@often
+@few
 @given(lines=st.lists(LINES, min_size=1, max_size=3), ending=st.sampled_from(["jsonl", "txt"]))
 def test_captions(lines, ending, tmp_path):
     folder = tmp_path / ending
@@ -315,7 +315,7 @@ def test_captions(lines, ending, tmp_path):
         value_or_refusal(lambda: found.captions)
 
 
-# --- names of what waits or never ends
+# --- files that wait or never end
 
 
 @pytest.mark.parametrize("name", ["accelkit.json", "accelkit.safetensors"])

@@ -1,4 +1,4 @@
-"""What comes with the package: the built-in pipeline and the digit features."""
+"""Assets of the package: the built-in pipeline and the digit features."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from accelkit.errors import AccelkitError
 
 ASSETS = Path(__file__).parent
 BUILTIN = "builtin"
-"""The name by which the built-in model is asked for."""
+"""Name of the built-in model."""
 FINETUNE_RECIPE = ASSETS / "finetune.toml"
-"""Settings that suit the built-in model, where a command and its recipe give none."""
+"""Settings that suit the built-in model, used if neither the command nor its recipe gives them."""
 
 
 def builtin() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files.locks import claim
 from accelkit.files.writing import AGAIN, read_record, write_record
 
-_RESULT, _LOCK = "cell.json", ".lock"
+_RESULT = "cell.json"
 
 
 class Cells:
@@ -41,16 +41,10 @@ class Cells:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise AccelkitError(f"cannot write to {self.folder}: {error}") from error
+        lock = claim(self.folder, "another bench")
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise AccelkitError(
-                    f"another bench is at work in {self.folder}; wait for it or give another -o"
-                ) from error
             for path in self.folder.glob(f"*/{_RESULT}"):
                 _remove_folders(path.parent)
             yield

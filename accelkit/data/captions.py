@@ -1,29 +1,27 @@
-"""Captions next to images: rows of a metadata file, or a ``.txt`` for each image."""
+"""Captions of images: rows of a metadata file, or a ``.txt`` next to each image."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import PurePosixPath
 
-from accelkit.data.files import Files, next_to
-from accelkit.data.words import reason
+from accelkit.data.listing import Files
 from accelkit.errors import AccelkitError, AccelkitWarning, one_line
 
 _MOST_BYTES = 2**20
 
 
 class Captions:
-    """The captions of a data set's images, of which ``.txt`` files are read when asked for.
+    """The captions of a data set's images; ``.txt`` files are read when the text is asked for.
 
     Args:
-        files: of the data set.
-        images: those that have captions, or should have.
+        files: files of the data set.
+        images: images that have captions, or should have.
         rows: captions by image from metadata, which take precedence over a ``.txt``.
 
     Attributes:
-        files: the ``.txt`` that belong to an image.
+        files: the ``.txt`` files that belong to an image.
     """
 
     def __init__(
@@ -33,38 +31,38 @@ class Captions:
         rows: Mapping[PurePosixPath, str],
     ) -> None:
         self._files, self._images, self._rows = files, images, rows
-        self._texts = next_to(images, files, ".txt")
+        texts = self._texts = files.next_to(images, ".txt")
+        self._bare = [
+            image
+            for image in images
+            if image not in rows and not (texts and image.with_suffix("") in texts)
+        ]
         self.files = set(self._texts.values())
 
     def __len__(self) -> int:
-        """How many images have a caption."""
-        return len(self._images) - len(self._bare) if self._rows or self._texts else 0
-
-    @cached_property
-    def _bare(self) -> list[PurePosixPath]:
-        rows, texts = self._rows, self._texts
-        return [i for i in self._images if i not in rows and i.with_suffix("") not in texts]
+        """Return the number of images that have a caption."""
+        return len(self._images) - len(self._bare)
 
     def check(self) -> None:
         """Raise AccelkitError if an image has no caption."""
         where, images = self._files.where, self._images
         if bare := self._bare:
             strange = sorted(map(str, self._rows.keys() - set(images)))
-            also = f" (a row names {strange[0]}, which is no image there)" if strange else ""
+            also = f" (a row names {strange[0]}, which is not an image there)" if strange else ""
             raise AccelkitError(
                 f"{len(bare)} of {len(images)} images in {where} have no caption, e.g. {bare[0]}"
-                f"{also}; give each a line in metadata.jsonl or a .txt beside it"
+                f"{also}; give each a line in metadata.jsonl or a .txt next to it"
             )
 
     def read(self) -> tuple[str, ...]:
-        """Return the caption of each image; empty ones warn.
+        """Return the caption of each image; warn of empty ones.
 
         Raises:
             AccelkitError: an image has no caption, or captions cannot be read.
         """
         self.check()
         where, images = self._files.where, self._images
-        found = tuple(self._rows[i] if i in self._rows else self._text(i) for i in images)
+        found = tuple(map(self._caption, images))
         if empty := [i for i, text in zip(images, found, strict=True) if not text.strip()]:
             warnings.warn(
                 one_line(
@@ -76,11 +74,7 @@ class Captions:
             )
         return found
 
-    def _text(self, image: PurePosixPath) -> str:
-        path = self._texts[image.with_suffix("")]
-        try:
-            return self._files.content(path, _MOST_BYTES).decode("utf-8-sig").strip()
-        except Exception as error:  # zipfile raises as many kinds as Pillow
-            raise AccelkitError(
-                f"cannot read the captions {self._files.where}/{path}: {reason(error)}"
-            ) from error
+    def _caption(self, image: PurePosixPath) -> str:
+        if image in self._rows:
+            return self._rows[image]
+        return self._files.text(self._texts[image.with_suffix("")], _MOST_BYTES).strip()

@@ -1,14 +1,15 @@
-"""Labels of classes by name, from a file: which row of a model's table each class is."""
+"""A file that gives the classes of a data set their labels, the rows of a model's table."""
 
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelkit.data.files import read_file
-from accelkit.data.metadata import repeated, whole_number
+from accelkit.data.listing import read_file
+from accelkit.data.metadata import whole_number
 from accelkit.data.words import reason
 from accelkit.errors import AccelkitError
 from accelkit.files.documents import parse_json
@@ -18,13 +19,13 @@ _MOST_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Labels by the names of classes.
+    """Labels by class name.
 
     Attributes:
         where: the file.
-        labels: by name.
-        of_model: whether it lists a model's classes, of which a data set may have some; otherwise
-            it names those of the data set.
+        labels: labels by name.
+        of_model: whether the file lists the classes of a model, of which a data set may have some;
+            otherwise it lists those of the data set.
     """
 
     where: str
@@ -33,13 +34,13 @@ class ClassMap:
 
 
 def read_class_map(path: str | Path) -> ClassMap:
-    """Return what a file says: a JSON object, or a list of a model's classes in order.
+    """Return the content of a file: a JSON object, or a list of a model's classes in order.
 
-    ``{"n01440764": 0, "n01443537": 1}`` names the data set's classes. Any other text has a name a
-    line, the first of label 0, as ImageNet's lists of synsets.
+    ``{"n01440764": 0, "n01443537": 1}`` names the data set's classes. Any other text has a name on
+    each line, the first with the label 0, as ImageNet's lists of synsets do.
 
     Raises:
-        AccelkitError: the file cannot be read, is neither, or names a class twice.
+        AccelkitError: the file cannot be read, has another form, or names a class twice.
     """
     try:
         text = read_file(Path(path), _MOST_BYTES).decode("utf-8-sig")
@@ -53,8 +54,8 @@ def read_class_map(path: str | Path) -> ClassMap:
         ) from error
     if not isinstance(content, dict) or not content:
         raise AccelkitError(
-            f'the class map {path} is no JSON object such as {{"cat": 0, "dog": 1}}; write the '
-            "data's classes and their labels so, or a list of names, one a line"
+            f'the class map {path} is not a JSON object such as {{"cat": 0, "dog": 1}}; write the '
+            "classes of the data and their labels in this form, or a list of names, one a line"
         )
     return ClassMap(str(path), {n: _label(path, n, v) for n, v in content.items()}, False)
 
@@ -74,5 +75,5 @@ def _listed(where: str, text: str) -> ClassMap:
     if "" in names:
         raise ValueError(f"line {names.index('') + 1} is empty")
     if len(set(names)) < len(names):
-        raise ValueError(f"{repeated(names)!r} is in it twice")
+        raise ValueError(f"it holds {Counter(names).most_common(1)[0][0]!r} twice")
     return ClassMap(where, {name: label for label, name in enumerate(names)}, True)

@@ -14,7 +14,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     """Return the 1,797 digits as RGB images with their labels.
 
     The 8x8 originals (17 grey levels) are enlarged to 32x32 by Pillow's bicubic filter, which
-    clamps to the byte range. Both arrays are read-only: they are shared between callers.
+    clamps to the byte range. Both arrays are read-only, since callers share them.
 
     Returns:
         Images, uint8 of shape (1797, 32, 32, 3), and labels, int64 of shape (1797,).

@@ -1,4 +1,4 @@
-"""Latents of a data set, computed once and kept: posterior means and deviations in shards."""
+"""Latents of a data set, encoded once: posterior means and deviations in a cache of shards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from accelkit.backbones.autoencoders import AT_USE, posterior, scaling
 from accelkit.data import shards
-from accelkit.data.shards import INDEX, Rows, Shards, default_cache
+from accelkit.data.shards import Rows, Shards
 from accelkit.data.sources import ImageSource, iter_images
-
-__all__ = ["INDEX", "Latents", "default_cache", "encode_latents"]
 
 FORMAT = 1
 
@@ -29,7 +27,7 @@ class Latents:
     Attributes:
         path: the folder of shards.
         classes: names of the classes in the order of their labels; empty without labels.
-        skipped: how many images could not be read.
+        skipped: number of images that could not be read.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
@@ -50,7 +48,7 @@ class Latents:
 
     @cached_property
     def places(self) -> Tensor:
-        """Which image of the source each latent is of, int64 (n,)."""
+        """Index in the source of each latent's image, int64 (n,)."""
         return self._shards.column("index")
 
     @property
@@ -93,15 +91,13 @@ def encode_latents(
 ) -> Latents:
     """Return the latents of ``source`` under ``vae``, from the cache if they are there.
 
-    A folder is keyed by the autoencoder's weights, architecture and tiling, the data's fingerprint,
-    size and flip. It is written next to its place and renamed, so an interrupted encoding leaves
-    nothing half done, and two at a time both end with a whole one. What killed processes left is
-    removed.
+    A folder of the cache is keyed by the autoencoder's weights, architecture and tiling, the data's
+    fingerprint, size and flip; see :func:`accelkit.data.shards.kept`.
 
     Each shard holds up to 4,096 samples: ``mean`` and ``std`` of the posteriors before scaling,
-    float32 (n, C, h, w), because half precision would round them, without ``std`` for a
-    deterministic autoencoder, or in their place ``pixels``, uint8 (n, 3, h, w), without one;
-    ``index``, the place of the image in ``source``, and with classes ``label``, int64 (n,).
+    float32 (n, C, h, w), because half precision would round them (a deterministic autoencoder has
+    no ``std``), or without an autoencoder ``pixels``, uint8 (n, 3, h, w); ``index``, the place of
+    the image in ``source``, and with classes ``label``, int64 (n,).
 
     Args:
         source: the images.
@@ -109,24 +105,20 @@ def encode_latents(
         size: pixels a side that images are brought to.
         cache_dir: default ``$ACCELKIT_CACHE/latents``, else ``~/.cache/accelkit/latents``.
         batch: images encoded at a time.
-        device: where.
+        device: the device that encodes.
         flip: append the mirrored images, in the same order.
         applied: settings of the autoencoder that the pipeline applies to latents, as for
             :func:`accelkit.backbones.autoencoders.scaling`.
-        progress: called with the samples encoded and their total.
+        progress: called with the number of samples encoded and their total.
 
     Raises:
         AccelkitError: an image cannot be read, the cache cannot be written, or the autoencoder is
             not one that accelkit can call.
     """
-    folder = (cache_dir or default_cache()) / _key(source, vae, size, flip)
-    cached = shards.cached(folder, lambda path: Latents(path, vae, applied), "latents")
-    # images left out by an earlier call are this one's errors, unless it leaves them out as well
-    if cached is not None and (source.skip_bad or not cached.skipped):
-        return cached
+    folder = (cache_dir or shards.default_cache("latents")) / _key(source, vae, size, flip)
     total = len(source) * (1 + flip)
 
-    def make(part: Path) -> Latents:
+    def make(part: Path) -> None:
         index = shards.write(
             _encode(source, vae, size, min(batch, shards.SHARD), device, flip),
             part,
@@ -134,9 +126,15 @@ def encode_latents(
         )
         skipped = len(source) - index["count"] // (1 + flip)
         shards.write_index(part, {**index, "classes": source.classes, "skipped": skipped})
-        return Latents(part, vae, applied)
 
-    latents = shards.made(folder, make, "latents")
+    latents = shards.kept(
+        folder,
+        lambda path: Latents(path, vae, applied),
+        make,
+        "latents",
+        # an image that an earlier call skipped is an error here, unless it may be skipped again
+        lambda found: source.skip_bad or not found.skipped,
+    )
     latents.path = folder
     return latents
 

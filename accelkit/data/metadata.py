@@ -1,6 +1,6 @@
-"""``metadata.jsonl`` and ``metadata.csv``, as Hugging Face's imagefolder has them.
+"""``metadata.jsonl`` and ``metadata.csv``, in the form of Hugging Face's imagefolder.
 
-A row for each image: ``file_name``, relative to the file, and next to it ``text``, a caption,
+Each row describes an image: ``file_name``, relative to the file, with ``text``, a caption,
 ``label``, a class by number or name, or both.
 """
 
@@ -11,20 +11,18 @@ import io
 import posixpath
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from accelkit.data.files import Files
-from accelkit.data.words import reason
+from accelkit.data.listing import Files
 from accelkit.errors import AccelkitError
 from accelkit.files.documents import parse_json
 
 NAME, TEXT, LABEL = "file_name", "text", "label"
 MOST_BYTES = 2**30
-_MOST_LABEL = 2**31  # a label beyond it is none, and would not fit an int64 if long enough
+_MOST_LABEL = 2**31  # a larger number is not a label, and might not fit an int64
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)|nan", re.IGNORECASE)
 
 Label = int | str
@@ -33,10 +31,10 @@ Row = tuple[int, dict[str, Any]]
 
 @dataclass
 class Metadata:
-    """What the rows of a data set say of its images.
+    """The rows of a data set.
 
     Attributes:
-        captions, labels: by image; empty where no row has any.
+        captions, labels: by image; empty if no row has any.
         columns: names of columns that are not read.
     """
 
@@ -44,25 +42,17 @@ class Metadata:
     labels: dict[PurePosixPath, Label] = field(default_factory=dict)
     columns: set[str] = field(default_factory=set)
 
-    def add(self, image: PurePosixPath, row: dict[str, Any]) -> None:
-        """Add an image's row, whose values are checked."""
-        if TEXT in row:
-            self.captions[image] = row[TEXT]
-        if LABEL in row:
-            self.labels[image] = row[LABEL]
-        self.columns |= row.keys() - {NAME, TEXT, LABEL}
-
 
 def is_metadata(path: PurePosixPath) -> bool:
-    """Whether a file has rows about images."""
+    """Return whether a file is a metadata file."""
     return path.name in _READERS
 
 
 def read_metadata(files: Files) -> Metadata:
-    """Return what all metadata files of a data set say.
+    """Return the rows of all metadata files of a data set.
 
     Raises:
-        AccelkitError: a file cannot be read, a row is not of the form, some rows of a file lack a
+        AccelkitError: a file cannot be read, a row has another form, some rows of a file lack a
             column that others have, or an image has two rows.
     """
     found = Metadata()
@@ -82,25 +72,24 @@ def read_metadata(files: Files) -> Metadata:
                     "one of them"
                 )
             origin[image] = f"line {number} of {where}"
-            found.add(image, row)
+            if TEXT in row:
+                found.captions[image] = row[TEXT]
+            if LABEL in row:
+                found.labels[image] = row[LABEL]
+            found.columns |= row.keys() - {NAME, TEXT, LABEL}
     return found
 
 
 def located(folder: PurePosixPath, name: str) -> PurePosixPath:
-    """Return the path that a file in ``folder`` names, written by whatever system."""
+    """Return the path that a file in ``folder`` names, on whichever system it was written."""
     return PurePosixPath(posixpath.normpath(folder / name.replace("\\", "/")))
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a label, None for what is none: a boolean, text, a fraction, below 0."""
+    """Return a label, or None for a boolean, text, a fraction or a number below 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return int(value) if 0 <= value < _MOST_LABEL and value == int(value) else None
-
-
-def repeated(names: Iterable[str]) -> str:
-    """Return the name that is there most often."""
-    return Counter(names).most_common(1)[0][0]
 
 
 class _RowError(Exception):
@@ -111,12 +100,7 @@ class _RowError(Exception):
 
 def _rows(files: Files, path: PurePosixPath, where: str) -> list[Row]:
     """Return line numbers and checked rows of a file."""
-    try:
-        text = files.content(path, MOST_BYTES).decode("utf-8-sig")
-    except Exception as error:  # zipfile raises as many kinds as Pillow
-        raise AccelkitError(
-            f"cannot read {where} ({reason(error)}); correct or remove it"
-        ) from error
+    text = files.text(path, MOST_BYTES)
     try:
         rows = list(_READERS[path.name](text))
         for number, row in rows:
@@ -162,13 +146,10 @@ def _csv(text: str) -> Iterator[Row]:
             raise _RowError(number, f"{len(cells)} cells under {len(columns)} columns")
         row: dict[str, Any] = dict(zip(columns, cells, strict=True))
         if LABEL in row:
-            row[LABEL] = _number_or_name(row[LABEL].strip())
+            label = row[LABEL].strip()
+            # all cells are text, and a column of numbers with gaps is often saved as 3.0
+            row[LABEL] = float(label) if _NUMBER.fullmatch(label) else label
         yield number, row
-
-
-def _number_or_name(cell: str) -> float | str:
-    # all cells are text, numbers too, which a column with gaps has as 3.0
-    return float(cell) if _NUMBER.fullmatch(cell) else cell
 
 
 def _unnamed(columns: str) -> str:
@@ -186,13 +167,13 @@ _READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 
 def _check_row(number: int, row: Any) -> None:
-    """Refuse a row without a file's name, or with a caption or label of another type."""
+    """Refuse a row without a file name, or with a caption or label of another type."""
     if not isinstance(row, dict):
-        raise _RowError(number, "no object")
+        raise _RowError(number, "not an object")
     if not isinstance(row.get(NAME), str) or not row[NAME]:
         raise _RowError(number, f"no {NAME}")
     if not isinstance(row.get(TEXT, ""), str):
-        raise _RowError(number, f"its {TEXT} is {reprlib.repr(row[TEXT])}, which is no text")
+        raise _RowError(number, f"its {TEXT} is {reprlib.repr(row[TEXT])}, expected text")
     label = row.get(LABEL, 0)
     if not (isinstance(label, str) and label.strip()) and whole_number(label) is None:
         raise _RowError(
@@ -202,12 +183,7 @@ def _check_row(number: int, row: Any) -> None:
     if LABEL in row and not isinstance(label, str):
         row[LABEL] = whole_number(label)
     for name in (NAME, TEXT, LABEL):
-        _check_unicode(number, row.get(name))
-
-
-def _check_unicode(number: int, value: Any) -> None:
-    # JSON may name half a surrogate pair, which no tokenizer takes
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise _RowError(number, error) from error
+        try:
+            str(row.get(name)).encode()
+        except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair
+            raise _RowError(number, error) from error

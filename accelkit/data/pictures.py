@@ -15,16 +15,16 @@ UNREAD = {
     *(".apng", ".avif", ".exr", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"),
     *(".pgm", ".pnm", ".ppm", ".svg", ".tga", ".tif", ".tiff"),
 }
-"""Pictures as well, but in formats that differ between readers or hold several pictures."""
+"""Suffixes of formats that readers disagree about, or that hold several pictures."""
 
 MOST_BYTES = 256 * 2**20
-"""Size of a picture's file: as many pixels as Pillow takes without a warning, uncompressed."""
+"""Largest file of a picture: the pixels that Pillow reads without a warning, uncompressed."""
 
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What content may be, whatever its suffix; Pillow hands others to programs, as PostScript."""
+"""Formats that are read whatever the suffix; Pillow passes others, as PostScript, to programs."""
 
 _MOST_PIXELS = 2 * 89_478_485
-"""What a picture may be enlarged to: as many as Pillow reads."""
+"""Most pixels that a picture may be enlarged to: as many as Pillow reads."""
 
 
 def decode(content: bytes, size: int) -> np.ndarray:
@@ -36,17 +36,17 @@ def decode(content: bytes, size: int) -> np.ndarray:
 def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
     """Return RGB uint8 (size, size, 3): shorter side resized to ``size``, centre cropped.
 
-    As in ADM (Dhariwal and Nichol 2021) and DiT: halved by averaging while twice too large, then
-    bicubic. Transparency is dropped and EXIF orientation ignored, as there; grey of 16 bits is
-    scaled to 8.
+    As in ADM (Dhariwal and Nichol 2021) and DiT, the picture is halved by averaging while it is
+    twice too large, then resized by a bicubic filter; transparency is dropped and EXIF orientation
+    ignored. Grey of 16 bits is scaled to 8.
 
     Raises:
-        AccelkitError: the picture is of floating-point numbers, whose white it does not name, or so
-            narrow that it would be enlarged beyond what the memory holds.
+        AccelkitError: the pixels are floating-point numbers, whose white is not known, or the
+            picture is so narrow that it would be enlarged beyond the memory.
     """
     if image.mode == "F":
         raise AccelkitError("its pixels are floating-point numbers; save it with 8 bits")
-    if image.mode.startswith("I"):  # which Pillow would clip at 255
+    if image.mode.startswith("I"):  # Pillow would clip it at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:

@@ -1,4 +1,4 @@
-"""Text embeddings of a data set's captions, computed once and kept in shards."""
+"""Text embeddings of a data set's captions, encoded once and kept in a cache of shards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORMAT = 1
 
 
 class Prompts:
-    """Embedded captions, mapped from their files, by the sample that they belong to.
+    """Embedded captions by sample, mapped from their files.
 
     Args:
         path: the folder of shards; its first row is the empty caption.
-        places: which row each sample has, int64 (n,).
+        places: the row of each sample, int64 (n,).
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
@@ -34,11 +34,11 @@ class Prompts:
         self._places = places
 
     def rows(self, indices: Tensor, drop: Tensor) -> Rows:
-        """Return what the model's call takes for the samples ``indices``, int64 (B,).
+        """Return the text arguments of the model's call, by name.
 
         Args:
-            indices: of samples.
-            drop: bool (B,), whose caption is left empty.
+            indices: samples, int64 (B,).
+            drop: bool (B,), true for samples that get the empty caption.
         """
         chosen = torch.where(drop, 0, self._places[indices])
         return {name: self._shards.rows(name, chosen) for name in self._shards.names}
@@ -55,17 +55,17 @@ def encode_captions(
 ) -> Prompts:
     """Return the embeddings of ``captions``, from the cache if they are there.
 
-    Equal captions are embedded once. A folder is keyed by the text encoders' weights and
-    architecture, the tokenizers, and the captions; it holds one row of each tensor that the model's
-    call takes, in the encoders' own dtype, for the empty caption and then for every other.
+    Equal captions are embedded once. A folder of the cache is keyed by the text encoders' weights
+    and architecture, the tokenizers, and the captions. It holds one row of each tensor that the
+    model's call takes, in the encoders' own dtype, for the empty caption and then for each other.
 
     Args:
         captions: one per sample.
         pipe: the pipeline whose ``encode_prompt`` embeds them.
-        conditioning: of its model.
+        conditioning: the conditioning of its model.
         cache_dir: default ``$ACCELKIT_CACHE/prompts``, else ``~/.cache/accelkit/prompts``.
         batch: captions embedded at a time.
-        progress: called with the captions embedded and their total.
+        progress: called with the number of captions embedded and their total.
 
     Raises:
         AccelkitError: the cache cannot be written.
@@ -79,13 +79,11 @@ def encode_captions(
         for start in range(0, len(distinct), batch):
             yield conditioning.encode(pipe, distinct[start : start + batch])
 
-    def make(part: Path) -> Prompts:
+    def make(part: Path) -> None:
         written = lambda done: progress(done, len(distinct)) if progress else None  # noqa: E731
         shards.write_index(part, shards.write(encode(), part, written))
-        return Prompts(part, places)
 
-    known = shards.cached(folder, lambda path: Prompts(path, places), "text embeddings")
-    return known or shards.made(folder, make, "text embeddings")
+    return shards.kept(folder, lambda path: Prompts(path, places), make, "text embeddings")
 
 
 def _key(captions: Sequence[str], pipe: Any) -> str:

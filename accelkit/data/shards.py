@@ -1,8 +1,7 @@
-"""What is computed once for a data set and kept: tensors in shards, in folders keyed by content."""
+"""A cache of tensors that are computed once for a data set: shards in folders keyed by content."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -22,15 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError, AccelkitWarning
+from accelkit.files.locks import shared
 from accelkit.files.tensors import load_tensors, write_tensors
 from accelkit.files.writing import AGAIN, flush, flush_folder, read_record, write_record
 
 SHARD = 4096
 SHARD_BYTES = 512 * 2**20
 GO_ON = f"{AGAIN}, or name another folder in ACCELKIT_CACHE"
-"""What to do if a cache cannot be written."""
+"""Advice for a cache that cannot be written."""
 INDEX = "index.json"
-_LOCK = ".lock"
 
 Rows = dict[str, Tensor]
 T = TypeVar("T")
@@ -40,7 +39,7 @@ class Shards:
     """Rows of named tensors, mapped from their files: memory does not grow with their number.
 
     Attributes:
-        index: what its writer recorded beside them.
+        index: the record that was written with them.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
@@ -48,7 +47,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.index: dict[str, Any] = read_record(path / INDEX)
-        with ThreadPoolExecutor() as pool:  # as their checksums are compared, which takes a while
+        with ThreadPoolExecutor() as pool:  # comparing checksums takes a while
             self._files = list(pool.map(load_tensors, [path / n for n in self.index["files"]]))
         self._starts = [0, *accumulate(len(next(iter(f.values()))) for f in self._files)]
         if len(self) != self.index["count"] or len(self) == 0:
@@ -59,7 +58,7 @@ class Shards:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors."""
+        """Names of the tensors."""
         return sorted(self._files[0])
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -79,13 +78,13 @@ class Shards:
 def write(batches: Iterator[Rows], folder: Path, on_rows: Callable[[int], None]) -> dict[str, Any]:
     """Write batches of rows into ``folder`` and return the index that :class:`Shards` reads.
 
-    A shard holds up to 4,096 rows or 512 MiB, at least one batch; the index is the caller's to
-    complete and to write, last, by :func:`write_index`.
+    A shard holds up to 4,096 rows or 512 MiB, and at least one batch. The caller completes the
+    index and writes it last, by :func:`write_index`.
 
     Args:
-        batches: rows by name, of as many rows each; the names never differ.
-        folder: exists.
-        on_rows: called with the rows written so far.
+        batches: rows by name, the same number of rows of each and the same names in every batch.
+        folder: an existing folder.
+        on_rows: called with the number of rows written so far.
     """
     files: list[str] = []
     held: list[Rows] = []
@@ -111,22 +110,63 @@ def write(batches: Iterator[Rows], folder: Path, on_rows: Callable[[int], None])
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write what :func:`write` returned, and whatever else is worth recording."""
+    """Write the index that :func:`write` returned, with anything the caller added."""
     write_record(folder / INDEX, index, GO_ON)
 
 
 def in_order(folder: Path) -> Iterator[Rows]:
-    """Yield all rows in order, file after file; memory holds what is mapped of one.
+    """Yield all rows in order, one file at a time, so that memory holds no more than one.
 
     Raises:
         OSError, ValueError, KeyError, SafetensorError: the folder is not whole.
     """
     for name in read_record(folder / INDEX)["files"]:
-        yield load_file(folder / name)  # compared with its checksum when the folder was opened
+        yield load_file(folder / name)  # its checksum was compared when the folder was opened
+
+
+def kept(
+    folder: Path,
+    read: Callable[[Path], T],
+    make: Callable[[Path], None],
+    what: str,
+    suits: Callable[[T], bool] = lambda found: True,
+) -> T:
+    """Return the content of ``folder``, which is made if it is missing, broken or unsuitable.
+
+    A folder is made next to its place and renamed. An interrupted process leaves no half-made
+    folder, and two processes at a time both end with a whole one. Folders of killed processes are
+    removed.
+
+    Args:
+        folder: the folder, in the folder of the cache.
+        read: opens a folder, and raises if it is not whole.
+        make: writes a folder.
+        what: the content in messages, such as ``"latents"``.
+        suits: whether content that is found will do.
+
+    Raises:
+        AccelkitError: the cache cannot be written.
+    """
+    found = cached(folder, read, what)
+    if found is not None and suits(found):
+        return found
+    cache = folder.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _partial(cache) as part:
+            make(part)
+            found = read(part)  # mapped before another process can replace it
+            _install(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise AccelkitError(
+            f"cannot write {what} to {cache} ({error}); make room there, or name another folder "
+            "in ACCELKIT_CACHE"
+        ) from error
+    return found
 
 
 def cached(folder: Path, read: Callable[[Path], T], what: str) -> T | None:
-    """Return what ``read`` makes of ``folder``; None if it isn't there, or broken, which warns."""
+    """Return the content of ``folder``, or None if it is missing, or broken, which warns."""
     if not folder.exists():
         return None
     try:
@@ -135,60 +175,30 @@ def cached(folder: Path, read: Callable[[Path], T], what: str) -> T | None:
         warnings.warn(
             f"the cached {what} in {folder} are broken ({error}); encoding again",
             AccelkitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
 
 
-def made(folder: Path, make: Callable[[Path], T], what: str) -> T:
-    """Return what ``make`` writes and reads back, in a folder that is then renamed to ``folder``.
-
-    An interrupted making leaves nothing half done, and two at a time both end with a whole one.
-    What killed processes left is removed.
-
-    Raises:
-        AccelkitError: the cache cannot be written.
-    """
-    cache = folder.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _at_work(cache) as part:
-            result = make(part)  # mapped before it is in anybody's reach
-            _install(part, folder)
-    except (OSError, SafetensorError) as error:
-        raise AccelkitError(
-            f"cannot write {what} to {cache} ({error}); make room there, or name another folder "
-            "in ACCELKIT_CACHE"
-        ) from error
-    return result
-
-
 @contextmanager
-def _at_work(cache: Path) -> Iterator[Path]:
-    """Give a new folder to write into; remove it afterwards, and those of killed processes before.
+def _partial(cache: Path) -> Iterator[Path]:
+    """Make a folder to write into; remove it afterwards, and those of killed processes before."""
 
-    All who write share a lock that the system releases with a process, however that ends. Who
-    gets it alone knows that the folders lying there belong to nobody.
-    """
-    lock = os.open(cache / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for stale in cache.glob("partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    def remove_stale() -> None:
+        for stale in cache.glob("partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+    with shared(cache, remove_stale):
         part = cache / f"partial-{secrets.token_hex(8)}"
         try:
             part.mkdir()
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
-def default_cache(what: str = "latents") -> Path:
-    """Return ``$ACCELKIT_CACHE/latents``, or the user's cache directory's."""
+def default_cache(what: str) -> Path:
+    """Return ``$ACCELKIT_CACHE/what``, or that folder in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ACCELKIT_CACHE") or Path(home) / "accelkit") / what
 
@@ -197,9 +207,9 @@ def add_network(digest: Any, network: nn.Module, leave_out: frozenset[str] = fro
     """Add a network's class, configuration and weights to a hashlib digest.
 
     Args:
-        digest: of hashlib.
-        network: of diffusers or transformers.
-        leave_out: names of settings that don't count.
+        digest: the hashlib object.
+        network: a network of diffusers or transformers.
+        leave_out: names of settings that are not added.
     """
     config: Any = network.config
     settings = dict(config if isinstance(config, dict) else config.to_diff_dict())
@@ -218,7 +228,7 @@ def fingerprint_of(network: nn.Module) -> str:
 
 
 def fingerprint(pipe: Any) -> str:
-    """Return a digest of a pipeline's networks and noise process, wherever they were read from."""
+    """Return a digest of a pipeline's networks and noise process, whatever their origin."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module):
@@ -230,7 +240,7 @@ def fingerprint(pipe: Any) -> str:
 
 
 def _install(part: Path, folder: Path) -> None:
-    """Rename ``part`` to ``folder``; what is there is moved away whole, never seen half gone."""
+    """Rename ``part`` to ``folder``; an old folder is moved away whole before it is removed."""
     flush(part)
     old = part.with_name(f"{part.name}-replaced")
     with suppress(FileNotFoundError):

@@ -17,7 +17,7 @@ from accelkit.data.captions import Captions
 from accelkit.data.class_map import ClassMap, read_class_map
 from accelkit.data.classes import Classes, folder_classes, recorded_classes
 from accelkit.data.digits import SIZE, digits
-from accelkit.data.files import Files, next_to, open_files, refuse_archives
+from accelkit.data.listing import Files, open_files
 from accelkit.data.metadata import Label, Metadata, is_metadata, read_metadata
 from accelkit.data.pictures import MOST_BYTES, SUFFIXES, UNREAD, crop_and_resize, decode
 from accelkit.data.words import by_suffix, labelled, reason
@@ -25,34 +25,32 @@ from accelkit.errors import AccelkitError, AccelkitWarning, one_line
 
 
 class ImageSource(ABC):
-    """A set of images, labelled by class or not, captioned or not.
+    """A set of images, with or without classes and captions.
 
     Attributes:
-        name: what was asked for.
+        name: the name that was given.
         labels: int64 of shape (n,), or None.
         classes: names of the classes in the order of their labels; empty without labels.
-        class_labels: the label of each class, rising: 0, 1, … unless a file says otherwise.
-        captioned: how many images have a caption.
-        notes: what else is there and is not used, a phrase each.
+        class_labels: the label of each class, rising: 0, 1, … unless a file sets others.
+        captioned: number of images that have a caption.
+        notes: phrases about files that are there and not used.
         skip_bad: pass over images that cannot be read, and list them in ``skipped``.
-        skipped: what the last pass of :func:`iter_images` left out, each with its reason.
+        skipped: images that the last pass of :func:`iter_images` left out, each with the reason.
     """
 
-    name: str
-    labels: np.ndarray | None
-    classes: tuple[str, ...]
     captioned = 0
     notes: tuple[str, ...] = ()
-    skip_bad = False
-    skipped: list[str]
+
+    def __init__(self, name: str, classes: Classes | None, skip_bad: bool = False) -> None:
+        self.name = name
+        self.labels = classes.of_images if classes else None
+        self.classes: tuple[str, ...] = classes.names if classes else ()
+        self.class_labels: tuple[int, ...] = classes.labels if classes else ()
+        self.skip_bad = skip_bad
+        self.skipped: list[str] = []
 
     @abstractmethod
     def __len__(self) -> int: ...
-
-    @property
-    def class_labels(self) -> tuple[int, ...]:
-        """The label of each class."""
-        return tuple(range(len(self.classes)))
 
     @property
     def names(self) -> dict[int, str]:
@@ -61,19 +59,19 @@ class ImageSource(ABC):
 
     @property
     def captions(self) -> tuple[str, ...] | None:
-        """A text for each image, None if there are none.
+        """A text for each image, or None if there are none.
 
         Raises:
-            AccelkitError: some images have one and others don't, or they cannot be read.
+            AccelkitError: only some images have one, or a caption cannot be read.
         """
         return None
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 over names and contents, the same wherever the images are.
+        """SHA-256 of names and contents, wherever the images are.
 
-        Labels count too, unless they follow from the names.
+        Labels are part of it unless they follow from the names.
         """
 
     @abstractmethod
@@ -81,11 +79,11 @@ class ImageSource(ABC):
         """Return image ``index`` as RGB uint8 (size, size, 3), resized and cropped.
 
         Raises:
-            AccelkitError: the image cannot be read; it is named.
+            AccelkitError: the image cannot be read.
         """
 
     def summary(self) -> str:
-        """Return a phrase: how many images, which class has which label, what was not used."""
+        """Return a phrase: the number of images, the label of each class, what was not used."""
         labels = f", labels {labelled(self.names)}" if self.classes else ", without classes"
         some = f"captions for {self.captioned:,}" if self.captioned < len(self) else "with captions"
         captions = f", {some}" if self.captioned else ""
@@ -96,12 +94,12 @@ class ImageSource(ABC):
 def open_source(
     spec: str | Path, *, skip_bad: bool = False, class_map: str | Path | None = None
 ) -> ImageSource:
-    """Return the images that ``spec`` names.
+    """Return a set of images.
 
     Args:
         spec: ``digits``; a folder with a sub-folder per class (sorted names are labels 0, 1, ...);
             a folder of images without classes; or a zip of either, of which a path may name a part,
-            as in ``cifar10.zip/train``. A single outermost folder of a zip is looked through.
+            as in ``cifar10.zip/train``. A single outermost folder of a zip is opened.
             Labels in a ``dataset.json`` of NVlabs' tools, or in the column ``label`` of a
             ``metadata.jsonl`` or ``metadata.csv``, take precedence over folders. Captions are in
             the column ``text`` of such a table (``file_name`` relative to it) or in a ``.txt`` next
@@ -111,10 +109,10 @@ def open_source(
             :func:`accelkit.data.class_map.read_class_map`.
 
     Raises:
-        AccelkitError: nothing is there, there are no images, the zip is broken or hostile, images
-            lie beside class folders, a class folder holds none, or it holds folders in their place;
-            labels or captions are of another form, missing for an image or there twice; the class
-            map does not suit the classes.
+        AccelkitError: the path does not exist or holds no images; the zip is broken or hostile;
+            images are next to class folders, or a class folder holds none, or folders instead;
+            labels or captions have another form, are missing for an image or there twice; the
+            class map does not suit the classes.
     """
     given = None if class_map is None else read_class_map(class_map)
     if str(spec) == "digits":
@@ -127,10 +125,10 @@ def iter_images(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield indices, int64 (n,), and images, uint8 (n, size, size, 3), in order.
 
-    Where bad images are skipped their indices are missing.
+    The indices of skipped images are missing.
 
     Raises:
-        AccelkitError: an image cannot be read and is not to be skipped, or none can.
+        AccelkitError: an image cannot be read and is not to be skipped, or none can be read.
     """
     indices: list[int] = []
     images: list[np.ndarray] = []
@@ -155,19 +153,10 @@ def iter_images(
 
 
 class _Digits(ImageSource):
-    name = "digits"
-
     def __init__(self, class_map: ClassMap | None) -> None:
         self._images, labels = digits()
         classes = Classes(tuple(map(str, range(10))), tuple(range(10)), labels)
-        self._classes = classes.mapped(class_map, self.name) if class_map else classes
-        self.labels, self.classes = self._classes.of_images, self._classes.names
-        self.skipped = []
-
-    @property
-    def class_labels(self) -> tuple[int, ...]:
-        """The label of each class."""
-        return self._classes.labels
+        super().__init__("digits", classes.mapped(class_map, "digits") if class_map else classes)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -192,10 +181,9 @@ def _matters(path: PurePosixPath) -> bool:
 
 class _Images(ImageSource):
     def __init__(self, name: str, files: Files, skip_bad: bool, class_map: ClassMap | None) -> None:
-        self.name, self.skip_bad, self.skipped = name, skip_bad, []
         self._files = files
         self._names = sorted(filter(_is_image, files.paths))
-        refuse_archives(files)
+        files.refuse_archives()
         if not self._names:
             found = f", found {by_suffix(files.paths)}" if files.paths else ""
             raise AccelkitError(
@@ -207,23 +195,14 @@ class _Images(ImageSource):
         self._refuse_rows_of_nothing(metadata)
         recorded = dataset_json.read_labels(files)
         self._captions = Captions(files, self._names, metadata.captions)
+        classes = self._classified(metadata.labels, recorded, class_map)
+        super().__init__(name, classes, skip_bad)
+        self._recorded = classes is not None and classes.recorded
         self.captioned = len(self._captions)
-        self._classes = self._classified(metadata.labels, recorded)
-        if class_map is not None:
-            if self._classes is None:
-                raise AccelkitError(
-                    f"{files.where} has no classes that the class map {class_map.where} could "
-                    "label; leave it out, or put the images into a folder per class"
-                )
-            self._classes = self._classes.mapped(class_map, files.where)
-        elif self._classes is not None:
-            self._classes.warn(files.where)
-        self.labels = self._classes.of_images if self._classes else None
-        self.classes = self._classes.names if self._classes else ()
         self.notes = self._passed_over(metadata, recorded)
 
     def _refuse_unread_labels(self) -> None:
-        if found := next_to(self._names, self._files, ".cls"):  # of WebDataset, unpacked
+        if found := self._files.next_to(self._names, ".cls"):  # an unpacked WebDataset
             raise AccelkitError(
                 f"{self._files.where} has labels in files such as {min(found.values())}, which "
                 'accelkit does not read; write them to metadata.jsonl, {"file_name": …, "label": '
@@ -239,7 +218,10 @@ class _Images(ImageSource):
             )
 
     def _classified(
-        self, rows: Mapping[PurePosixPath, Label], recorded: Mapping[PurePosixPath, int] | None
+        self,
+        rows: Mapping[PurePosixPath, Label],
+        recorded: Mapping[PurePosixPath, int] | None,
+        class_map: ClassMap | None,
     ) -> Classes | None:
         files, images = self._files, self._names
         if recorded and rows:
@@ -247,14 +229,26 @@ class _Images(ImageSource):
                 f"{files.where} has labels both in {dataset_json.NAME} and in metadata; remove "
                 "one of them"
             )
+        classes = None
         if labels := recorded or rows:
-            return recorded_classes(files, images, labels)
-        return None if recorded is not None else folder_classes(files, images, self._captions)
+            classes = recorded_classes(files, images, labels)
+        elif recorded is None:
+            classes = folder_classes(files, images, self._captions)
+        if class_map is None:
+            if classes is not None:
+                classes.warn(files.where)
+            return classes
+        if classes is None:
+            raise AccelkitError(
+                f"{files.where} has no classes that the class map {class_map.where} could label; "
+                "leave it out, or put the images into a folder per class"
+            )
+        return classes.mapped(class_map, files.where)
 
     def _passed_over(
         self, metadata: Metadata, recorded: Mapping[PurePosixPath, int] | None
     ) -> tuple[str, ...]:
-        """Return what is there and not used; warn of pictures, whose absence changes the data."""
+        """Return notes on files that are not used; warn of pictures, which change the data."""
         rest = [n for n in self._files.paths if not _is_image(n) and not is_metadata(n)]
         pictures = [n for n in rest if n.suffix.lower() in UNREAD]
         read = {*pictures, *self._captions.files}
@@ -282,14 +276,9 @@ class _Images(ImageSource):
     def __len__(self) -> int:
         return len(self._names)
 
-    @property
-    def class_labels(self) -> tuple[int, ...]:
-        """The label of each class."""
-        return self._classes.labels if self._classes else ()
-
     @cached_property
     def captions(self) -> tuple[str, ...] | None:
-        """From a metadata file, else from the ``.txt`` next to each image."""
+        """Captions from a metadata file, or from the ``.txt`` next to each image."""
         return self._captions.read() if self.captioned else None
 
     @cached_property
@@ -298,7 +287,7 @@ class _Images(ImageSource):
         for name in self._names:
             try:
                 content = self._files.content(name, MOST_BYTES)
-            except Exception as error:  # zipfile raises as many kinds as Pillow
+            except Exception as error:  # see Files.content
                 if not self.skip_bad:
                     raise self._unreadable(name, error) from error
                 content = b""
@@ -306,19 +295,19 @@ class _Images(ImageSource):
             digest.update(hashlib.sha256(content).digest())
         if self.labels is None and all(len(name.parts) > 1 for name in self._names):
             digest.update(b"folders that are no classes")
-        elif self._classes and self._classes.recorded:  # elsewhere than in the names
-            digest.update(repr((self.classes, self._classes.of_images.tolist())).encode())
+        elif self.labels is not None and self._recorded:  # the names do not give these labels
+            digest.update(repr((self.classes, self.labels.tolist())).encode())
         return digest.hexdigest()
 
     def read(self, index: int, size: int) -> np.ndarray:
         name = self._names[index]
         try:
             return decode(self._files.content(name, MOST_BYTES), size)
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        except Exception as error:  # Pillow's decoders raise many kinds too
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: PurePosixPath, error: Exception) -> AccelkitError:
-        # Pillow's own words for an unknown format name an address in memory
+        # Pillow's own message for an unknown format holds an address in memory
         known = not isinstance(error, UnidentifiedImageError)
         return AccelkitError(
             f"cannot read the image {self._files.where}/{name} "

@@ -1,1 +1,1 @@
-"""Files: whole or absent, checked when they are read back."""
+"""Reading and writing files: written whole or not at all, checked when they are read."""

@@ -1,4 +1,4 @@
-"""JSON and TOML from outside: whatever a file holds, it is read or refused in one line."""
+"""JSON and TOML from users: any content is read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelkit.errors import AccelkitError
 
 _LARGEST = 64 * 2**20
 _DEEPEST = 100
-"""Recursive code downstream, and Python's own, ends in a RecursionError near 1,000."""
+"""Python's parsers, and recursive code that uses the result, raise RecursionError near 1,000."""
 _BITS = 64
 _TOO_DEEP = f"it is nested more than {_DEEPEST} deep"
 _TOO_WIDE = f"it holds a whole number of more than {_BITS} bits"
@@ -24,21 +24,21 @@ _TOO_WIDE = f"it holds a whole number of more than {_BITS} bits"
 def read_json(path: str | Path, what: str = "") -> Any:
     """Return the content of a JSON file.
 
-    NaN and infinities are let through, as Python writes them: diffusers' configs hold some.
+    NaN and infinities are accepted in Python's spelling, because some diffusers configs hold them.
 
     Args:
         path: the file.
-        what: how a message calls it, e.g. ``"the recipe"``; the path follows.
+        what: the file in a message, e.g. ``"the recipe"``; the path follows.
 
     Raises:
-        AccelkitError: it is missing, no regular file, larger than 64 MiB or no JSON in UTF-8, it
-            names a key twice, is nested more than 100 deep or holds a number of more than 64 bits.
+        AccelkitError: the file is missing, no regular file, larger than 64 MiB or no JSON in UTF-8;
+            it has a key twice, is nested more than 100 deep or holds a number of more than 64 bits.
     """
     return _read(Path(path), what, parse_json)
 
 
 def read_object(path: str | Path, what: str = "") -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object; else as :func:`read_json`."""
+    """Return the content of a JSON file that must hold an object; see :func:`read_json`."""
     content = read_json(path, what)
     if not isinstance(content, dict):
         raise AccelkitError(
@@ -48,15 +48,15 @@ def read_object(path: str | Path, what: str = "") -> dict[str, Any]:
 
 
 def read_toml(path: str | Path, what: str = "") -> dict[str, Any]:
-    """Return the content of a TOML file; arguments and errors as :func:`read_json`."""
+    """Return the content of a TOML file; see :func:`read_json` for arguments and errors."""
     return _read(Path(path), what, _parse_toml)
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text holds, a line of a file for example.
+    """Return the content of a JSON text, such as a line of a file.
 
     Raises:
-        ValueError: as :func:`read_json`, without a name for the text.
+        ValueError: for the reasons of :func:`read_json`, without the name of a file.
     """
     return _parse(text, partial(json.loads, object_pairs_hook=_object))
 
@@ -71,17 +71,13 @@ def _parse(text: str, load: Callable[[str], Any]) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except ValueError as error:
-        if "int_max_str_digits" in str(error):  # Python's advice is for whoever wrote the program
+        if "int_max_str_digits" in str(error):  # Python's advice is for programmers
             raise ValueError(_TOO_WIDE) from None
         raise
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError unless ``path`` is a regular file: opening a pipe waits for ever.
-
-    Raises:
-        OSError: nothing is there, or a folder, pipe, socket or device is.
-    """
+    """Raise OSError unless ``path`` is a regular file: opening a pipe may wait forever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -89,7 +85,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Return whether a path is text: the bytes of others stand for nothing in most libraries."""
+    """Return whether a path is valid UTF-8; most libraries cannot open others."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -126,7 +122,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bounded(content: Any) -> Any:
-    """Return ``content``, refusing what would end in an error far from the file."""
+    """Return ``content``; refuse values that would raise an error far from the file."""
     level, depth = [content], 0
     while level:
         if (depth := depth + 1) > _DEEPEST:

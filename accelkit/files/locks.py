@@ -1,10 +1,13 @@
-"""One process at a time in a folder, by a lock that no killed process leaves behind."""
+"""Locks on folders: the system releases them with their process, however that ends.
+
+The lock is on a file in the folder. A killed process leaves the file behind, without a lock.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,40 +16,64 @@ from accelkit.errors import AccelkitError
 LOCK = ".lock"
 
 
-@contextmanager
-def alone_in(folder: Path, who: str) -> Iterator[None]:
-    """Keep other processes out of ``folder`` that ask by this function as well.
-
-    The system releases the lock with its process, however that ends; the file that a killed one
-    leaves means nothing.
+def claim(folder: Path, who: str) -> int:
+    """Lock ``folder`` for this process and return the handle; closing it releases the lock.
 
     Args:
-        folder: which must be there.
-        who: what a message calls the other process, e.g. ``"another accelkit sample"``.
+        folder: an existing folder.
+        who: the other process in an error message, e.g. ``"another accelkit sample"``.
 
     Raises:
-        AccelkitError: another process is at work there, or the folder cannot be written to.
+        AccelkitError: another process holds the lock, or the folder cannot be written to.
     """
-    path = folder / LOCK
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = _open(folder)
     except OSError as error:
-        raise AccelkitError(f"cannot write to {folder}: {error.strerror}") from error
+        raise AccelkitError(
+            f"cannot write to {folder} ({error.strerror}); make that possible, or give another -o"
+        ) from error
+    if not _taken(lock, folder):
+        os.close(lock)
+        raise AccelkitError(f"{who} is at work in {folder}; wait for it or give another -o")
+    return lock
+
+
+@contextmanager
+def alone_in(folder: Path, who: str) -> Iterator[None]:
+    """Hold the lock of :func:`claim`, and remove its file afterwards."""
+    lock = claim(folder, who)
     try:
-        if not _taken(lock, path):
-            raise AccelkitError(f"{who} is at work in {folder}; wait for it or give another -o")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+@contextmanager
+def shared(folder: Path, clean: Callable[[], None]) -> Iterator[None]:
+    """Share ``folder`` with other processes, after ``clean`` if there are none.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    lock = _open(folder)
+    try:
+        if _taken(lock, folder):
+            clean()
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
     finally:
         os.close(lock)
 
 
-def _taken(lock: int, path: Path) -> bool:
-    """Take the lock of an open file, unless it is held or was removed before it was taken."""
+def _open(folder: Path) -> int:
+    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _taken(lock: int, folder: Path) -> bool:
+    """Take the lock of an open file, unless it is held or the file was removed meanwhile."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.stat(path), os.fstat(lock))
+        return os.path.samestat(os.stat(folder / LOCK), os.fstat(lock))
     except OSError:
         return False

@@ -1,8 +1,8 @@
-"""Tensor files that carry a checksum: safetensors with a SHA-256 in its metadata.
+"""Tensor files with a checksum: safetensors with a SHA-256 in its metadata.
 
-The checksum is that of the whole file with 64 zeros in its own place. Other programs read such a
-file as any other, and files of other programs, which have none, are read as they are. Hashing takes
-0.6 s per GB on one core of an AMD EPYC.
+The checksum is that of the whole file with 64 zeros in place of the checksum. Other programs read
+such a file as any other. Files of other programs have no checksum, and are read without the check.
+Hashing takes 0.6 s per GB on one core of an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ _NAME = "accelkit.sha256"
 _BLANK = "0" * 64
 _MARK, _FORMAT = f'"{_NAME}":"'.encode(), b'"format":"pt"'
 _SUM = _MARK + _BLANK.encode() + b'"'
-_LONGEST_HEADER = 100_000_000  # as in safetensors itself
+_LONGEST_HEADER = 100_000_000  # the limit of safetensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], go_on: str = RESUME) -> None:
     """Write tensors of torch or arrays of numpy with their checksum.
 
     Args:
-        path: the file, replaced if it is there; see :func:`accelkit.files.writing.writing`.
-        tensors: all of one of the two kinds, by name.
-        go_on: what to do if it cannot be written.
+        path: the file, which is replaced; see :func:`accelkit.files.writing.writing`.
+        tensors: tensors or arrays by name, all of one of the two kinds.
+        go_on: advice if the file cannot be written.
 
     Raises:
-        AccelkitError: it cannot be written.
+        AccelkitError: the file cannot be written.
     """
     with writing(path, go_on) as part:
         _save(tensors, part)
-        part.chmod(part.parent.stat().st_mode & 0o666)  # safetensors writes for one user only
+        part.chmod(
+            part.parent.stat().st_mode & 0o666
+        )  # safetensors makes files readable by their owner alone
         with part.open("r+b") as file:
-            # safetensors writes the two in either order; equal tensors shall make equal files
+            # safetensors writes the two in either order, and equal tensors should make equal files
             header = _header(file).replace(_FORMAT + b"," + _SUM, _SUM + b"," + _FORMAT)
             start, _, actual = _sums(header, file)
             file.seek(0)
@@ -57,7 +59,7 @@ def _save(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def add_sums(folder: Path) -> None:
-    """Write the ``.safetensors`` files of a folder again, with their checksums."""
+    """Add checksums to the ``.safetensors`` files of a folder, by writing them again."""
     from safetensors.torch import load_file
 
     for path in sorted(folder.rglob("*.safetensors")):
@@ -65,10 +67,10 @@ def add_sums(folder: Path) -> None:
 
 
 def load_tensors(path: Path, what_to_do: str = "") -> dict[str, Any]:
-    """Return the tensors of a file, mapped from it, after a look at its checksum.
+    """Return the tensors of a file, mapped from it, after comparing its checksum.
 
     Raises:
-        DamagedError: the content does not match.
+        DamagedError: the content does not match the checksum.
         OSError, SafetensorError: the file is missing or broken.
     """
     from safetensors.torch import load_file
@@ -78,14 +80,14 @@ def load_tensors(path: Path, what_to_do: str = "") -> dict[str, Any]:
 
 
 def check_tensors(path: Path, what_to_do: str = "") -> None:
-    """Raise DamagedError if a file, or one in a folder, does not match its checksum.
+    """Raise DamagedError if a file, or a file in a folder, does not match its checksum.
 
-    A file without one passes, and one whose header cannot be read: safetensors has its own words
-    for that.
+    A file without a checksum passes. So does a file whose header cannot be read, for which
+    safetensors has its own message.
 
     Args:
         path: a ``.safetensors`` file, or a folder.
-        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
+        what_to_do: advice for a damaged file, as the end of a sentence; "" if the caller adds it.
     """
     for one in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         if not one.is_file():
@@ -99,7 +101,7 @@ def check_tensors(path: Path, what_to_do: str = "") -> None:
 
 
 def recorded_sum(path: Path) -> str | None:
-    """Return the checksum in a file, None without; it is not compared with the content."""
+    """Return the checksum in a file, or None; it is not compared with the content."""
     with path.open("rb") as file:
         header = _header(file)
     start = header.find(_MARK) + len(_MARK)
@@ -120,7 +122,7 @@ def _header(file: Any) -> bytes:
 
 
 def _sums(header: bytes, file: Any) -> tuple[int, bytes, bytes]:
-    """Return the place of a file's checksum in its header, what is there, and what should be."""
+    """Return the offset of the checksum in a header, the recorded and the actual checksum."""
     start = header.index(_MARK) + len(_MARK)
     stop = start + len(_BLANK)
     digest = hashlib.sha256(header[:start] + _BLANK.encode() + header[stop:])

@@ -1,4 +1,4 @@
-"""Weights that a network can compute with: floating point, and finite."""
+"""Checks that weights are finite floating point numbers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from accelkit.files.tensors import read_header
 
 
 def check_model(model: nn.Module, place: str, folder: Path | None = None) -> None:
-    """Refuse a network with weights that it cannot compute with.
+    """Refuse a network whose weights are stored as integers or are not finite.
 
-    A quantised network passes, as its library stores what it likes. The look at every weight takes
-    0.06 s per GB on one core of an AMD EPYC.
+    A quantised network passes, since its library may store anything. The check takes 0.06 s per GB
+    on one core of an AMD EPYC.
 
     Args:
-        model: what was opened.
-        place: where its weights are from, for the message.
-        folder: with the ``.safetensors`` files that they were read from; libraries cast integers
-            while they read.
+        model: the network.
+        place: origin of its weights in the message.
+        folder: folder of the ``.safetensors`` files of the weights, which are checked too because
+            libraries cast integers as they read them.
 
     Raises:
         AccelkitError: a weight is stored as an integer, or is not finite.
@@ -40,20 +40,20 @@ def check_model(model: nn.Module, place: str, folder: Path | None = None) -> Non
 
 
 def check_weights(weights: Mapping[str, Tensor], place: str) -> None:
-    """Raise AccelkitError for a weight that is no floating point number, or is not finite."""
+    """Raise AccelkitError for a weight that is an integer, or is not finite."""
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise AccelkitError(_no_floats(name, place, str(weight.dtype).removeprefix("torch.")))
         if not _is_finite(weight.detach()):
             raise AccelkitError(
-                f"{name} in {place} holds NaN or infinite values, with which every image would be "
-                "spoilt; download, save or train it again"
+                f"{name} in {place} holds NaN or infinite values, which would spoil every image; "
+                "download, save or train it again"
             )
 
 
 def _no_floats(name: str, place: str, dtype: str) -> str:
     return (
-        f"{name} in {place} is stored as {dtype}; expected floating point weights, save or "
+        f"{name} in {place} is stored as {dtype}, expected floating point weights; save or "
         "download it again"
     )
 
@@ -61,7 +61,7 @@ def _no_floats(name: str, place: str, dtype: str) -> str:
 def _is_finite(weight: Tensor) -> bool:
     if not weight.numel() or weight.is_meta:
         return True
-    if weight.element_size() == 1:  # torch compares no float8
+    if weight.element_size() == 1:  # torch cannot compare float8
         weight = weight.float()
     # as fast as memory, where isfinite takes 20 times as long
     return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
@@ -77,7 +77,7 @@ def _is_quantised(model: Any) -> bool:
 
 
 def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield names and dtypes, as safetensors calls them, of the tensors stored in a folder."""
+    """Yield names and dtypes, in safetensors' spelling, of the tensors stored in a folder."""
     for path in folder.glob("*.safetensors"):
         for name, tensor in json.loads(read_header(path)).items():
             if name != "__metadata__":

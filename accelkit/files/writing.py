@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and small ones that carry a checksum.
+"""Files that are whole or absent, and small ones with a checksum.
 
-Whatever is read back is written next to its place, flushed to the disk and renamed, and its folder
-is flushed after it. :mod:`accelkit.files.tensors` does the same for tensors.
+A file is written next to its place, flushed to the disk and renamed, and its folder is flushed
+after it. :mod:`accelkit.files.tensors` does the same for tensors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from accelkit.errors import AccelkitError
 from accelkit.files.documents import read_json
 
 RESUME, AGAIN = "go on with --resume latest", "run the same command again"
-"""What to do after a failed write: for a run that is resumed, and for one that goes on alone."""
+"""Advice after a failed write: for a run that can be resumed, and for other commands."""
 
 PARTIAL = ".partial"
-"""Suffix of the folders that are written into. A killed process leaves one, the next removes it."""
+"""Suffix of temporary folders. A folder left by a killed process is removed by the next write."""
 
 SUM = "sha256"
-"""Name of the checksum in a record, a JSON object."""
+"""Key of the checksum in a record, which is a JSON object."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_IN_WORDS = (
@@ -48,19 +48,19 @@ class DamagedError(AccelkitError):
 
 @contextmanager
 def writing(path: Path, go_on: str = RESUME, *, durable: bool = True) -> Iterator[Path]:
-    """Give a place to write a file or folder to, and move it to ``path`` when it is complete.
+    """Yield a temporary path for a file or folder, and move it to ``path`` when it is complete.
 
-    The place is in a folder of its own, ``NAME.partial``: libraries leave temporary files next to
-    what they write. A file or folder at ``path`` is replaced. An error leaves what was there.
+    The temporary path is in a folder ``NAME.partial``, because libraries write temporary files next
+    to their output. A file or folder at ``path`` is replaced; after an error it is kept.
 
     Args:
-        path: where the file or folder is to be; missing parents are made.
-        go_on: what to do if it cannot be written.
-        durable: flush it to the disk first, and the folder it is in afterwards, so that not even
-            a power failure leaves half of it. Pictures, which nothing reads back, do without.
+        path: the final path; missing parents are made.
+        go_on: advice if it cannot be written.
+        durable: flush the file to the disk first, and its folder afterwards, so that it is whole
+            even after a power failure. Pictures, which no command reads back, need not be flushed.
 
     Raises:
-        AccelkitError: it cannot be written.
+        AccelkitError: the path cannot be written.
     """
     folder = path.with_name(path.name + PARTIAL)
     place = folder / path.name
@@ -75,7 +75,7 @@ def writing(path: Path, go_on: str = RESUME, *, durable: bool = True) -> Iterato
             if durable:
                 flush_folder(path.parent)
         finally:
-            with suppress(OSError):  # the error that led here says more
+            with suppress(OSError):  # the first error says more
                 remove(folder)
 
 
@@ -95,7 +95,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder and all it holds, if it is there."""
+    """Remove a file, a link, or a folder with its content, if it exists."""
     if _is_folder(path):
         shutil.rmtree(path)
     else:
@@ -103,21 +103,21 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder and all it holds, to the disk."""
+    """Flush a file, or a folder with its content, to the disk."""
     entries = [path, *path.rglob("*")] if path.is_dir() else [path]
     for entry in entries:
         if entry.is_dir():
             flush_folder(entry)
         elif entry.is_file():
-            _flush(entry, os.O_RDWR)  # some file systems flush only what may be written to
+            _flush(entry, os.O_RDWR)  # some file systems flush only handles for writing
 
 
 def flush_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, after one was renamed or removed."""
+    """Flush the names in a folder to the disk, after one was renamed or removed."""
     try:
         _flush(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # cannot be flushed there
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not supported there
             raise
 
 
@@ -135,7 +135,7 @@ def _is_folder(path: Path) -> bool:
 
 @contextmanager
 def explain_failure(path: Path, go_on: str = RESUME) -> Iterator[None]:
-    """Turn a failed write into an AccelkitError that names the place and what to do."""
+    """Turn a failed write into an AccelkitError with the path and the advice ``go_on``."""
     try:
         yield
     except AccelkitError:
@@ -175,12 +175,12 @@ def write_record(path: Path, data: dict[str, Any], go_on: str = RESUME) -> None:
 def read_record(path: Path, what_to_do: str = "") -> Any:
     """Return what :func:`write_record` wrote, without the checksum.
 
-    A file without one is taken as it is: of an earlier version, or edited by someone who removed
-    it. So is what is no object.
+    A file without a checksum is accepted: an earlier version wrote it, or a user who edited it
+    removed the checksum. So is a file that holds no object.
 
     Args:
         path: the file.
-        what_to_do: about a damaged file, as the end of a sentence; "" where the caller says it.
+        what_to_do: advice for a damaged file, as the end of a sentence; "" if the caller adds it.
 
     Raises:
         DamagedError: the content does not match its checksum.
@@ -198,7 +198,7 @@ def read_record(path: Path, what_to_do: str = "") -> Any:
 
 
 def _sum_of(data: dict[str, Any]) -> str:
-    plain = json.loads(json.dumps(data))  # keys are text from here on, and sort as such
+    plain = json.loads(json.dumps(data))  # all keys are text now, and sort as text
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,1 +1,1 @@
-"""How good samples are: feature extractors and the distances between sets of features."""
+"""The quality of samples: feature extractors and the distances between sets of features."""

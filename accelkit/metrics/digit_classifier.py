@@ -1,23 +1,13 @@
-"""The small network behind the digit features, and the command that trains it.
+"""The small network behind the digit features, trained by ``benchmarks.digit_classifier``."""
 
-``python -m accelkit.metrics.digit_classifier -o FILE`` repeats the shipped file in about a minute.
-It runs on one thread, so that on one machine the bytes depend on the seed only.
-"""
-
-import argparse
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from accelkit.data.digits import SIZE, digits
-from accelkit.files.writing import AGAIN, write_bytes
+from accelkit.data.digits import SIZE
 
 VERSION = "1"
 NAME = f"digit-cnn-v{VERSION}"
@@ -26,25 +16,14 @@ CLASSES = 10
 SPATIAL_LAYERS = 5  # up to the third convolution, 8x8 places, without its activation
 SPATIAL_CHANNELS = 4
 SPATIAL_FEATURES = SPATIAL_CHANNELS * (SIZE // 4) ** 2
-SPLIT_SEED = 0
-HELD_OUT = 0.2
-METADATA_KEY = "accelkit"
-
-EPOCHS = 60
-BATCH_SIZE = 64
-LEARNING_RATE = 2e-3
-WEIGHT_DECAY = 0.05
-MAX_SHIFT = 2  # pixels
-MAX_ROTATION = 10  # degrees
-MAX_SCALING = 0.1
 
 
 class DigitClassifier(nn.Module):
     """Four convolutions, a linear bottleneck of 64 features and a linear head: 99k parameters.
 
     The features are the bottleneck's output before its activation: a sum of many terms, closer to
-    the Gaussian that a Fréchet distance assumes than what a ReLU leaves, half of it zeros. There is
-    no normalisation, so no image's features depend on another image.
+    the Gaussian that a Fréchet distance assumes than the output of a ReLU, half of which is zero.
+    There is no normalisation, so an image's features do not depend on other images.
     """
 
     def __init__(self) -> None:
@@ -72,12 +51,12 @@ class DigitClassifier(nn.Module):
         return self.head(functional.relu(self.features(grey)))
 
     def all_features(self, grey: Tensor) -> dict[str, Tensor]:
-        """Map (n, 1, 32, 32) in [-1, 1] to what a feature extractor gives.
+        """Map (n, 1, 32, 32) in [-1, 1] to the rows of a feature extractor.
 
-        "pooled", (n, 64), and "probabilities", (n, 10). "spatial", (n, 256), are the first four
-        channels of the third convolution at its 8x8 places: as with the seven channels that ADM
-        takes of an Inception network for its sFID, halfway up, where places still count, and few
-        enough that 1,000 images have a covariance of full rank. The fifth channel is constant.
+        "pooled" is (n, 64) and "probabilities" (n, 10). "spatial", (n, 256), is the first four
+        channels of the third convolution at its 8x8 places (the fifth is constant). As with the
+        seven channels that ADM takes of an Inception network for its sFID, this is halfway up,
+        where places still count, and few enough that 1,000 images have a covariance of full rank.
         """
         halfway = self.convs[:SPATIAL_LAYERS](grey)
         pooled = self.bottleneck(self.convs[SPATIAL_LAYERS:](halfway))
@@ -87,154 +66,7 @@ class DigitClassifier(nn.Module):
             "probabilities": self.head(functional.relu(pooled)).softmax(dim=1),
         }
 
-    @torch.no_grad()
-    def set_unit_variance(self, grey: Tensor) -> None:
-        """Rescale every feature to unit variance over ``grey``, leaving the logits as they are.
-
-        ReLU(x / s) * s = ReLU(x) for s > 0, so the deviation moves from the bottleneck to the head.
-        It gives distances a unit: the features of real digits have a total variance of 64.
-        """
-        deviation = self.features(grey).std(dim=0)
-        self.bottleneck.weight.div_(deviation[:, None])
-        self.bottleneck.bias.div_(deviation)
-        self.head.weight.mul_(deviation)
-
 
 def to_grey(images: np.ndarray) -> Tensor:
     """Map uint8 RGB (n, h, w, 3) to the mean of the channels in [-1, 1], float32 (n, 1, h, w)."""
     return torch.from_numpy(images.mean(axis=-1, dtype=np.float32)[:, None] / 127.5 - 1)
-
-
-def split(labels: np.ndarray, seed: int = SPLIT_SEED) -> tuple[np.ndarray, np.ndarray]:
-    """Return sorted indices of the training part and of the 20% of every class that is held out.
-
-    It draws from numpy's legacy generator, whose stream is promised never to change.
-    """
-    draw = np.random.RandomState(seed)
-    held_out = [
-        draw.permutation(rows)[: round(HELD_OUT * len(rows))]
-        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels))
-    ]
-    held = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(np.arange(len(labels)), held), held
-
-
-def train(
-    grey: Tensor,
-    labels: Tensor,
-    *,
-    seed: int = 0,
-    epochs: int = EPOCHS,
-    on_epoch: Callable[[int, float], None] | None = None,
-) -> DigitClassifier:
-    """Train from scratch with AdamW and a cosine decay; return the network in eval mode.
-
-    Args:
-        grey: float32 of shape (n, 1, 32, 32) in [-1, 1].
-        labels: int64 of shape (n,).
-        seed: of the initial weights, the order and the augmentation; the global generator is left
-            as it was.
-        epochs: passes over the data.
-        on_epoch: called with the epoch (1-based) and its mean loss.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DigitClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = epochs * -(-len(grey) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(1, epochs + 1):
-        total = 0.0
-        for rows in torch.randperm(len(grey), generator=generator).split(BATCH_SIZE):
-            logits = model(_augment(grey[rows], generator))
-            loss = functional.cross_entropy(logits, labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(rows)
-        if on_epoch is not None:
-            on_epoch(epoch, total / len(grey))
-    model.set_unit_variance(grey)
-    return model.eval()
-
-
-def _augment(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, turn and scale every image by its own small random amounts."""
-    n = len(grey)
-    angle, scaling, shift_x, shift_y = torch.rand(4, n, generator=generator) * 2 - 1
-    angle = torch.deg2rad(angle * MAX_ROTATION)
-    scale = 1 + scaling * MAX_SCALING
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    pixel = 2 / SIZE  # the grid runs from -1 to 1
-    shift_x, shift_y = shift_x * MAX_SHIFT * pixel, shift_y * MAX_SHIFT * pixel
-    theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(n, 2, 3)
-    grid = functional.affine_grid(theta, list(grey.shape), align_corners=False)
-    return functional.grid_sample(grey, grid, padding_mode="border", align_corners=False)
-
-
-@torch.no_grad()
-def accuracy(model: DigitClassifier, grey: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose largest logit is their label's."""
-    return (model(grey).argmax(dim=1) == labels).double().mean().item()
-
-
-def write_weights(path: Path, model: DigitClassifier, metadata: dict[str, Any]) -> None:
-    """Write the weights and ``metadata`` as safetensors.
-
-    The metadata is one entry of sorted JSON: safetensors writes several in a random order, and the
-    file's hash should depend on what it says only.
-    """
-    text = json.dumps(metadata, sort_keys=True)
-    write_bytes(path, save(model.state_dict(), metadata={METADATA_KEY: text}), AGAIN)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train on the 80% part of the digits, report the accuracy on the rest, write the weights."""
-    parser = argparse.ArgumentParser(
-        prog="python -m accelkit.metrics.digit_classifier", description=main.__doc__
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="safetensors to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error(f"--epochs is {options.epochs}, expected at least 1")
-    if options.output.exists() and not options.overwrite:
-        parser.error(f"{options.output} exists; name another file or add --overwrite")
-    if not options.output.parent.is_dir():
-        parser.error(f"{options.output.parent} is no folder; create it first")
-
-    images, classes = digits()
-    grey, labels = to_grey(images), torch.from_numpy(classes.copy())
-    train_rows, held_rows = split(classes)
-
-    def report(epoch: int, loss: float) -> None:
-        print(f"epoch {epoch}/{options.epochs}  loss {loss:.4f}", flush=True)
-
-    model = train(
-        grey[train_rows],
-        labels[train_rows],
-        seed=options.seed,
-        epochs=options.epochs,
-        on_epoch=report,
-    )
-    held_out_accuracy = accuracy(model, grey[held_rows], labels[held_rows])
-    print(f"held-out accuracy {held_out_accuracy:.4f} of {len(held_rows)}")
-    sizes = {"seed": SPLIT_SEED, "train": len(train_rows), "held_out": len(held_rows)}
-    metadata = {
-        "name": NAME,
-        "version": VERSION,
-        "seed": options.seed,
-        "epochs": options.epochs,
-        "accuracy": held_out_accuracy,
-        "split": sizes,
-    }
-    write_weights(options.output, model, metadata)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # more threads add in another order and change the last bits
-    main()

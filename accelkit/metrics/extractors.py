@@ -1,4 +1,4 @@
-"""The feature extractors by name."""
+"""Feature extractors by name."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def open_extractor(
 
     Args:
         spec: ``digits``, the network that comes with accelkit; ``torch-fidelity``, that package's
-            Inception (extra ``fid``); or the path of a TorchScript file, as
+            Inception (extra ``fid``); or the path of a TorchScript file, such as
             ``inception-2015-12-05.pt``, which StyleGAN3 and EDM use.
         sha256: the weights' hash as recorded with earlier results, in hex; None to take any. A file
-            of another hash is not loaded, for a TorchScript file is a program.
-        image_size: pixels a side of the images to come, with which a TorchScript file is tried.
-        device: where the network runs; the digits' always runs on the CPU.
+            with another hash is not loaded, because a TorchScript file is a program.
+        image_size: pixels a side of the images, with which a TorchScript file is tried.
+        device: device that the network runs on; ``digits`` always runs on the CPU.
 
     Raises:
-        AccelkitError: there is none of that name, its weights are missing, damaged or not those
-            recorded, or a package is missing.
+        AccelkitError: no extractor has that name; its weights are missing, damaged or not the
+            recorded ones; or a package is missing.
     """
     if spec == "digits":
         check_recorded(DigitFeatures.name, DigitFeatures.sha256, sha256)

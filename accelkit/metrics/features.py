@@ -1,11 +1,10 @@
-"""Named feature extractors: fixed networks that turn images into what distances compare."""
+"""Feature extractors: fixed networks that map images to vectors, which distances compare."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from accelkit.errors import AccelkitError
 from accelkit.metrics import digit_classifier
 
-_BATCH = 256
 _DIGIT_WEIGHTS = Path(__file__).parents[1] / "assets" / "digit_features.safetensors"
 _DIGIT_SHA256 = "7bef49de328daa9089e878ee0bcee5f8506c397688b994080a04bcd683bea9b1"
 
@@ -25,8 +23,8 @@ _DIGIT_SHA256 = "7bef49de328daa9089e878ee0bcee5f8506c397688b994080a04bcd683bea9b
 class FeatureExtractor(ABC):
     """A fixed map from images to feature vectors.
 
-    Distances are comparable only between results of the same ``name`` and ``sha256``; both belong
-    beside every number reported.
+    Distances are comparable only between results of the same ``name`` and ``sha256``; report both
+    with every number.
     """
 
     name: str
@@ -39,31 +37,47 @@ class FeatureExtractor(ABC):
     spatial_dim: int | None = None
     """Width of the spatial features, None without."""
     size: int | None = None
-    """Pixels a side that images must have; None if the network resizes them itself."""
+    """Pixels a side that images must have; None if the network resizes them."""
     resize: str
-    """How images are brought to the network's input."""
+    """Method that brings images to the size of the network's input."""
     missing: Mapping[str, str] = {}
-    """Why "spatial" or "probabilities" are not given."""
+    """Reasons for the absence of "spatial" or "probabilities"."""
+
+    batch = 64
+    """Images that the network is run on at a time."""
 
     @abstractmethod
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map one batch of uint8 images (n, height, width, 3) to rows, as :meth:`extract`."""
+
     def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Map uint8 images (n, height, width, 3) to rows of float32.
 
         Returns:
-            "pooled", (n, dim); where there are such, "spatial", (n, spatial_dim), of an
-            intermediate layer's places, and "probabilities" of classes, (n, K).
+            "pooled", (n, dim); if the network has them, "spatial", (n, spatial_dim), the places of
+            an intermediate layer, and "probabilities" of classes, (n, K).
 
         Raises:
-            TypeError: if ``images`` is not a uint8 array.
-            AccelkitError: if it has a shape that the network does not take.
+            TypeError: ``images`` is not a uint8 array.
+            AccelkitError: the network does not take images of this shape.
         """
+        check_images(images, self.size)
+        starts = range(0, max(len(images), 1), self.batch)
+        # the 11 bits of TF32 in place of float32's 24 would show in a distance
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+        with torch.inference_mode(), exact:
+            found = [self.run(images[i : i + self.batch]) for i in starts]
+            names = found[0]
+            return {
+                name: torch.cat([f[name].float().cpu() for f in found]).numpy() for name in names
+            }
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Map uint8 images of shape (n, height, width, 3) to float32 features of shape (n, dim)."""
         return self.extract(images)["pooled"]
 
     def record(self) -> dict[str, Any]:
-        """Return what belongs beside every figure: name, version, sha256, dim and resize."""
+        """Return the data to report with every figure: name, version, sha256, dim and resize."""
         names = ("name", "version", "sha256", "dim", "resize")
         return {name: getattr(self, name) for name in names}
 
@@ -71,17 +85,17 @@ class FeatureExtractor(ABC):
 class DigitFeatures(FeatureExtractor):
     """Features of the 32x32 handwritten digits, from a small classifier that comes with accelkit.
 
-    It was trained on 80% of the digits (see :mod:`accelkit.metrics.digit_classifier`). The 64
-    features have unit variance over those. Fréchet distances are then about 0.7 between random
-    halves of the 1,797 digits, 0.1 to 0.2 between 1,000 of them and all, 15 for noise of deviation
-    50 added to every pixel, 53 for a single class, and over 500 for pure noise. They are no
-    substitute for FID: their scale is their own.
+    The network (:mod:`accelkit.metrics.digit_classifier`) was trained on 80% of the digits, over
+    which the 64 features have unit variance. Fréchet distances are about 0.7 between random halves
+    of the 1,797 digits, 0.1 to 0.2 between 1,000 of them and all, 15 for noise of deviation 50
+    added to every pixel, 53 for a single class, and over 500 for pure noise. Their scale is not
+    that of FID, which they do not replace.
 
-    It runs in float32 on the CPU, in batches of its own, so that neither the device the samples
-    were made on nor how many are passed at once changes a result by more than rounding.
+    It runs in float32 on the CPU, in batches of a fixed size, so that neither the device that made
+    the samples nor the number passed at once changes a result by more than rounding.
 
     Raises:
-        AccelkitError: if the weights file is missing or is not the one this version came with.
+        AccelkitError: the weights file is missing, or is not the one of this version.
     """
 
     name = digit_classifier.NAME
@@ -91,35 +105,15 @@ class DigitFeatures(FeatureExtractor):
     spatial_dim = digit_classifier.SPATIAL_FEATURES
     size = digit_classifier.SIZE
     resize = "none"
+    batch = 256
 
     def __init__(self, weights: Path = _DIGIT_WEIGHTS) -> None:
         self._model = digit_classifier.DigitClassifier().eval()
         self._model.load_state_dict(load(_verified(weights, self.sha256)))
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities.
-
-        Raises:
-            TypeError: if ``images`` is not a uint8 array.
-            AccelkitError: if it has another shape.
-        """
-        check_images(images, self.size)
-        return in_batches(
-            images,
-            _BATCH,
-            lambda batch: self._model.all_features(digit_classifier.to_grey(batch)),
-        )
-
-
-def in_batches(
-    images: np.ndarray, size: int, run: Callable[[np.ndarray], dict[str, Tensor]]
-) -> dict[str, np.ndarray]:
-    """Run a network on ``size`` images at a time and return all rows by name, float32."""
-    with torch.inference_mode():
-        found = [run(images[i : i + size]) for i in range(0, max(len(images), 1), size)]
-        return {
-            name: torch.cat([f[name].float().cpu() for f in found]).numpy() for name in found[0]
-        }
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map uint8 (n, 32, 32, 3) to rows of 64 pooled, 256 spatial and 10 probabilities."""
+        return self._model.all_features(digit_classifier.to_grey(images))
 
 
 def to_channels_first(images: np.ndarray, device: torch.device | str) -> Tensor:
@@ -127,27 +121,12 @@ def to_channels_first(images: np.ndarray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
 
 
-def without_tf32() -> AbstractContextManager[None]:
-    """Have convolutions on a GPU keep float32's 24 bits; TF32's 11 would show in a distance."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
-
-
-def file_hash(path: Path) -> str:
-    """Return a file's SHA-256, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_recorded(name: str, found: str, recorded: str | None) -> None:
-    """Refuse weights of another SHA-256 than the recorded one, before they are loaded.
-
-    Raises:
-        AccelkitError: there is a recorded one, and it is another.
-    """
+    """Raise AccelkitError if the SHA-256 of weights is not the recorded one, if any."""
     if recorded is not None and recorded.lower() != found:
         raise AccelkitError(
             f"the weights of {name} have SHA-256 {found[:12]}…, those recorded {recorded[:12]}…; "
-            "give the file that the recorded results were made with"
+            "give the file of the recorded results"
         )
 
 
@@ -165,13 +144,13 @@ def _verified(path: Path, sha256: str) -> bytes:
 
 
 def check_images(images: Any, size: int | None = None) -> None:
-    """Refuse what is not uint8 (n, size, size, 3), or (n, height, width, 3) without a size.
+    """Refuse images that are not uint8 (n, size, size, 3), or (n, height, width, 3) without a size.
 
-    Other sizes are not resized: the filter would change the distance more than the model measured.
+    Other sizes are not resized: the filter would change the distance more than the model does.
 
     Raises:
-        TypeError: if ``images`` is not a uint8 array.
-        AccelkitError: if it has another shape.
+        TypeError: ``images`` is not a uint8 array.
+        AccelkitError: the array has another shape.
     """
     if not isinstance(images, np.ndarray):
         raise TypeError(

@@ -11,39 +11,35 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
-    check_images,
     check_recorded,
-    file_hash,
-    in_batches,
     to_channels_first,
-    without_tf32,
 )
 
-BATCH = 64
 _LAYERS = ["2048", "logits_unbiased"]
 _CHANNELS = 7
 
 
 class FidelityFeatures(FeatureExtractor):
-    """The Inception network of 2015 as torch-fidelity has it, with its resizing as in TensorFlow.
+    """The Inception network of 2015 of torch-fidelity, with its resizing as in TensorFlow.
 
     "pooled" are the 2048 features of the last pooling and "probabilities" those of 1008 classes,
-    without the last layer's bias. "spatial" are the 7 x 17 x 17 values that ADM's suite takes its
-    sFID of: the first seven channels of ``mixed_6/conv``, here the 1x1 branch of Mixed_6d. That
-    name is of the branch's last operation, so they come after normalisation and activation; places
-    run before channels, as in the statistics that ADM published.
+    without the last layer's bias. "spatial" are the 7 x 17 x 17 values from which ADM's suite
+    computes its sFID: the first seven channels of ``mixed_6/conv``, here the 1x1 branch of
+    Mixed_6d. That name belongs to the branch's last operation, so they are taken after
+    normalisation and activation; places run before channels, as in ADM's published statistics.
 
     It runs in float32, without TF32. The weights are downloaded once into torch.hub's folder.
 
     Args:
-        device: where it runs.
-        sha256: of the weights, in hex, compared before they are loaded; None to take any.
+        device: device that the network runs on.
+        sha256: SHA-256 of the weights, in hex, compared before they are loaded; None to take any.
 
     Raises:
         AccelkitError: torch-fidelity or torchvision cannot be imported, or the weights cannot be
-            had or have another hash.
+            downloaded or have another hash.
     """
 
     name = "torch-fidelity inception-v3-compat"
@@ -55,16 +51,16 @@ class FidelityFeatures(FeatureExtractor):
         try:
             import torch_fidelity
             from torch_fidelity import feature_extractor_inceptionv3 as inception
-        except Exception as error:  # a torchvision made for another torch fails in many ways
+        except Exception as error:  # a torchvision built for another torch fails in many ways
             raise AccelkitError(
                 f"torch-fidelity cannot be imported ({type(error).__name__}: {error}); "
                 "pip install 'accelkit[fid]', with a torchvision that was built for this torch, or "
                 "give a TorchScript file, which needs neither"
             ) from error
         weights = _downloaded(inception.URL_INCEPTION_V3)
-        self.version, self.sha256 = torch_fidelity.__version__, file_hash(weights)
+        self.version, self.sha256 = torch_fidelity.__version__, sum_of_file(weights)
         check_recorded(self.name, self.sha256, sha256)
-        _check(weights, self.sha256)
+        _refuse_damaged(weights, self.sha256)
         self._device = device
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat", _LAYERS, feature_extractor_weights_path=str(weights)
@@ -72,16 +68,11 @@ class FidelityFeatures(FeatureExtractor):
         self._spatial: Tensor | None = None
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Map uint8 (n, height, width, 3) to "pooled", "spatial" and "probabilities"."""
-        check_images(images)
-        with without_tf32():
-            return in_batches(images, BATCH, self._run)
-
     def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
-    def _run(self, images: np.ndarray) -> dict[str, Tensor]:
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map uint8 (n, height, width, 3) to "pooled", "spatial" and "probabilities"."""
         pooled, logits = self._model(to_channels_first(images, self._device))
         spatial, self._spatial = self._spatial, None
         assert spatial is not None
@@ -89,7 +80,7 @@ class FidelityFeatures(FeatureExtractor):
 
 
 def _downloaded(url: str) -> Path:
-    """Return the file of weights, downloaded if need be; its name holds the hash's start."""
+    """Return the file of weights, downloaded if necessary; its name holds the hash's start."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     start = path.stem.rsplit("-", 1)[1]
     if not path.is_file():
@@ -103,10 +94,10 @@ def _downloaded(url: str) -> Path:
     return path
 
 
-def _check(path: Path, sha256: str) -> None:
+def _refuse_damaged(path: Path, sha256: str) -> None:
     """Refuse damaged weights.
 
-    torch-fidelity unpickles them whatever they hold, so they are read here first, as weights only.
+    torch-fidelity unpickles any object, so the file is read here first, as weights only.
     """
     try:
         start = path.stem.rsplit("-", 1)[1]
@@ -115,5 +106,5 @@ def _check(path: Path, sha256: str) -> None:
         torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise AccelkitError(
-            f"the weights {path} are damaged ({error}); remove them, they are downloaded again"
+            f"the weights {path} are damaged ({error}); remove them to download them again"
         ) from error

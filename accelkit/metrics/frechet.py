@@ -14,7 +14,7 @@ from accelkit.errors import AccelkitError
 Array: TypeAlias = NDArray[np.float64]
 
 _TOLERANCE = 1e-5
-"""Asymmetry and negative eigenvalues forgiven, relative to the largest entry or eigenvalue.
+"""Asymmetry and negative eigenvalues allowed, relative to the largest entry or eigenvalue.
 
 A covariance computed elsewhere in float32 is off by about 1e-6; anything larger is a mistake.
 """
@@ -37,8 +37,8 @@ class Moments:
         """Add a batch of features, real and of shape (n, d); an empty batch changes nothing.
 
         Raises:
-            TypeError: if ``features`` is neither an array nor a tensor of real numbers.
-            AccelkitError: if it is not two-dimensional, has another d than the batches before it,
+            TypeError: ``features`` is neither an array nor a tensor of real numbers.
+            AccelkitError: it is not two-dimensional, has another d than the batches before it,
                 or holds a value that is not finite.
         """
         x = _as_float64(features)
@@ -58,10 +58,10 @@ class Moments:
             self._join(len(x), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Add everything ``other`` has seen, as if its batches had been given to this one.
+        """Add the samples of ``other``, as if its batches had been given to this one.
 
         Raises:
-            AccelkitError: if the two have seen features of different widths.
+            AccelkitError: the features of the two differ in width.
         """
         if other._mean is not None and other._scatter is not None:
             self._check_width(len(other._mean))
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def n(self) -> int:
-        """The number of samples seen."""
+        """Number of samples so far."""
         return self._n
 
     @property
@@ -114,7 +114,7 @@ class Moments:
 class Gaussian:
     """A mean, float64 (d,), and the symmetric root of a covariance, float64 (d, d).
 
-    The root is most of a distance's work, so what is compared with many keeps it.
+    The root is most of a distance's work, so a reference that is compared with many keeps it.
     """
 
     mean: Array
@@ -129,58 +129,38 @@ class Gaussian:
         Args:
             mean: shape (d,).
             cov: shape (d, d), symmetric positive semi-definite; it may be singular.
-            names: of the two, for the errors.
+            names: names of the two in error messages.
 
         Raises:
-            AccelkitError: if shapes do not fit, a value is not finite, or the covariance is
+            AccelkitError: shapes do not fit, a value is not finite, or the covariance is
                 asymmetric or indefinite by more than rounding.
         """
         m = _checked_mean(mean, names[0])
         return cls(m, _root(cov, len(m), names[1]))
 
     def distance(self, other: Gaussian) -> float:
-        """Return the squared Fréchet distance, as :func:`frechet_distance`.
+        """Return the squared Fréchet distance, in the features' units squared; at least 0.
+
+        ``|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2)``, in float64. This is the
+        FID if the moments are those of Inception features.
 
         Raises:
-            AccelkitError: if the two are of different widths.
+            AccelkitError: the two differ in width.
+
+        Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions"
+        (1982); Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), eq. 6.
         """
         if len(self.mean) != len(other.mean):
             raise AccelkitError(
                 f"the means have {len(self.mean)} and {len(other.mean)} entries; "
                 "compare features of one extractor"
             )
-        # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. Taking
-        # these rather than roots of the eigenvalues of the product keeps singular covariances
-        # exact: the root would lift rounding errors of 1e-16 to 1e-8. It is also symmetric in the
-        # two arguments.
+        # tr((S1^1/2 S2 S1^1/2)^1/2) is the sum of the singular values of S1^1/2 S2^1/2. This is
+        # symmetric in the two arguments and keeps singular covariances exact, where roots of the
+        # eigenvalues of the product would raise rounding errors from 1e-16 to 1e-8.
         cross = np.linalg.svd(self.root @ other.root, compute_uv=False).sum()
         spread = np.square(self.root).sum() + np.square(other.root).sum()  # tr(S) = |S^1/2|^2
         return max(0.0, float(np.square(self.mean - other.mean).sum() + spread - 2 * cross))
-
-
-def frechet_distance(
-    mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray
-) -> float:
-    """Return the squared Fréchet distance of N(mean1, cov1) and N(mean2, cov2).
-
-    ``|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2)``, in float64, in the features'
-    units squared; at least 0. This is the FID when the moments are those of Inception features.
-
-    Args:
-        mean1: shape (d,).
-        cov1: shape (d, d), symmetric positive semi-definite; it may be singular.
-        mean2: shape (d,).
-        cov2: shape (d, d), likewise.
-
-    Raises:
-        AccelkitError: if shapes do not fit, a value is not finite, or a covariance is asymmetric
-            or indefinite by more than rounding.
-
-    Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions"
-    (1982); Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), eq. 6.
-    """
-    first = Gaussian.of(mean1, cov1, ("mean1", "cov1"))
-    return first.distance(Gaussian.of(mean2, cov2, ("mean2", "cov2")))
 
 
 def _checked_mean(mean: np.ndarray, name: str) -> Array:

@@ -1,4 +1,4 @@
-"""The Inception Score, by running sums."""
+"""The Inception Score, from running sums."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def inception_score(batches: Batches, n: int, period: int = 1) -> tuple[float, f
     """Return the mean and the deviation (divisor their number) of the score over runs of images.
 
     There is a run for every 5,000 images, at least one, as in ADM's suite: ten for 50,000 images,
-    as in the paper, and one below 10,000, which has no deviation. Shorter runs would lower the
-    score: a mean over few images follows them.
+    as in the paper, and one below 10,000, which has no deviation. Shorter runs would have lower
+    scores, since a mean over few images is close to each of them.
 
     The score of a run is ``exp(mean_x KL(p(y|x) || p(y)))``, p(y) being the mean over the run: 1
-    for probabilities that are all alike, the number of classes for certain and balanced ones. The
-    runs are of consecutive images, as in the paper's code and in ADM's suite, cut between rounds of
-    the labels; there are no more of them than rounds.
+    for equal probabilities, the number of classes for certain and balanced ones. As in the paper's
+    code and in ADM's suite, the images of a run are consecutive. Runs are cut between rounds of the
+    labels, and there are no more runs than rounds.
 
     Args:
-        batches: give "probabilities", (n, K), each row summing to 1.
-        n: images there are, at least 2.
-        period: images after which the labels come round again.
+        batches: the rows "probabilities", (n, K), each summing to 1.
+        n: number of images, at least 2.
+        period: number of images after which the labels repeat.
 
     Raises:
-        TooFewError: if there are fewer than 2.
-        AccelkitError: if a row is no distribution.
+        TooFewError: there are fewer than 2 images.
+        AccelkitError: a row is not a distribution.
 
     Source: Salimans et al., "Improved Techniques for Training GANs" (2016), section 4.
     """
@@ -44,7 +44,7 @@ def inception_score(batches: Batches, n: int, period: int = 1) -> tuple[float, f
         p = rows.astype(np.float64)
         if not (p >= 0).all() or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
             raise AccelkitError(
-                "rows of probabilities do not sum to 1; the extractor gives something else"
+                "rows of probabilities do not sum to 1; use an extractor that gives distributions"
             )
         sizes[split] += len(p)
         negentropy[split] += xlogy(p, p).sum()

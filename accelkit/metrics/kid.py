@@ -1,4 +1,4 @@
-"""The Kernel Inception Distance over random subsets, of which a few at a time are held."""
+"""The Kernel Inception Distance over random subsets, a few of which are held at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def kid(
 ) -> tuple[float, float]:
     """Return the mean and the deviation (divisor 100) of the unbiased MMD^2 over 100 subsets.
 
-    Each is of 1,000 images a side, or of half of them where there are fewer than 2,000, so that
-    subsets differ; the mean's expectation does not depend on it. It may be below 0. Subsets are
-    drawn at random, so that the order of the labels does not matter.
+    A subset has 1,000 images a side, or half of the images if there are fewer than 2,000, so that
+    subsets differ; the mean's expectation does not depend on the size. It may be below 0. Subsets
+    are drawn at random, so that the order of the labels does not matter.
 
     Args:
-        generated: give "pooled", (n, d).
-        n_generated: rows there are, at least 4.
+        generated: the rows "pooled", (n, d).
+        n_generated: number of rows, at least 4.
         reference: likewise, of the same width.
         n_reference: likewise.
-        seed: of the subsets, in [0, 2^32).
+        seed: seed of the subsets, in [0, 2^32).
 
     Raises:
-        TooFewError: if either side has fewer than 4 images.
+        TooFewError: either side has fewer than 4 images.
 
     Source: Bińkowski et al., "Demystifying MMD GANs" (2018), section 4.
     """
@@ -58,7 +58,7 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # products in the rows' precision, float32, as elsewhere; float16 ends at 65,504
+    # products in the rows' precision, at least float32: float16 ends at 65,504
     single = np.promote_types(x.dtype, np.float32)
     k = (x.astype(single, copy=False) @ y.astype(single, copy=False).T).astype(np.float64)
     k /= x.shape[1]

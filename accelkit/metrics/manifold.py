@@ -7,7 +7,7 @@ import numpy as np
 from accelkit.metrics.rows import BLOCK, Batches, TooFewError, blocks
 
 _ROUNDING = 1e-13
-"""Squared distances this small, relative to the squared norms, are 0: float64's error is 1e-15."""
+"""Squared distances below this share of the squared norms count as 0; float64's error is 1e-15."""
 
 
 def manifold_metrics(
@@ -19,21 +19,22 @@ def manifold_metrics(
 ) -> dict[str, float]:
     """Return precision, recall, density and coverage.
 
-    A sample's ball reaches to its ``nearest``-th neighbour in its own set, itself not counted.
-    Precision is the share of generated samples in any real sample's ball, recall the share of real
-    ones in any generated one's; density counts the real balls a generated sample is in, over
-    ``nearest``, and coverage is the share of real balls that hold a generated sample. Balls are
-    closed. A few numbers are held for each row, and distances of one block to another.
+    A sample's ball reaches to its ``nearest``-th neighbour in its own set, not counting itself.
+    Precision is the share of generated samples in any real sample's ball, and recall the share of
+    real samples in any generated sample's ball. Density is the mean number of real balls that a
+    generated sample is in, over ``nearest``, and coverage the share of real balls that hold a
+    generated sample. Balls are closed. Memory holds a few numbers for each row, and the distances
+    of one block to another.
 
     Args:
-        generated: give "pooled", (n, d).
+        generated: the rows "pooled", (n, d).
         reference: likewise, of the same width.
         chosen_generated: ascending indices, int64, of the rows to use.
-        chosen_reference: likewise; as many, or precision and recall are not comparable.
-        nearest: k.
+        chosen_reference: likewise; the same number, or precision and recall are not comparable.
+        nearest: the number k of the neighbour.
 
     Raises:
-        TooFewError: if either set has no more than ``nearest`` samples.
+        TooFewError: either set has no more than ``nearest`` samples.
 
     Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative
     Models" (2019), eq. 1 to 3; Naeem et al., "Reliable Fidelity and Diversity Metrics for
@@ -42,10 +43,10 @@ def manifold_metrics(
     n, m = len(chosen_generated), len(chosen_reference)
     if nearest < 1 or min(n, m) <= nearest:
         raise TooFewError(
-            f"{n} generated and {m} real images were given for neighbour {nearest}; "
-            "both must be more than it, and it at least 1"
+            f"{n} generated and {m} real images were given for neighbour {nearest}; the neighbour "
+            "must be at least 1, and both sets larger than it"
         )
-    # what all rows have in common costs precision, and takes no part in distances
+    # a common offset costs precision and does not change distances
     centre = next(blocks(reference, "pooled", chosen_reference)).astype(np.float64).mean(axis=0)
     generated_radii = _radii(generated, chosen_generated, nearest, centre)
     real_radii = _radii(reference, chosen_reference, nearest, centre)
@@ -75,7 +76,9 @@ def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = x.astype(np.float64), y.astype(np.float64)
     norms = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)
     distances = norms - 2 * (x @ y.T)
-    distances[distances < _ROUNDING * norms] = 0  # or a sample would not lie in a ball of radius 0
+    distances[distances < _ROUNDING * norms] = (
+        0  # otherwise a copy would be outside a ball of radius 0
+    )
     return distances
 
 
@@ -96,7 +99,7 @@ def _radii(batches: Batches, chosen: np.ndarray, nearest: int, centre: np.ndarra
 
 
 def _keep(closest: np.ndarray, places: slice, distances: np.ndarray) -> None:
-    """Keep the smallest of what was found for some rows and of new distances, (rows, m)."""
+    """Merge new distances (rows, m) into the smallest ones found for some rows so far."""
     nearest = closest.shape[1]
     both = np.concatenate([closest[places], distances], axis=1)
     closest[places] = np.partition(both, nearest - 1, axis=1)[:, :nearest]

@@ -1,4 +1,4 @@
-"""References in numpy's zipped form: statistics of features, images, or both."""
+"""References in numpy's ``.npz`` files: statistics of features, images, or both."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SPATIAL = ("mu_s", "sigma_s")
 
 
 def read_statistics(path: Path, names: tuple[str, str], width: int) -> Gaussian | None:
-    """Return what a mean (width,) and a covariance (width, width) say, None if not in there.
+    """Return a mean (width,) and a covariance (width, width), or None if the file has none.
 
     Raises:
-        AccelkitError: the file cannot be read, the statistics are of another width, or they are
-            no mean and covariance.
+        AccelkitError: the file cannot be read, the statistics have another width, or they are no
+            mean and covariance.
     """
     with _reading(path):
         headers = {name: _member(path, name) for name in names}
@@ -34,7 +34,7 @@ def read_statistics(path: Path, names: tuple[str, str], width: int) -> Gaussian 
             if header is not None and header[2].kind not in "fiu":
                 raise ValueError(f"{name} is of dtype {header[2]}")
     shapes = [header[0] for header in headers.values() if header is not None]
-    if shapes != [(width,), (width, width)]:  # known before there is memory for what they claim
+    if shapes != [(width,), (width, width)]:  # before memory is allocated for the claimed sizes
         raise AccelkitError(
             f"the statistics {' and '.join(names)} in {path} have shapes {shapes[0]} and "
             f"{shapes[1]}, the extractor's features {(width,)} and {(width, width)}; give those "
@@ -46,10 +46,10 @@ def read_statistics(path: Path, names: tuple[str, str], width: int) -> Gaussian 
 
 
 def image_shape(path: Path) -> tuple[int, ...] | None:
-    """Return the shape (n, height, width, 3) of the uint8 images, None if there are none.
+    """Return the shape (n, height, width, 3) of the uint8 images, or None if there are none.
 
     Raises:
-        AccelkitError: the file cannot be read, or holds an array of something else.
+        AccelkitError: the file cannot be read, or its array does not hold images.
     """
     with _reading(path):
         header = _member(path, IMAGES)
@@ -65,7 +65,7 @@ def image_shape(path: Path) -> tuple[int, ...] | None:
 
 
 def iter_images(path: Path, batch: int) -> Iterator[np.ndarray]:
-    """Yield the images, uint8 (n, height, width, 3), of which ``batch`` at a time are held.
+    """Yield the images, uint8 (n, height, width, 3), ``batch`` at a time.
 
     Raises:
         AccelkitError: the file is cut short or broken.
@@ -83,10 +83,10 @@ def iter_images(path: Path, batch: int) -> Iterator[np.ndarray]:
 
 
 def _member(path: Path, name: str) -> tuple[tuple[int, ...], bool, Any] | None:
-    """Return shape, order and dtype of an array, None if it is not there.
+    """Return shape, order and dtype of an array, or None if it is not there.
 
     Raises:
-        Exception: it cannot be read, or is not as large as its header claims.
+        Exception: the array cannot be read, or its size is not the one that its header claims.
     """
     with zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
@@ -115,7 +115,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except AccelkitError:
         raise
-    except Exception as error:  # a broken archive makes its readers raise nearly anything
+    except Exception as error:  # numpy and zipfile raise many kinds for a broken archive
         raise AccelkitError(
             f"cannot read the reference {path} ({type(error).__name__}: {error}); expected an "
             f".npz of {' and '.join(POOLED)}, of {IMAGES}, or of both"

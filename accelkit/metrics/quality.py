@@ -1,4 +1,4 @@
-"""All quality figures of one set of generated images, and whether two sets can be told apart."""
+"""All quality figures of a set of generated images, and whether those of two sets differ."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from accelkit.metrics.rows import Batches, TooFewError, blocks, dealt, drawn, sh
 
 MANIFOLD_IMAGES = 10_000
 _CONFIDENCE = 0.95
+_FID = ("fid", "fid_stderr", "fid_jackknife", "sfid")
 _SCORE = ("inception_score", "inception_score_std")
 _KID = ("kid", "kid_std")
 _MANIFOLD = ("precision", "recall", "density", "coverage", "manifold_images")
@@ -35,48 +36,48 @@ def measure(
     seed: int = 0,
     missing: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the quality figures of generated images, null where they cannot be had.
+    """Return the quality figures of generated images; those that cannot be computed are null.
 
-    Memory does not grow with the number of images but for a few numbers an image, and the figures
-    do not depend on how the rows are cut into batches.
+    Memory holds only a few numbers for each image, and the figures do not depend on how the rows
+    are cut into batches.
 
-    The FID's standard error is by the jackknife: the FID is taken again without each of at most
-    ``groups`` equal groups of images. Labels go round the classes, and a round is left out whole:
-    image i is of group ``(i // period) % groups``, so that every group has all classes. Without
-    some of the classes the FID would be another, whatever the seeds. There are fewer groups where
-    there are fewer rounds, or where more than a tenth of the images would be left without a group.
-    The error tells how much the FID would change with other seeds, and nothing of the bias for few
-    images, which all rows of a table share.
+    The FID's standard error is from the jackknife: the FID is computed again without each of at
+    most ``groups`` equal groups of images. Labels repeat in rounds of the classes, and image i is
+    in group ``(i // period) % groups``, so that every group has all classes; without some of the
+    classes the FID would differ, whatever the seeds. There are fewer groups if there are fewer
+    rounds, or if more than a tenth of the images would be in no group. The error shows how much the
+    FID would change with other seeds. It does not include the bias of few images, which all rows of
+    a table share.
 
-    Precision, recall, density and coverage compare equal numbers of images: as many as the smaller
-    set has, at most ``manifold_images``, drawn from the larger by ``seed`` because folders are
-    sorted by class. ADM's suite takes 50,000 generated against 10,000 real ones.
+    Precision, recall, density and coverage compare equal numbers of images: the size of the smaller
+    set, at most ``manifold_images``, drawn from the larger by ``seed`` because folders are sorted
+    by class. ADM's suite compares 50,000 generated images with 10,000 real ones.
 
     Args:
-        batches: the images' features in order: "pooled", (n, d), and where the extractor gives them
+        batches: the images' features in order: "pooled", (n, d), and if the extractor has them
             "spatial" and "probabilities".
-        reference: of the same extractor.
-        groups: of the jackknife, at most; at least 2.
-        period: images after which the labels come round again, the number of classes where
-            ``label = i % classes``; 1 where images are alike in kind, as those without labels.
+        reference: features of real images from the same extractor.
+        groups: largest number of groups of the jackknife, at least 2.
+        period: number of images after which the labels repeat: the number of classes if
+            ``label = i % classes``, 1 for images without labels.
         nearest: k of the four manifold figures.
-        manifold_images: most images on either side for these.
-        seed: of the subsets drawn, in [0, 2^32).
-        missing: why rows have no "spatial" or "probabilities", as the extractor says.
+        manifold_images: most images on either side for these figures.
+        seed: seed of the subsets, in [0, 2^32).
+        missing: reasons for rows without "spatial" or "probabilities", from the extractor.
 
     Returns:
         Plain data: images, fid, fid_stderr, fid_jackknife (the FID without each group), sfid,
         inception_score, inception_score_std (over a run for every 5,000 images, null for one), kid,
-        kid_std, precision, recall, density, coverage, manifold_images, and missing, a sentence for
+        kid_std, precision, recall, density, coverage, manifold_images, and missing, the reason for
         each figure that is null.
 
     Raises:
-        AccelkitError: there are no images, or their features are not the reference's.
+        AccelkitError: there are no images, or their features do not match the reference's.
     """
     if groups < 2:
         raise AccelkitError(f"the jackknife takes at least 2 groups, got {groups}")
     if period < 1:
-        raise AccelkitError(f"labels come round after at least 1 image, got a period of {period}")
+        raise AccelkitError(f"labels repeat after at least 1 image, got a period of {period}")
     found = shapes(batches)
     n, width = found.get("pooled", (0, 0))
     if n == 0:
@@ -91,45 +92,31 @@ def measure(
         "probabilities": "the extractor gives no probabilities",
         **(missing or {}),
     }
-    out: dict[str, Any] = {"images": n, "missing": {}}
-
-    def leave_out(names: Sequence[str], reason: str) -> None:
-        out["missing"].update(dict.fromkeys(names, reason))
-
+    names = (*_FID, *_SCORE, *_KID, *_MANIFOLD)
+    out: dict[str, Any] = {"images": n, "missing": {}, **dict.fromkeys(names)}
     _frechet(out, batches, reference, (groups, period), found, why["spatial"])
     _warn_if_few(out, reference, found)
-
-    out.update(inception_score=None, inception_score_std=None)
-    if "probabilities" not in found:
-        leave_out(_SCORE, why["probabilities"])
+    if "probabilities" in found:
+        _score(out, batches, period)
     else:
-        try:
-            out["inception_score"], out["inception_score_std"] = inception_score(batches, n, period)
-            if out["inception_score_std"] is None:
-                leave_out(
-                    _SCORE[1:],
-                    f"{n:,} images make one run; a deviation takes two, of at least 5,000 images "
-                    "and a round of the classes each",
-                )
-        except TooFewError as error:
-            leave_out(_SCORE, str(error))
+        out["missing"].update(dict.fromkeys(_SCORE, why["probabilities"]))
     _of_real_images(out, batches, reference, nearest, manifold_images, seed)
     _leave_out_what_overflowed(out)
     return out
 
 
 def distinguishable(row_a: Mapping[str, Any], row_b: Mapping[str, Any]) -> bool:
-    """Whether the FIDs of two rows differ at 95% confidence, by the paired jackknife.
+    """Return whether the FIDs of two rows differ at 95% confidence, by the paired jackknife.
 
-    Rows of one table share labels and seeds, so the groups left out are the same and what both
-    have in common cancels in the differences. False where either has no jackknife.
+    Rows of one table share labels and seeds, so the groups left out are the same and common noise
+    cancels in the differences. False if either row has no jackknife.
 
     Args:
-        row_a: of :func:`measure`.
-        row_b: likewise, of as many images in as many groups.
+        row_a: figures of :func:`measure`.
+        row_b: likewise, of the same number of images and groups.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 11; Student's t
-    with one degree of freedom less than groups.
+    with one degree of freedom fewer than groups.
     """
     a, b = row_a["fid_jackknife"], row_b["fid_jackknife"]
     if not a or not b or len(a) != len(b) or row_a["images"] != row_b["images"]:
@@ -155,21 +142,18 @@ def _frechet(
     found: dict[str, tuple[int, int]],
     no_spatial: str,
 ) -> None:
-    """Fill in FID, its jackknife, of at most so many groups of rounds so long, and sFID."""
-    n = out["images"]
-    reasons = out["missing"]
-    names = ("fid", "fid_stderr", "fid_jackknife", "sfid")
-    out.update(dict.fromkeys(names))
+    """Fill in FID, its jackknife of (groups, period), and sFID."""
+    n, reasons = out["images"], out["missing"]
     if n < 2:
-        reasons.update(dict.fromkeys(names, "a covariance takes 2 images"))
+        reasons.update(dict.fromkeys(_FID, "a covariance takes 2 images"))
         return
     groups, reason = _groups(n, *jackknife)
-    moments = [Moments() for _ in range(groups + 1)]  # the last of images in no group
+    moments = [Moments() for _ in range(groups + 1)]  # the last is for images in no group
     for group, rows in dealt(batches, "pooled", n, groups, jackknife[1]):
         moments[group].update(rows)
     out["fid"] = _distance(moments, reference.pooled)
     if reason:
-        reasons.update(dict.fromkeys(names[1:3], reason))
+        reasons.update(dict.fromkeys(_FID[1:3], reason))
     else:
         out["fid_jackknife"] = [
             _distance(moments[:g] + moments[g + 1 :], reference.pooled) for g in range(groups)
@@ -188,7 +172,7 @@ def _frechet(
 
 
 def _groups(n: int, most: int, period: int) -> tuple[int, str]:
-    """Return the number of the jackknife's groups, and why there are none where it is 1."""
+    """Return the number of the jackknife's groups, and the reason if there is only one."""
     if n < 2 * most:
         return 1, f"{most} groups of at least 2 take more than {n} images"
     rounds = n // period
@@ -206,6 +190,21 @@ def _groups(n: int, most: int, period: int) -> tuple[int, str]:
     )
 
 
+def _score(out: dict[str, Any], batches: Batches, period: int) -> None:
+    """Fill in the Inception Score."""
+    n, reasons = out["images"], out["missing"]
+    try:
+        out["inception_score"], out["inception_score_std"] = inception_score(batches, n, period)
+    except TooFewError as error:
+        reasons.update(dict.fromkeys(_SCORE, str(error)))
+        return
+    if out["inception_score_std"] is None:
+        reasons["inception_score_std"] = (
+            f"{n:,} images make one run; a deviation takes two, of at least 5,000 images and a "
+            "round of the classes each"
+        )
+
+
 def _of_real_images(
     out: dict[str, Any],
     batches: Batches,
@@ -214,15 +213,16 @@ def _of_real_images(
     manifold_images: int,
     seed: int,
 ) -> None:
-    """Fill in KID and the manifold figures, which take rows of real images."""
+    """Fill in KID and the manifold figures, which need rows of real images."""
     n, reasons = out["images"], out["missing"]
-    out.update(dict.fromkeys([*_KID, *_MANIFOLD]))
     if reference.batches is None or reference.n is None:
         reason = "the reference holds statistics alone, and no images"
         reasons.update(dict.fromkeys([*_KID, *_MANIFOLD], reason))
         return
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left out, and said
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # figures that overflow are left out below
             out["kid"], out["kid_std"] = kid(batches, n, reference.batches, reference.n, seed)
     except TooFewError as error:
         reasons.update(dict.fromkeys(_KID, str(error)))
@@ -253,7 +253,9 @@ def _warn_if_few(
     out: dict[str, Any], reference: Reference, found: dict[str, tuple[int, int]]
 ) -> None:
     sides = [("the generated", out["images"])]
-    if reference.kind == "images" and reference.n is not None:  # statistics are of a whole data set
+    if (
+        reference.kind == "images" and reference.n is not None
+    ):  # statistics describe a whole data set
         sides.append(("the reference's", reference.n))
     short = []
     for side, n in sides:
@@ -266,8 +268,7 @@ def _warn_if_few(
             short.append(f"{side} {n:,} images are too few for {' and '.join(names)}")
     if short:
         warnings.warn(
-            f"{', '.join(short)}: rows of one table of equal N may be compared, not with published "
-            "figures",
+            f"{', '.join(short)}: compare rows of one table with equal N, not published figures",
             AccelkitWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What generated images are measured against: images' features, kept on disk, or statistics."""
+"""References for generated images: features of real images, cached on disk, or statistics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from accelkit.data import shards
 from accelkit.data.sources import ImageSource, iter_images, open_source
 from accelkit.errors import AccelkitError
 from accelkit.files.tensors import load_tensors, write_tensors
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics import npz
-from accelkit.metrics.features import FeatureExtractor, file_hash
+from accelkit.metrics.features import FeatureExtractor
 from accelkit.metrics.frechet import Gaussian, Moments
 from accelkit.metrics.rows import Batches, Rows
 
 FORMAT = 1
-BATCH = 256  # a moment of 2048 features is 33 MB to add to, whatever the batch
+BATCH = 256  # adding a batch to the moments of 2048 features touches 33 MB, whatever its size
 _MOMENTS = "moments.safetensors"
 
 
@@ -30,13 +31,13 @@ class Reference:
     """Features of real images.
 
     Attributes:
-        name: what was asked for.
+        name: the name that was given.
         fingerprint: SHA-256 of the images, or of the file of statistics.
-        kind: "images", or "statistics" if the moments were computed elsewhere.
-        n: images that ``batches`` tells of, None without.
+        kind: "images", or "statistics" if the moments come from a file.
+        n: number of images in ``batches``, None without.
         pooled: mean and root of the covariance of the pooled features.
-        spatial: likewise of the spatial ones, None if there are none.
-        batches: gives "pooled" rows, float32 (n, d), from the disk, as often as asked; None for
+        spatial: likewise of the spatial features, None if there are none.
+        batches: yields "pooled" rows, float32 (n, d), from the disk, on every call; None for
             statistics alone. ADM's reference batches have both, statistics of the whole data
             set and 10,000 of its images.
     """
@@ -50,7 +51,7 @@ class Reference:
     batches: Batches | None
 
     def record(self) -> dict[str, Any]:
-        """Return what belongs beside every figure: name, fingerprint, kind and n."""
+        """Return the data to report with every figure: name, fingerprint, kind and n."""
         return {name: getattr(self, name) for name in ("name", "fingerprint", "kind", "n")}
 
 
@@ -67,19 +68,19 @@ def open_reference(
     A folder of the cache is keyed by the images' fingerprint, their size and the extractor's hash.
 
     Args:
-        spec: a data set, what :func:`accelkit.data.sources.open_source` takes, or an ``.npz``: of
-            statistics (``mu`` and ``sigma``, as pytorch-fid writes, and ``mu_s`` and ``sigma_s`` of
-            spatial features, as ADM does), of images (``arr_0``, uint8 (n, size, size, 3)), or of
-            both.
-        extractor: of the features.
-        size: pixels a side that images are brought to, those of the generated ones; those in an
+        spec: a data set, an argument of :func:`accelkit.data.sources.open_source`, or an ``.npz``
+            with statistics (``mu`` and ``sigma``, as pytorch-fid writes, and ``mu_s`` and
+            ``sigma_s`` of spatial features, as ADM does), with images (``arr_0``, uint8
+            (n, size, size, 3)), or with both.
+        extractor: the feature extractor.
+        size: pixels a side of the generated images, to which images are resized; those in an
             ``.npz`` must have it.
         cache_dir: default ``$ACCELKIT_CACHE/features``, else ``~/.cache/accelkit/features``.
-        on_images: called with the images done and their total.
+        on_images: called with the number of images done and their total.
 
     Raises:
-        AccelkitError: there is nothing, it cannot be read, it is of another size or of another
-            extractor, or the cache cannot be written.
+        AccelkitError: the reference does not exist, cannot be read, has another size or is from
+            another extractor, or the cache cannot be written.
     """
     if extractor.size not in (None, size):
         raise AccelkitError(
@@ -114,7 +115,7 @@ def _of_npz(path: Path, make: _Maker) -> Reference:
             f"the images in {path} are {shape[2]}x{shape[1]}, the generated ones {size}x{size}; "
             "give a reference of their size"
         )
-    fingerprint = file_hash(path)
+    fingerprint = sum_of_file(path)
     if shape is None:
         assert pooled is not None
         return Reference(str(path), fingerprint, "statistics", None, pooled, spatial, None)
@@ -126,7 +127,7 @@ def _of_npz(path: Path, make: _Maker) -> Reference:
 
 
 class _Features:
-    """Rows and moments of images, as they lie in a folder.
+    """Rows and moments of images in a folder of the cache.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the folder is not whole.
@@ -152,7 +153,7 @@ class _Features:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Extracts features of images once, and finds them again."""
+    """Extracts features of images, or finds them in the cache."""
 
     extractor: FeatureExtractor
     size: int
@@ -164,15 +165,18 @@ class _Maker:
     ) -> _Features:
         text = f"{fingerprint} {self.size} {self.extractor.name} {self.extractor.sha256} {FORMAT}"
         folder = self.cache / hashlib.sha256(text.encode()).hexdigest()[:16]
-        cached = shards.cached(folder, _Features, "features")
-        # images left out by an earlier call are this one's errors, unless it leaves them out too
-        if cached is not None and (skip_bad or not cached.skipped):
-            return cached
-        features = shards.made(folder, lambda part: self._write(images, total, part), "features")
+        features = shards.kept(
+            folder,
+            _Features,
+            lambda part: self._write(images, total, part),
+            "features",
+            # an image that an earlier call skipped is an error here, unless it may be skipped again
+            lambda found: skip_bad or not found.skipped,
+        )
         features.folder = folder
         return features
 
-    def _write(self, images: Iterator[np.ndarray], total: int, part: Path) -> _Features:
+    def _write(self, images: Iterator[np.ndarray], total: int, part: Path) -> None:
         pooled, spatial = Moments(), Moments()
 
         def rows() -> Iterator[shards.Rows]:
@@ -191,4 +195,3 @@ class _Maker:
             moments |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
         write_tensors(part / _MOMENTS, moments, shards.GO_ON)
         shards.write_index(part, {**index, "skipped": total - index["count"]})
-        return _Features(part)

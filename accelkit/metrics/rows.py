@@ -1,4 +1,4 @@
-"""Feature rows, read from where they lie as often as needed, in blocks that never depend on how."""
+"""Feature rows, read as often as needed, in blocks that do not depend on how they are batched."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from accelkit.errors import AccelkitError
 
 Rows: TypeAlias = dict[str, np.ndarray]
 Batches: TypeAlias = Callable[[], Iterator[Rows]]
-"""Gives rows by name, (n, d) each, in order of the images, in batches of any size."""
+"""Returns rows by name, (n, d) each, in the order of the images, in batches of any size."""
 
 BLOCK = 1000
 
 
 class TooFewError(AccelkitError):
-    """There are too few images for a figure: it is left out, with the reason beside the others."""
+    """There are too few images for a figure, which is left out with this reason."""
 
 
 def shapes(batches: Batches) -> dict[str, tuple[int, int]]:
-    """Return number and width of the rows by name.
+    """Return the number and width of the rows, by name.
 
     Raises:
         AccelkitError: rows are not two-dimensional, their width changes, or some images lack one.
@@ -47,13 +47,12 @@ def shapes(batches: Batches) -> dict[str, tuple[int, int]]:
 def blocks(batches: Batches, name: str, chosen: np.ndarray | None = None) -> Iterator[np.ndarray]:
     """Yield the rows called ``name`` in blocks of 1,000, the last one shorter.
 
-    Sums over them then have the same bits however the batches are cut, and no batch outlives its
-    use.
+    Sums over the blocks have the same bits however the batches are cut, and no batch is kept.
 
     Args:
-        batches: where the rows come from.
-        name: of the rows.
-        chosen: ascending indices, int64, of the rows to keep; None for all.
+        batches: the source of the rows.
+        name: name of the rows.
+        chosen: ascending indices, int64, of the rows to yield; None for all.
     """
     held: list[np.ndarray] = []
     size = start = 0
@@ -79,17 +78,17 @@ def blocks(batches: Batches, name: str, chosen: np.ndarray | None = None) -> Ite
 def parts(
     batches: Batches, name: str, n: int, count: int, period: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield rows in order, each with the part it belongs to: ``count`` runs of ``n`` rows.
+    """Yield rows in order, cut into ``count`` runs, each piece with the number of its run.
 
-    Labels go round the classes, so a run is of consecutive rows and starts where a round does: the
-    runs have as many whole rounds each, or one more, and the last has what is left of a round.
+    Labels repeat in rounds of the classes. A run has consecutive rows and starts where a round
+    does; the numbers of whole rounds differ by at most one, and the last run has the rest.
 
     Args:
-        batches: where the rows come from.
-        name: of the rows.
-        n: rows there are, at least ``count * period`` where ``count`` is above 1.
-        count: of runs.
-        period: rows in a round.
+        batches: the source of the rows.
+        name: name of the rows.
+        n: number of rows, at least ``count * period`` if ``count`` is above 1.
+        count: number of runs.
+        period: number of rows in a round.
     """
     edges = [i * (n // period) // count * period for i in range(count)] + [n]
     start = 0
@@ -106,15 +105,15 @@ def dealt(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield rows with the group that their round is dealt to: row i to ``(i // period) % count``.
 
-    Groups have equally many whole rounds, as a jackknife needs. Rows after these are of group
-    ``count``, which is none of them.
+    Groups have equally many whole rounds, as a jackknife needs. The rows that remain have the
+    number ``count``, which belongs to no group.
 
     Args:
-        batches: where the rows come from.
-        name: of the rows.
-        n: rows there are.
-        count: of groups.
-        period: rows in a round.
+        batches: the source of the rows.
+        name: name of the rows.
+        n: number of rows.
+        count: number of groups.
+        period: number of rows in a round.
     """
     end = n // (count * period) * count * period
     start = 0
@@ -129,12 +128,12 @@ def dealt(
 def drawn(n: int, size: int, seed: int, draw: int) -> np.ndarray:
     """Return ascending indices of ``size`` of ``n`` rows, int64; all of them if ``size`` is ``n``.
 
-    It draws from numpy's legacy generator, whose stream is promised never to change.
+    They are drawn by numpy's legacy generator, whose stream is promised never to change.
 
     Args:
-        n: rows there are.
-        size: rows to draw, at most ``n``.
-        seed: in [0, 2^32).
-        draw: which of many draws, in [0, 2^32).
+        n: number of rows.
+        size: number of rows to draw, at most ``n``.
+        seed: seed in [0, 2^32).
+        draw: number of the draw, in [0, 2^32).
     """
     return np.sort(np.random.RandomState([seed, draw]).permutation(n)[:size])

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
+from accelkit.files.writing import sum_of_file
 from accelkit.metrics.features import (
     FeatureExtractor,
-    check_images,
     check_recorded,
-    file_hash,
-    in_batches,
     to_channels_first,
-    without_tf32,
 )
 
-BATCH = 64
 _FEATURES = "return_features"
 _PROBABILITIES = "no_output_bias"
 
@@ -27,16 +23,16 @@ _PROBABILITIES = "no_output_bias"
 class TorchScriptFeatures(FeatureExtractor):
     """Features of a TorchScript file, which takes uint8 images (n, 3, H, W) and resizes them.
 
-    A file whose ``forward`` knows ``return_features`` is called with it for the features, and with
-    ``no_output_bias`` for the classes' probabilities, as ``inception-2015-12-05.pt`` of StyleGAN3
-    and EDM: 2048 features, 1008 classes; it needs no torchvision. Any other is called with the
-    images alone, and what it returns are the features. It runs in float32, without TF32.
+    If its ``forward`` has the argument ``return_features``, as that of ``inception-2015-12-05.pt``
+    of StyleGAN3 and EDM (2048 features, 1008 classes), it is called with it for the features, and
+    with ``no_output_bias`` for the classes' probabilities. Any other is called with the images
+    alone and returns the features. It runs in float32, without TF32, and needs no torchvision.
 
     Args:
-        path: of the file.
-        image_size: pixels a side of the images to come: the file is tried with one of them.
-        device: where it runs.
-        sha256: of the file, in hex, compared before it is loaded; None to take any.
+        path: the file.
+        image_size: pixels a side of the images; the file is tried with this size.
+        device: device that the network runs on.
+        sha256: SHA-256 of the file, in hex, compared before it is loaded; None to take any.
 
     Raises:
         AccelkitError: the file is missing, has another hash, is no TorchScript, or does not map
@@ -54,10 +50,10 @@ class TorchScriptFeatures(FeatureExtractor):
     ) -> None:
         if not path.is_file():
             raise AccelkitError(
-                f"no feature extractor is called {str(path)!r} and no file lies there; choose one "
-                "of: digits, torch-fidelity, the path of a TorchScript file"
+                f"no feature extractor and no file is called {str(path)!r}; choose one of: "
+                "digits, torch-fidelity, the path of a TorchScript file"
             )
-        self.sha256 = file_hash(path)
+        self.sha256 = sum_of_file(path)
         check_recorded(path.stem, self.sha256, sha256)
         try:
             self._model = torch.jit.load(str(path), map_location=device).eval()
@@ -91,13 +87,8 @@ class TorchScriptFeatures(FeatureExtractor):
                 )
         self.dim = found["pooled"].shape[1]
 
-    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Map uint8 (n, height, width, 3) to "pooled", (n, dim), and "probabilities" if it can."""
-        check_images(images)
-        with without_tf32():
-            return in_batches(images, BATCH, self._run)
-
-    def _run(self, images: np.ndarray) -> dict[str, Tensor]:
+    def run(self, images: np.ndarray) -> dict[str, Tensor]:
+        """Map uint8 (n, height, width, 3) to "pooled", (n, dim), and possibly "probabilities"."""
         x = to_channels_first(images, self._device)
         found = {"pooled": self._model(x, **self._features)}
         if self._with_classes:

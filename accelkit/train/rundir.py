@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from accelkit.errors import AccelkitError
 from accelkit.files.documents import read_json
+from accelkit.files.locks import LOCK, claim
 from accelkit.files.writing import (
     PARTIAL,
     SUM,
@@ -34,7 +34,7 @@ _FINGERPRINTS = "fingerprints"
 SUMS = "checksums.json"
 """List of a checkpoint's files and their SHA-256."""
 
-_LOCK, _REMOVED = ".lock", f"removed{PARTIAL}"
+_REMOVED = f"removed{PARTIAL}"
 
 
 class RunDirectory:
@@ -72,7 +72,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AccelkitError(f"cannot make the output directory {self.path}: {error}") from error
-        self._claim()
+        self._lock = claim(self.path, "another run")
         remove(self.path / _REMOVED)
         known: dict[str, Any] = {}
         if resume:
@@ -134,7 +134,7 @@ class RunDirectory:
         """Leave nothing of a run that has done nothing yet, if it was opened here."""
         if self._lock is not None and self._content() == [SETTINGS]:
             (self.path / SETTINGS).unlink()
-            (self.path / _LOCK).unlink()
+            (self.path / LOCK).unlink()
             self.path.rmdir()
 
     def stored(self) -> dict[str, Any]:
@@ -235,28 +235,11 @@ class RunDirectory:
 
     def _content(self) -> list[str]:
         """Return what is in the directory, but for what is left of a run that never began."""
-        ours = (_LOCK, _REMOVED, SETTINGS + PARTIAL)
+        ours = (LOCK, _REMOVED, SETTINGS + PARTIAL)
         try:
             return [entry.name for entry in self.path.iterdir() if entry.name not in ours]
         except FileNotFoundError:
             return []
-
-    def _claim(self) -> None:
-        try:
-            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise AccelkitError(
-                f"cannot write to {self.path} ({error.strerror}); make that possible, or give "
-                "another -o"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise AccelkitError(
-                f"another run is at work in {self.path}; wait for it or give another -o"
-            ) from error
-        self._lock = lock  # the system releases it with the process, however that ends
 
     def _compare(self, settings: dict[str, Any], free: frozenset[str]) -> None:
         old, new = _flat(self.stored(), free), _flat(json.loads(json.dumps(settings)), free)
@@ -271,7 +254,7 @@ class RunDirectory:
     def _clear(self) -> None:
         # the settings last: killed midway, what is left is still known as a run
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == SETTINGS):
-            if entry.name == _LOCK:
+            if entry.name == LOCK:
                 continue
             if entry.is_dir() and not entry.is_symlink():  # never seen half gone, as it is resumed
                 entry = entry.rename(self.path / _REMOVED)

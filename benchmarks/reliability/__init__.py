@@ -1,5 +1,5 @@
-"""What happens to a command that is killed, or given damaged or hostile files and values.
+"""Trials of commands that are killed, or get damaged or hostile files and values.
 
 Every trial runs the command line on tiny models and is judged from outside: by exit status,
-messages, time, memory and what is left on the disk.
+messages, time, memory and the files on the disk.
 """

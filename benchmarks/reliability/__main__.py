@@ -1,6 +1,6 @@
-"""Try what kills, damage, hostile files and bad values do, and count what a user would suffer.
+"""Count the faults that kills, damaged files, hostile files and bad values cause.
 
-The four columns are to be 0. A fault is shown with its number, by which --only repeats it.
+All four columns should be 0. A fault is shown with its number, and --only repeats that trial.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path, int, random.Random], Trials]]]
     "kills": ("kills of fine-tunings, benches, samplings and trainings", kills.trials),
     "damaged": ("damaged files of checkpoints and fine-tuned models", damage.checkpoints),
     "caches": ("damaged files of caches", damage.caches),
-    "hostile": ("files made to do harm", hostile.trials),
+    "hostile": ("hostile files", hostile.trials),
     "commands": ("command lines with a bad value", commands.trials),
 }
 

@@ -1,4 +1,4 @@
-"""A user who does what the messages say."""
+"""A simulated user who follows the advice of the messages."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _ROUNDS = 8
 
 
 def finish(job: Job, folder: Path, expected: dict[str, str]) -> tuple[str, str] | None:
-    """Bring a command to its end by following its messages, beginning with the plain command.
+    """Run a command, then the commands that its messages advise, until one succeeds.
 
     Returns:
-        The first fault on the way; ``DEAD_END`` if nothing that was advised leads to an end;
-        ``SILENT`` if the end differs from what an undisturbed run leaves, without a word of it.
+        The first fault; ``DEAD_END`` if no advised command succeeds; ``SILENT`` if the result
+        differs from that of an undisturbed run and no message warned of it.
     """
-    ways, tried, told = [job.arguments], [], False
+    ways, tried, warned = [job.arguments], [], False
     while ways and len(tried) < _ROUNDS:
         ran = run(arguments := ways.pop(0), folder)
         tried.append(shown(ran))
         if ran.fault:
             return ran.fault, " > ".join(tried)
-        told |= ran.warned
+        warned |= ran.warned
         if ran.status == 0:
             wrong = differences(job.result(folder / job.output), expected)
             ends = f"{', '.join(wrong[:3])} differ; {' > '.join(tried)}"
-            return (SILENT, ends) if wrong and not told else None
+            return (SILENT, ends) if wrong and not warned else None
         advised = _advised(ran.messages[0], job, arguments, folder)
         ways = [*advised, *(way for way in ways if way not in advised)]
     return DEAD_END, " > ".join(tried)
@@ -38,7 +38,7 @@ def finish(job: Job, folder: Path, expected: dict[str, str]) -> tuple[str, str] 
 def _advised(
     message: str, job: Job, arguments: tuple[str, ...], folder: Path
 ) -> list[tuple[str, ...]]:
-    """Return the commands that a message leads to; what it says to remove is removed."""
+    """Return the commands that a message advises, after removing what it says to remove."""
     found = []
     if "remove " in message and (path := _named(message, folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -54,7 +54,7 @@ def _advised(
 
 
 def _named(message: str, folder: Path) -> Path | None:
-    """Return what a message names after saying to remove it, or before, in a trial's folder."""
+    """Return the path in a trial's folder that a message names next to the word "remove"."""
     before, _, after = message.partition("remove ")
     for word in re.findall(r"[\w./-]+", after) + re.findall(r"[\w./-]+", before):
         path = (folder / word.strip(".")).resolve()

@@ -1,4 +1,4 @@
-"""Command lines with a bad value for one option, made from the options that the commands have."""
+"""Command lines with a bad value for one option, generated from the options of the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from accelkit.cli import app
 from benchmarks.reliability.trial import SILENT, Trial, Trials, run, shown
-from benchmarks.reliability.world import JOBS, link
+from benchmarks.reliability.world import JOBS, copy_world
 
 _VALID: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{job.name: (job.arguments, ()) for job in JOBS},
@@ -22,7 +22,7 @@ _VALID: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "convert": (("convert",), ("model", "out.pt")),
     "inspect": (("inspect", "--model", "model"), ()),
 }
-"""What is put around an option and its value: a command that finishes in seconds."""
+"""Arguments before and after an option and its value: a command that finishes in seconds."""
 
 _AROUND: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("report", "directory"): (("report",), ()),
@@ -31,29 +31,29 @@ _AROUND: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("convert", "source"): (("convert",), ("out.pt",)),
     ("convert", "target"): (("convert", "model"), ()),
 }
-"""What is put around a value that has no option."""
+"""Arguments before and after a value without an option."""
 
 _NONSENSE = ("", "no-such-thing", "x" * 100_000, "a\nb\x1b[31m", "\udcff", "[/b]", "@;,=:+")
 _PLACES = ("/dev/zero", "pipe", "s.toml", "data", "/proc/self/mem")
 _WHOLE = ("x", "", "1.5", "nan", "inf", "1e400", "-1", str(10**30), "9" * 5_000)
 _FRACTIONS = ("x", "", "nan", "inf", "-inf", "1e400", "-1")
 _ANY = {"output", "target"}
-"""What is new, so that nearly any name will do."""
+"""Parameters that name a new file, so that nearly any value is valid."""
 _UNREAD = {
     *("data", "features", "features_sha256", "kernels", "model", "reference", "revision", "vae"),
 }
-"""What ``reproduce --dry-run`` shows nothing of, as it opens nothing."""
+"""Parameters that ``reproduce --dry-run`` does not check, because it opens no file."""
 
 
 def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
-    """Yield ``count`` command lines, or all there are."""
+    """Yield ``count`` command lines, or all if there are fewer."""
     cases = list(_cases())
     for name, arguments, may_pass in draw.sample(cases, min(count, len(cases))):
         yield Trial(name, _judge(world, arguments, may_pass))
 
 
 def _cases() -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Yield what is tried, the command line, and whether the command may take the value."""
+    """Yield a name, a command line, and whether the command may accept the value."""
     parsers: Any = get_command(app)
     for registered in app.registered_commands:
         name = registered.callback.__name__
@@ -65,7 +65,7 @@ def _cases() -> Iterator[tuple[str, tuple[str, ...], bool]]:
                 spelled = (value,) if argument else (parameter.opts[-1], value)
                 may_pass |= name == "reproduce" and parameter.name in _UNREAD
                 before, after = _VALID[name]
-                if argument:  # in place of the valid one
+                if argument:  # replaces the valid one
                     before, after = _AROUND[name, parameter.name]
                 called = " ".join([name, *spelled[:-1], repr(value[:40])])
                 yield called, (*before, *spelled, *after), may_pass
@@ -87,7 +87,7 @@ def _judge(
     world: Path, arguments: tuple[str, ...], may_pass: bool
 ) -> Callable[[Path], tuple[str, str] | None]:
     def judge(folder: Path) -> tuple[str, str] | None:
-        link(world, folder)
+        copy_world(world, folder)
         os.mkfifo(folder / "pipe")
         os.mkfifo(folder / "s.toml")
         ran = run(arguments, folder)

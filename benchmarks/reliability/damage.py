@@ -10,12 +10,12 @@ from pathlib import Path
 
 from benchmarks.reliability.advice import finish
 from benchmarks.reliability.trial import SILENT, Event, Trial, Trials, run, shown
-from benchmarks.reliability.world import BENCH, FINETUNE, SAMPLE, Job, differences, link
+from benchmarks.reliability.world import BENCH, FINETUNE, SAMPLE, Job, copy_world, differences
 
 _BLOCK = 4096
 
 Place = tuple[Job, Path, Path, dict[str, str]]
-"""A job, the folder it has worked in, a file there, and what an undisturbed run leaves."""
+"""A job, the folder of its run, a file there, and the result of an undisturbed run."""
 
 
 def _flip(content: bytes, draw: random.Random) -> bytes:
@@ -26,7 +26,7 @@ def _flip(content: bytes, draw: random.Random) -> bytes:
 def _zero(content: bytes, draw: random.Random) -> bytes:
     size = min(_BLOCK, -(-len(content) // 2))
     starts = range(0, len(content) - size + 1, max(1, size // 8))
-    filled = [s for s in starts if any(content[s : s + size])]  # zeros for zeros are no damage
+    filled = [s for s in starts if any(content[s : s + size])]  # zeroing zeros is no damage
     start = draw.choice(filled or [0])
     return content[:start] + bytes(size) + content[start + size :]
 
@@ -46,7 +46,7 @@ def checkpoints(world: Path, work: Path, count: int, draw: random.Random) -> Tri
     """Yield ``count`` trials that damage a file of a killed fine-tuning, or of a finished one."""
     whole, killed = work / "finished", work / "killed"
     for folder in (whole, killed):
-        link(world, folder)
+        copy_world(world, folder)
     expected = _result(FINETUNE, whole)
     tuned = replace(SAMPLE, arguments=("sample", "--model", "tuned", *SAMPLE.arguments[3:]))
     pictures = _result(tuned, whole)
@@ -60,8 +60,8 @@ def checkpoints(world: Path, work: Path, count: int, draw: random.Random) -> Tri
 
 
 def caches(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
-    """Yield ``count`` trials that damage what is computed once and kept."""
-    judged = replace(  # by features of the digits
+    """Yield ``count`` trials that damage a file of a cache."""
+    judged = replace(  # with the features of the digits
         BENCH, arguments=("bench", *BENCH.arguments[5:-1], "judged"), output="judged"
     )
     kinds = (
@@ -72,7 +72,7 @@ def caches(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
     for index, (job, kept) in enumerate(kinds):
         if share := len(range(index, count, len(kinds))):
             folder = work / f"cached-{index}"
-            link(world, folder)
+            copy_world(world, folder)
             expected = _result(job, folder)
             if not kept.startswith(job.output):
                 shutil.rmtree(folder / job.output)
@@ -81,7 +81,7 @@ def caches(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
 
 
 def _after(name: str) -> Callable[[int, Event], bool]:
-    """Return what kills before the first write after a folder was renamed to ``name``."""
+    """Return a condition that is true at the first write after a folder was renamed to ``name``."""
     done = False
 
     def at(_: int, event: Event) -> bool:
@@ -107,7 +107,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _spread(places: list[Place], count: int, draw: random.Random) -> Trials:
-    """Yield ``count`` trials, over all places before one is damaged again in another way."""
+    """Yield ``count`` trials; every place is damaged in one way before any in a second way."""
     ways = list(_WAYS)
     order = draw.sample(places, len(places))
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Files made to do harm, wherever a user can name one: each must be refused in one line."""
+"""Hostile files, in every place where a user can name a file: each must be refused in one line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from benchmarks.reliability.trial import SILENT, Trial, Trials, run, shown
-from benchmarks.reliability.world import SCHEDULE, link
+from benchmarks.reliability.world import SCHEDULE, copy_world
 
 _RAN = "it-ran"
-"""What hostile code makes, if it runs."""
+"""Folder that hostile code makes if it runs."""
 
 Spoil = Callable[[Path], object]
 _SAMPLE = ("sample", "-n", "1", "--steps", "2", "-o", "out")
@@ -37,7 +37,7 @@ class _Code:
         return (os.mkdir, (_RAN,))
 
 
-# --- what a file may hold instead of what it should
+# --- hostile contents
 
 _RAW: dict[str, bytes] = {
     "nothing": b"",
@@ -108,7 +108,7 @@ def _png(size: tuple[int, int] = (8, 8)) -> bytes:
     return buffer.getvalue()
 
 
-# --- where, and the command that reads it
+# --- files, and the commands that read them
 
 Case = tuple[str, Spoil, tuple[str, ...]]
 
@@ -247,7 +247,7 @@ def _archive(members: Members) -> Spoil:
 
 
 def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
-    """Yield ``count`` hostile files, or all there are."""
+    """Yield ``count`` hostile files, or all if there are fewer."""
     cases = list(_cases())
     for name, spoil, command in draw.sample(cases, min(count, len(cases))):
         yield Trial(name, _judge(world, spoil, command))
@@ -258,7 +258,7 @@ def _judge(
 ) -> Callable[[Path], tuple[str, str] | None]:
     def judge(folder: Path) -> tuple[str, str] | None:
         inner = folder / "here"
-        link(world, inner)
+        copy_world(world, inner)
         spoil(inner)
         ran = run(command, inner)
         if any(folder.rglob(_RAN)):

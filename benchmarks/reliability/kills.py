@@ -1,4 +1,4 @@
-"""Kills at random moments of every job, and what the messages afterwards lead to."""
+"""Kills at random moments of every job, after which the advice of the messages is followed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from benchmarks.reliability.advice import finish
 from benchmarks.reliability.trial import Trial, Trials, run
-from benchmarks.reliability.world import JOBS, Job, link
+from benchmarks.reliability.world import JOBS, Job, copy_world
 
 
 def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
     """Yield ``count`` kills, of each job in turn.
 
-    Every other one is before an operation that changes the disk, at places spread over the whole
-    run, since what is left half done differs from one to the next. The others are at a moment.
+    Half of them come before an operation that changes the disk, spread over the whole run, because
+    each leaves the disk in another state. The others come after a random time.
     """
     undisturbed = {job.name: _undisturbed(job, world, work) for job in JOBS}
     each = -(-count // (2 * len(JOBS)))
@@ -31,7 +31,7 @@ def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
 
 def _undisturbed(job: Job, world: Path, work: Path) -> tuple[dict[str, str], int, float]:
     folder = work / f"undisturbed-{job.name}"
-    link(world, folder)
+    copy_world(world, folder)
     ran = run(job.arguments, folder)
     if ran.status != 0:
         raise RuntimeError(f"accelkit {job.name} fails undisturbed: {ran.err[-500:]}")
@@ -46,7 +46,7 @@ def _kill(
     seconds: float | None = None,
 ) -> Trial:
     def judge(folder: Path) -> tuple[str, str] | None:
-        link(world, folder)
+        copy_world(world, folder)
         kill_at = None if write is None else lambda number, _: number == write
         run(job.arguments, folder, kill_at=kill_at, kill_after=seconds)
         return finish(job, folder, expected)

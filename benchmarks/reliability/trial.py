@@ -1,6 +1,6 @@
-"""Runs of the command line, each in a process of its own, and what a user sees of them.
+"""Runs of the command line, each in its own process, and their result as a user sees it.
 
-Processes are forked from one that has imported everything, which saves ten seconds each.
+The processes are forked from one that has imported everything, which saves ten seconds each.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from accelkit.errors import LONGEST
 
 SILENT, TRACEBACK, DEAD_END, HANG = "silent", "traceback", "dead end", "hang"
 FAULTS = (SILENT, TRACEBACK, DEAD_END, HANG)
-"""Wrong without a word; a traceback, crash or fault of accelkit's own; a refusal whose advice does
-not help, or no readable message at all; no end, or all memory taken."""
+"""A wrong result without a message; a traceback or crash; a refusal whose advice does not help, or
+no readable message; a command that never ends, or takes all memory."""
 
 SECONDS = 120.0
 _ADDRESSES = 16 * 2**30
@@ -50,13 +50,13 @@ Event = tuple[str, tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a command.
+    """The result of a command.
 
     Attributes:
         status: exit status, negative for the signal that ended it; None if it took too long.
-        out, err: what it printed.
-        seconds: how long it took.
-        writes: how many operations that change the disk it began; 0 if it was killed.
+        out, err: printed text.
+        seconds: duration.
+        writes: number of operations on the disk that it began; 0 if it was killed.
         peak: most bytes of memory in use.
     """
 
@@ -69,18 +69,18 @@ class Ran:
 
     @property
     def messages(self) -> list[str]:
-        """Its lines to the user, without warnings."""
+        """Messages to the user, without warnings."""
         lines = self.err.splitlines()
         return [x for x in lines if x.startswith(_MESSAGE) and not x.startswith(_WARNING)]
 
     @property
     def warned(self) -> bool:
-        """Whether it said that something is not as it should be."""
+        """Whether it printed a warning."""
         return _WARNING in self.err
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it whatever it was to do."""
+        """The fault that the result shows whatever the command was, or None."""
         if self.status is None or self.peak > _APPETITE:
             return HANG
         if "Traceback (most recent call last)" in self.err or _OWN_FAULT in self.err:
@@ -94,10 +94,10 @@ class Ran:
 
 
 def prepare() -> None:
-    """Make this process fit to be forked, and its children keep off GPUs and the hub."""
+    """Prepare this process for forking; its children use no GPU and no hub."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    torch.set_num_threads(1)  # a pool of threads does not survive
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
 
 
 def run(
@@ -111,21 +111,21 @@ def run(
     """Run ``accelkit`` with arguments in a working directory.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
         folder: the working directory.
-        seconds: after which it is given up.
-        kill_at: told the number of each operation that changes the disk, from 0, and the operation;
-            where it says so the process is killed before.
-        kill_after: seconds after which it is killed.
+        seconds: time after which the command counts as a hang.
+        kill_at: called before each operation that changes the disk, with its number from 0 and the
+            operation; the process is killed if it returns true.
+        kill_after: seconds after which the process is killed.
     """
     with tempfile.TemporaryDirectory(prefix="accelkit-trial-") as kept:
         texts = Path(kept)
-        for name in ("out", "err"):  # a child may be killed before it could make them
+        for name in ("out", "err"):  # a child may be killed before it makes them
             (texts / name).touch()
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            _be(arguments, folder, texts, kill_at)
+            _run_here(arguments, folder, texts, kill_at)
         limit = began + (seconds if kill_after is None else kill_after)
         status, usage = _wait(child, limit)
         gone = kill_after is None and status is None
@@ -144,7 +144,7 @@ def run(
 
 
 def _wait(child: int, limit: float) -> tuple[int | None, Any]:
-    """Return a process's status and usage, None for the status if it has not ended by then."""
+    """Return a process's status and usage; the status is None if it has not ended by ``limit``."""
     while time.monotonic() < limit:
         found, status, usage = os.wait4(child, os.WNOHANG)
         if found:
@@ -153,13 +153,13 @@ def _wait(child: int, limit: float) -> tuple[int | None, Any]:
     return None, None
 
 
-def _be(
+def _run_here(
     arguments: Sequence[str],
     folder: Path,
     texts: Path,
     kill_at: Callable[[int, Event], bool] | None,
 ) -> None:
-    """Become the command; never returns."""
+    """Run the command in this process and exit."""
     status = 1
     try:
         os.setsid()
@@ -186,7 +186,7 @@ def _be(
 
 
 def _counting(kill_at: Callable[[int, Event], bool] | None) -> Callable[[], int]:
-    """Count operations that change the disk from here on; return what tells how many there were."""
+    """Count operations that change the disk from here on; return a function for the number."""
     done = 0
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
@@ -209,8 +209,8 @@ class Trial:
     """One trial.
 
     Attributes:
-        name: what is done.
-        judge: does it in an empty folder, and returns the fault and what shows it, or None.
+        name: description of the trial.
+        judge: runs it in an empty folder, and returns the fault with its evidence, or None.
     """
 
     name: str
@@ -218,7 +218,7 @@ class Trial:
 
 
 def shown(ran: Ran) -> str:
-    """Return what identifies a run's end: status and last line."""
+    """Return a description of a run's end: status and last line."""
     lines = [line for line in ran.err.splitlines() if line.strip()]
     return f"status {ran.status}, {lines[-1][:300] if lines else 'nothing printed'}"
 

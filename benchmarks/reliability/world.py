@@ -1,4 +1,4 @@
-"""The tiny models and images that all trials work on, and commands that finish in seconds."""
+"""Tiny models and images for all trials, and commands that finish in seconds."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ batch_size = 2
 
 @dataclass(frozen=True)
 class Job:
-    """A command that leaves something behind, and what of it must not depend on how it got there.
+    """A command, and the part of its output that interruptions must not change.
 
     Attributes:
-        name: of the command.
-        arguments: all of it.
+        name: name of the command.
+        arguments: its arguments, with the name.
         output: the folder that it writes to.
-        result: what is compared, by name.
+        result: function of that folder that returns the values to compare, by name.
     """
 
     name: str
@@ -92,8 +92,8 @@ def build(folder: Path) -> None:
     (folder / "train.toml").write_text(_RECIPE)
 
 
-def link(world: Path, folder: Path) -> None:
-    """Make the world's files available in a trial's folder, as copies: some trials change them."""
+def copy_world(world: Path, folder: Path) -> None:
+    """Copy the world's files into a trial's folder; some trials change them."""
     shutil.copytree(world, folder, dirs_exist_ok=True)
 
 
@@ -106,7 +106,7 @@ def _digests(folder: Path, pattern: str) -> dict[str, str]:
 
 
 def _rows(folder: Path) -> dict[str, str]:
-    """Return the figures of results.json that no clock has a part in."""
+    """Return the figures of results.json that do not depend on time."""
     path = folder / "results.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = ("method", "weights", "sampler", "steps", "macs", "fid", "ideal_saving", "skipped")

@@ -315,7 +315,7 @@ def test_data(refused, finetune, data, tmp_path):
         assert list((tmp_path / "cwd").iterdir()) == []
     shutil.copy(data / "ant" / "0.png", data / "loose.png")
     finetune[finetune.index("--data") + 1] = str(data)
-    assert "beside class folders" in refused(*finetune)
+    assert "next to class folders" in refused(*finetune)
 
 
 def test_a_broken_image(refused, finetune, data):

@@ -72,7 +72,7 @@ def test_it_sets_labels_that_a_table_has(tmp_path, class_map):
     ("content", "words"),
     [
         ({"ant": 1, "bee": 2}, "no label for 1 of 3 classes of .*, e.g. cat"),
-        ({"ant": 1, "bee": 2, "cat": 3, "dog": 4}, "names dog, which is no class of"),
+        ({"ant": 1, "bee": 2, "cat": 3, "dog": 4}, "names dog, which is not a class of"),
         ({"ant": 1, "bee": 2, "cat": 2}, "gives bee and cat the label 2"),
         ({"ant": 1, "bee": 2, "cat": -3}, "has -3 for cat"),
         ({"ant": 1, "bee": 2, "cat": 3.0}, "has 3.0 for cat"),
@@ -81,8 +81,8 @@ def test_it_sets_labels_that_a_table_has(tmp_path, class_map):
         ({"ant": 1, "bee": 2, "cat": None}, "has None for cat"),
         ({"ant": 1, "bee": 2, "cat": 10**20}, "holds a whole number of more than 64 bits"),
         ('{"ant": 1, "ant": 2, "bee": 3, "cat": 4}', "it names 'ant' twice"),
-        (["ant", "bee", "cat"], "is no JSON object such as"),
-        ({}, "is no JSON object such as"),
+        (["ant", "bee", "cat"], "is not a JSON object such as"),
+        ({}, "is not a JSON object such as"),
         ("{", "cannot read the class map"),
         (b"\xff\xff", "cannot read the class map"),
         ("[" * 50_000, "cannot read the class map"),
@@ -106,7 +106,7 @@ def test_a_folder_is_no_map(pets):
     [
         ("ant\nbee\n", "no label for 1 of 3 classes"),
         ("ant\n\nbee\ncat\n", "line 2 is empty"),
-        ("ant\nbee\ncat\nbee\n", "'bee' is in it twice"),
+        ("ant\nbee\ncat\nbee\n", "it holds 'bee' twice"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(pets, class_map, content, words):
@@ -124,7 +124,7 @@ def test_a_map_where_there_is_nothing_to_label(tmp_path, class_map):
 
 
 def test_latents_of_other_labels_are_others(pets, class_map, tmp_path):
-    """The cache holds the labels, and must not give those of another map."""
+    """The cache holds labels, and must not return those of another map."""
     labels = []
     for content in (None, {"ant": 7, "bee": 8, "cat": 9}, {"ant": 9, "bee": 8, "cat": 7}):
         source = open_source(pets, class_map=content and class_map(content))

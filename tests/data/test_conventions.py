@@ -1,4 +1,4 @@
-"""Data sets as people keep them: the labels that are meant, or a refusal; nothing lost unsaid."""
+"""Data sets in common forms: the intended labels or a refusal, and a note on every unused file."""
 
 import shutil
 import stat
@@ -31,7 +31,7 @@ def test_other_files_are_counted(tmp_path):
     assert source.summary().endswith("; " + source.notes[0])
 
 
-def test_what_systems_leave_behind_is_not(tmp_path):
+def test_litter_of_operating_systems_is_not_counted(tmp_path):
     litter = ["Thumbs.db", "cat/desktop.ini", ".DS_Store", "__MACOSX/cat/._0.png", "@eaDir/0.png"]
     source = open_source(write_folder(tmp_path, {**PETS, **dict.fromkeys(litter, b"")}))
     assert (source.classes, len(source), source.notes) == (("cat", "dog"), 3, ())
@@ -52,13 +52,13 @@ def test_folders_of_archives_are_refused(files, tmp_path):
         open_source(write_folder(tmp_path, files))
 
 
-BESIDE = {f"all/{name}": content for name, content in PETS.items()}
+NESTED = {f"all/{name}": content for name, content in PETS.items()}
 
 
-def test_what_is_next_to_the_only_folder_of_a_zip_is_told(tmp_path):
+def test_files_next_to_the_only_folder_of_a_zip_are_noted(tmp_path):
     stray = {"labels.csv": b"", "labels.txt": b"", "Dataset.json": b"", "c.gif": b""}
     with pytest.warns(AccelkitWarning, match=r"passed over pictures .* 1 \(1 \.gif\); convert"):
-        source = open_source(write_zip(tmp_path / "d.zip", {**BESIDE, **stray}))
+        source = open_source(write_zip(tmp_path / "d.zip", {**NESTED, **stray}))
     assert source.classes == ("cat", "dog")
     assert source.notes == ("other files passed over: 3 (1 .csv, 1 .json, 1 .txt)",)
 
@@ -70,15 +70,15 @@ def test_what_is_next_to_the_only_folder_of_a_zip_is_told(tmp_path):
         ("val.zip", r"holds archives \(\.\./val\.zip; 1 \.zip\)"),
     ],
 )
-def test_what_is_next_to_the_only_folder_of_a_zip_is_refused(name, words, tmp_path):
+def test_labels_and_archives_next_to_the_only_folder_of_a_zip_are_refused(name, words, tmp_path):
     with pytest.raises(AccelkitError, match=words) as error:
-        open_source(write_zip(tmp_path / "d.zip", {**BESIDE, name: b""}))
+        open_source(write_zip(tmp_path / "d.zip", {**NESTED, name: b""}))
     assert refused(error)
 
 
 @pytest.mark.parametrize("others", [["dog"], []])
 def test_a_link_to_nothing_may_be_a_class(others, tmp_path):
-    """As when the disk is not mounted: later classes would have other labels."""
+    """Without it, as when a disk is not mounted, later classes would have other labels."""
     files = {f"{name}/0.png": png(0) for name in ["cat", *others]}
     folder = write_folder(tmp_path / "d", files)
     (folder / "bird").symlink_to(tmp_path / "nowhere")
@@ -88,7 +88,7 @@ def test_a_link_to_nothing_may_be_a_class(others, tmp_path):
     with zipfile.ZipFile(archive, "a") as out:
         out.writestr(link, "cat")
     for place in (folder, archive):
-        with pytest.raises(AccelkitError, match=r"/bird is a link to nothing that") as error:
+        with pytest.raises(AccelkitError, match=r"/bird is a link whose target cannot") as error:
             open_source(place)
         assert refused(error)
     (folder / "bird").unlink()
@@ -98,8 +98,8 @@ def test_a_link_to_nothing_may_be_a_class(others, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("d.tar", "of archives accelkit reads zips; unpack it"),
-        ("d.tar.gz", "of archives accelkit reads zips; unpack it"),
+        ("d.tar", "the only archives that accelkit reads; unpack it"),
+        ("d.tar.gz", "the only archives that accelkit reads; unpack it"),
         ("d.npz", "a file; give digits, a folder of images or a zip"),
         ("d.parquet", "a file; give digits, a folder of images or a zip"),
     ],
@@ -109,7 +109,7 @@ def test_other_packs_are_refused(name, words, tmp_path):
         open_source(write_folder(tmp_path, {name: b""}) / name)
 
 
-def test_what_is_there_instead_of_images_is_told(tmp_path):
+def test_files_found_instead_of_images_are_counted(tmp_path):
     files = {"data/train-0.parquet": b"", "data/train-1.parquet": b"", "data_batch_1": b""}
     with pytest.raises(AccelkitError, match=r"found 2 \.parquet, 1 without a suffix$"):
         open_source(write_folder(tmp_path, files))
@@ -125,7 +125,7 @@ def test_unpacked_shards_with_labels_are_refused(tmp_path):
 
 
 def test_shards_are_no_classes(tmp_path):
-    """As img2dataset writes them: the shard's number, then the place in it."""
+    """img2dataset names images by the shard's number, then the place in it."""
     files = {f"{s:05d}/{s:05d}{i:04d}.png": png(i) for s in range(2) for i in range(3)}
     texts = {name.replace("png", "txt"): "a caption" for name in files}
     source = open_source(write_folder(tmp_path, {**files, **texts}))
@@ -136,7 +136,7 @@ def test_shards_are_no_classes(tmp_path):
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("Train", "val", "TEST"), ("img", "images")])
 def test_parts_without_classes_are_no_classes(parts, tmp_path):
-    """As the splits of Hugging Face's imagefolder."""
+    """Such as the splits of Hugging Face's imagefolder."""
     files = {f"{part}/{name}": content for part in parts for name, content in FLAT.items()}
     files |= {f"{part}/metadata.csv": "file_name,text\n" + "".join(f"{n},a\n" for n in FLAT)
               for part in parts}  # fmt: skip
@@ -155,7 +155,7 @@ def test_one_folder_of_all_images_is_no_class(folder, tmp_path):
     assert (source.labels, source.classes) == (None, ())
     named = {f"{folder}/cat/{name}": content for name, content in FLAT.items()}
     with pytest.raises(AccelkitError, match=f"name the part, as in .*/{folder}$"):
-        open_source(write_folder(tmp_path / "named", named))  # or the class would be lost
+        open_source(write_folder(tmp_path / "named", named))  # otherwise the class would be lost
     assert open_source(tmp_path / "named" / folder).classes == ("cat",)
 
 
@@ -164,7 +164,7 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path):
     assert open_source(write_folder(tmp_path, files)).classes == ("bus", "train")
 
 
-# Names that archivers give
+# Names written by archivers
 
 
 def same_as_pets(place):
@@ -192,7 +192,7 @@ def test_an_archivers_folders_and_links(tmp_path):
 
 @pytest.mark.parametrize("code", ["utf-8", "cp437"])
 def test_names_without_the_flag_of_their_code(code, tmp_path):
-    """macOS writes UTF-8 and does not say so; otherwise the code page of DOS is meant."""
+    """macOS writes UTF-8 without the flag; otherwise the code page is that of DOS."""
     path = write_zip(tmp_path / "d.zip", {"KKKK/0.png": png(0), "Z/0.png": png(1)})
     name = "Käf".encode(code).ljust(4, b"r")
     path.write_bytes(path.read_bytes().replace(b"KKKK", name))

@@ -1,4 +1,4 @@
-"""``dataset.json`` of NVlabs' tools: labels as its own reader takes them, or a refusal."""
+"""``dataset.json`` of NVlabs' tools: labels are read as its own reader does, or refused."""
 
 import json
 
@@ -9,10 +9,11 @@ from picture_files import levels, png, refused, write_folder, write_zip
 from accelkit.data import open_source
 from accelkit.errors import AccelkitError
 
-COUNT = 1200
-NAMES = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(COUNT)]
-LABELS = np.random.default_rng(0).integers(0, 10, COUNT).tolist()
-FILES = {name: png(label) for name, label in zip(NAMES, LABELS, strict=True)}  # 10 at the level 10
+NUMBERS = [*range(20), *range(1000, 1010)]  # the last ten are in a second shard
+NAMES = [f"{i // 1000:05d}/img{i:08d}.png" for i in NUMBERS]
+LABELS = np.random.default_rng(0).permutation(30).tolist()
+LABELS = [label % 10 for label in LABELS]
+FILES = {name: png(label) for name, label in zip(NAMES, LABELS, strict=True)}
 
 
 def with_labels(labels, files=FILES):
@@ -56,7 +57,7 @@ def test_labels_are_those_recorded(way, tmp_path):
 
 @pytest.mark.parametrize("top", ["", "set/"])
 def test_one_shard_keeps_its_labels(top, tmp_path):
-    """Its only folder is not looked through, away from the labels."""
+    """The only folder is not listed alone, without the labels next to it."""
     names = list(some())
     content = with_labels([[n, 3 if i else 7] for i, n in enumerate(names)], some())
     archive = write_zip(tmp_path / "d.zip", {top + name: c for name, c in content.items()})
@@ -69,7 +70,7 @@ def test_one_shard_keeps_its_labels(top, tmp_path):
 def test_folders_are_no_classes_where_there_are_no_labels(tmp_path):
     source = open_source(write_zip(tmp_path / "d.zip", with_labels(None)))
     assert (source.labels, source.classes) == (None, ())
-    bare = open_source(write_folder(tmp_path / "d", FILES))  # the table of labels was lost
+    bare = open_source(write_folder(tmp_path / "d", FILES))  # without dataset.json
     assert (bare.labels, bare.classes) == (None, ())
 
 
@@ -132,7 +133,7 @@ def test_a_data_set_within_a_folder_is_named(tmp_path):
 
 
 def test_other_labels_have_another_fingerprint(tmp_path):
-    """Or latents in the cache would keep the labels of before."""
+    """Otherwise latents in the cache would keep the old labels."""
     names = list(some())
     tables = [[[n, label * i] for i, n in enumerate(names)] for label in (0, 1, 2)]
     places = [write_folder(tmp_path / str(i), with_labels(t, some())) for i, t in enumerate(tables)]

@@ -248,7 +248,7 @@ def test_a_decompression_bomb_is_an_image_that_cannot_be_read(tmp_path, monkeypa
 def test_images_beside_class_folders_are_refused(tmp_path):
     files = FILES | {"loose.png": FILES["cat/0.png"]}
     for place in (write_folder(tmp_path / "d", files), write_zip(tmp_path / "d.zip", files)):
-        with pytest.raises(AccelkitError, match=r"loose\.png.*beside class folders"):
+        with pytest.raises(AccelkitError, match=r"loose\.png.*next to class folders"):
             open_source(place)
 
 

@@ -1,10 +1,10 @@
-"""Latents encoded once: what they are, when they are made anew, and what is left on failure."""
+"""Latents in the cache: their values, when they are encoded again, what a failure leaves."""
 
 import errno
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from accelkit.data import shards as module
-from accelkit.data.latents import INDEX, default_cache, encode_latents
+from accelkit.data.latents import encode_latents
+from accelkit.data.shards import INDEX, default_cache
 from accelkit.data.sources import crop_and_resize, open_source
 from accelkit.errors import AccelkitError, AccelkitWarning
 
@@ -46,7 +47,7 @@ def vae(pipe):
 
 @pytest.fixture
 def encode(folder, vae, tmp_path):
-    """Encodes the folder with defaults that can be overridden."""
+    """Encode the folder with defaults that can be overridden."""
 
     def run(source=None, model=None, **options):
         options = {"size": 8, "cache_dir": tmp_path / "cache", "batch": 3, **options}
@@ -75,12 +76,12 @@ def picture_at_8(seed):
 
 
 def rows(latents):
-    """Scaled means: what is drawn with no noise."""
+    """Return the scaled means, which are drawn with no noise."""
     return latents.sample(torch.arange(len(latents)), torch.zeros(len(latents), *latents.shape))
 
 
 def untouchable(*args, **kwargs):
-    raise AssertionError("the autoencoder was asked again")
+    raise AssertionError("the autoencoder was called again")
 
 
 def folders(tmp_path):
@@ -114,7 +115,7 @@ def test_mirrored_images_follow_the_plain_ones(encode, vae):
     torch.testing.assert_close(rows(latents), (expected - 0.7) * 0.3)
 
 
-@pytest.mark.parametrize("shard", [1, 2, 3, 5, 7, 14])
+@pytest.mark.parametrize("shard", [1, 3, 7])
 def test_any_number_of_shards_holds_the_same(encode, monkeypatch, shard, tmp_path):
     whole = encode(flip=True, cache_dir=tmp_path / "whole")
     monkeypatch.setattr(module, "SHARD", shard)
@@ -124,7 +125,7 @@ def test_any_number_of_shards_holds_the_same(encode, monkeypatch, shard, tmp_pat
     assert max(len(load_file(f)["mean"]) for f in files) <= shard
     torch.testing.assert_close(rows(split), rows(whole))
     assert torch.equal(split.labels, whole.labels)
-    monkeypatch.setattr(module, "SHARD", 4096)  # what was written says how it is laid out
+    monkeypatch.setattr(module, "SHARD", 4096)  # the index records the layout
     assert torch.equal(rows(encode(flip=True)), rows(split))
 
 
@@ -160,18 +161,16 @@ def test_weights_data_size_and_flip_each_have_latents_of_their_own(
     assert len(folders(tmp_path)) == 5
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"count": 3, "shard": 4096, "files": [], "skipped": 0}']
-)
-def test_a_broken_index_is_made_anew(encode, tmp_path, content):
+def test_a_broken_index_is_written_again(encode, tmp_path):
     first = rows(encode())
     index = next((tmp_path / "cache").glob(f"*/{INDEX}"))
-    index.write_text(content)
-    with pytest.warns(AccelkitWarning, match="broken"):
-        again = encode()
-    assert torch.equal(rows(again), first)
-    assert json.loads(index.read_text())["count"] == 7
-    assert len(folders(tmp_path)) == 1
+    for content in ("{", "[]", "{}", '{"count": 3, "shard": 4096, "files": [], "skipped": 0}'):
+        index.write_text(content)
+        with pytest.warns(AccelkitWarning, match="broken"):
+            again = encode()
+        assert torch.equal(rows(again), first)
+        assert json.loads(index.read_text())["count"] == 7
+        assert len(folders(tmp_path)) == 1
 
 
 def flip(place):
@@ -191,25 +190,25 @@ def zero(place):
 
 
 DAMAGE = {
-    **{f"bit at {at}": flip(at) for at in (0, 0.1, 0.5, 0.9, 1)},
-    **{f"zeros at {at}": zero(at) for at in (0, 0.5, 1)},
+    **{f"bit at {at}": flip(at) for at in (0, 0.5, 1)},
+    **{f"zeros at {at}": zero(at) for at in (0, 1)},
     "second half zeroed": lambda c: c[: len(c) // 2] + bytes(len(c) - len(c) // 2),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["shard-00000.safetensors", INDEX])
-def test_what_is_damaged_is_made_again(encode, tmp_path, damage, name):
+def test_damaged_files_are_written_again(encode, tmp_path, name):
     """Values that can still be read are compared with their checksum."""
     first = rows(encode())
     path = next((tmp_path / "cache").glob(f"*/{name}"))
     content = path.read_bytes()
-    path.unlink()  # a file of its own: the first one is mapped
-    path.write_bytes(DAMAGE[damage](content))
-    with pytest.warns(AccelkitWarning, match=r"latents in .* are broken \(.*\); encoding again$"):
-        again = encode()
-    assert torch.equal(rows(again), first)
-    assert path.read_bytes() == content
+    for damage in DAMAGE.values():
+        path.unlink()  # the old file is still mapped
+        path.write_bytes(damage(content))
+        with pytest.warns(AccelkitWarning, match=r"latents in .* broken \(.*\); encoding again$"):
+            again = encode()
+        assert torch.equal(rows(again), first)
+        assert path.read_bytes() == content
 
 
 def test_latents_of_earlier_versions_have_no_checksums(encode, vae, monkeypatch, tmp_path):
@@ -247,10 +246,10 @@ def test_all_is_on_the_disk_before_the_rename(encode, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "short"])
-def test_a_broken_shard_is_made_anew(encode, tmp_path, damage):
+def test_a_broken_shard_is_written_again(encode, tmp_path, damage):
     first = rows(encode())
     shard = next((tmp_path / "cache").glob("*/shard-*"))
-    del first  # nothing may hold the file's mapping while it shrinks
+    del first  # the file must not be mapped while it shrinks
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-100])
     elif damage == "missing":
@@ -275,7 +274,7 @@ def test_skipped_images_are_counted_and_leave_labels_aligned(encode, folder, vae
         torch.testing.assert_close(rows(latents)[:6], (expected - 0.7) * 0.3)
     assert encode(open_source(folder, skip_bad=True)).skipped == 1  # from the cache
     with pytest.raises(AccelkitError, match=r"ant/1\.png"):
-        encode()  # which does not go without the image because an earlier call did
+        encode()  # although an earlier call skipped the image
 
 
 def test_progress_counts_images_up_to_the_total(encode):
@@ -294,38 +293,26 @@ def test_an_interrupted_encoding_leaves_nothing(encode, tmp_path):
     assert len(encode()) == 7
 
 
-DYING = """
-import sys
-from diffusers import AutoencoderKL
-from accelkit.data.latents import encode_latents
-from accelkit.data.sources import open_source
-from pathlib import Path
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_folders_of_killed_processes_are_removed_and_those_of_others_kept(encode, folder, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
 
-def hold(done, total):
-    print("held", flush=True)
-    sys.stdin.read()
+    def hold(done, total):
+        started.set()
+        time.sleep(60)
 
-vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-source = open_source(sys.argv[1])
-encode_latents(source, vae, size=8, cache_dir=Path(sys.argv[2]), progress=hold)
-"""
-
-
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(encode, folder, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", DYING, str(folder), str(tmp_path / "cache")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
-    )
+    options = {"size": 8, "cache_dir": tmp_path / "cache", "progress": hold}
+    process = fork.Process(target=encode_latents, args=(open_source(folder), None), kwargs=options)
+    process.start()
     try:
-        assert process.stdout.readline() == b"held\n"
+        assert started.wait(30)
         (held,) = folders(tmp_path)
         made = encode().path.name
         assert folders(tmp_path) == sorted([held, made])
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert folders(tmp_path) == sorted([held, made])
     other = encode(flip=True).path.name
     assert folders(tmp_path) == sorted([made, other])
@@ -371,11 +358,11 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     for name in ("ACCELKIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache() == tmp_path / "home" / ".cache" / "accelkit" / "latents"
+    assert default_cache("latents") == tmp_path / "home" / ".cache" / "accelkit" / "latents"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache() == tmp_path / "xdg" / "accelkit" / "latents"
+    assert default_cache("latents") == tmp_path / "xdg" / "accelkit" / "latents"
     monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "own"))
-    assert default_cache() == tmp_path / "own" / "latents"
+    assert default_cache("latents") == tmp_path / "own" / "latents"
 
 
 def test_without_an_autoencoder_the_latents_are_the_pixels(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The latent cache: its files, its key, its precision, and another process that is first."""
+"""The latent cache: its files, its key, its precision, and races between processes."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from accelkit.data.latents import INDEX, encode_latents
+from accelkit.data.latents import encode_latents
+from accelkit.data.shards import INDEX
 from accelkit.data.sources import open_source
 from accelkit.errors import AccelkitError
 
@@ -99,7 +100,7 @@ def test_a_cache_that_cannot_be_a_folder_is_one_line(folder, tmp_path):
         encode(folder, autoencoder(), tmp_path / "file")
 
 
-def test_a_folder_without_an_index_is_made_anew(folder, tmp_path):
+def test_a_folder_without_an_index_is_written_again(folder, tmp_path):
     first = encode(folder, autoencoder(), tmp_path / "cache")
     (first.path / INDEX).unlink()
     with pytest.warns(UserWarning, match="broken"):
@@ -108,12 +109,12 @@ def test_a_folder_without_an_index_is_made_anew(folder, tmp_path):
     assert len(again) == 6
 
 
-def test_another_process_may_be_first_by_a_hair(folder, tmp_path, monkeypatch):
+def test_another_process_may_finish_just_before(folder, tmp_path, monkeypatch):
     rename, others = Path.rename, []
 
     def late(self, target):
         if self.name.startswith("partial-") and not others:
-            others.append(None)  # the other's own renaming is not to be late as well
+            others.append(None)  # the other process renames without delay
             others.append(encode(folder, autoencoder(), tmp_path / "cache"))
         return rename(self, target)
 

@@ -32,7 +32,7 @@ FORMS = {"metadata.jsonl": jsonl, "metadata.csv": table}
 
 @pytest.fixture(params=FORMS)
 def described(request, tmp_path):
-    """Writes images with rows next to them, in either form."""
+    """Write images with rows next to them, in either form."""
 
     def write(rows, files=FLAT):
         return write_folder(tmp_path, {**files, request.param: FORMS[request.param](rows)})
@@ -71,7 +71,7 @@ def test_names_are_classes_in_their_order(described):
     assert source.labels.tolist() == [(2, 1, 0)[level % 3] for level in levels(source)]
 
 
-def test_labels_go_before_folders(described):
+def test_labels_take_precedence_over_folders(described):
     files = {f"{'xy'[i % 2]}/{i}.png": png(i) for i in range(4)}
     rows = [{"file_name": name, "label": 5 + i} for i, name in enumerate(files)]
     source = open_source(described(rows, files))
@@ -79,7 +79,7 @@ def test_labels_go_before_folders(described):
 
 
 def test_rows_of_a_folder_next_to_images_of_a_zip(tmp_path):
-    """The zip's only folder is not looked through, away from the rows."""
+    """The zip's only folder is not listed alone, without the rows next to it."""
     files = {f"images/{name}": content for name, content in FLAT.items()}
     rows = [{"file_name": name, "text": f"number {i}"} for i, name in enumerate(files)]
     content = {**files, "metadata.csv": table(rows)}
@@ -89,7 +89,7 @@ def test_rows_of_a_folder_next_to_images_of_a_zip(tmp_path):
         assert source.classes == ()
 
 
-def test_other_columns_and_rows_without_an_image_are_told(described):
+def test_other_columns_and_rows_without_an_image_are_noted(described):
     rows = [{"file_name": n, "text": "t", "bbox": 1} for n in [*FLAT, "gone.png"]]
     source = open_source(described(rows))
     assert source.notes == ("rows that name no image: 1", "columns not read: bbox")
@@ -105,7 +105,7 @@ def test_a_table_without_captions_has_none(described):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"file_name": n, "text": 7} for n in FLAT], "line 1 of .*its text is 7, which is no"),
+        ([{"file_name": n, "text": 7} for n in FLAT], "line 1 of .*its text is 7, expected text"),
         ([{"file_name": n, "text": None} for n in FLAT], "its text is None"),
         ([{"file_name": n, "text": ["a", "b"]} for n in FLAT], r"its text is \['a', 'b'\]"),
         ([{"file_name": n, "text": {"en": "a"}} for n in FLAT], "its text is {"),
@@ -176,8 +176,8 @@ def test_spaces_after_commas_belong_to_no_name(tmp_path):
     assert source.notes == ("columns not read: box",)
 
 
-def test_a_column_without_a_name_is_told(tmp_path):
-    """As pandas writes its index."""
+def test_a_column_without_a_name_is_noted(tmp_path):
+    """Pandas writes its index in such a column."""
     text = ",file_name,label\n" + "".join(f"{i},{n},{i}\n" for i, n in enumerate(FLAT))
     source = open_source(write_folder(tmp_path, {**FLAT, "metadata.csv": text}))
     assert source.notes == ("columns not read: one without a name",)

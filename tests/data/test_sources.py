@@ -1,4 +1,4 @@
-"""Image sources under bad luck: stray files, unreadable ones, threads and forked processes."""
+"""Image sources with stray and unreadable files, threads and forked processes."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that are noticed when they are damaged."""
+"""Files are whole or absent, and damage to them is noticed."""
 
 import errno
 import hashlib
@@ -37,7 +37,7 @@ def zeroed(content, start):
 
 
 def spread(content, count):
-    """Bits from end to end of a file, an odd distance apart so that all eight of a byte occur."""
+    """Return bits of a file at an odd distance, so that all eight places in a byte occur."""
     return range(0, 8 * len(content), (8 * len(content) // count) | 1)
 
 
@@ -54,7 +54,7 @@ TENSORS = {
 class TestWriting:
     @pytest.mark.parametrize("there", [None, "file", "folder", "link"])
     @pytest.mark.parametrize("kind", ["file", "folder"])
-    def test_what_is_there_is_replaced(self, tmp_path, there, kind):
+    def test_an_old_file_or_folder_is_replaced(self, tmp_path, there, kind):
         target = tmp_path / "deep" / "target"
         (tmp_path / "kept").mkdir()
         (tmp_path / "kept" / "file").write_text("kept")
@@ -76,7 +76,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "I/O error")])
     @pytest.mark.parametrize("kind", ["file", "folder"])
-    def test_an_error_leaves_what_was_there(self, tmp_path, error, kind):
+    def test_an_error_keeps_the_old_file_or_folder(self, tmp_path, error, kind):
         target = tmp_path / "target"
         if kind == "folder":
             target.mkdir()
@@ -89,8 +89,8 @@ class TestWriting:
         assert kept.read_text() == "old"
         assert names(tmp_path) == ["target"]
 
-    def test_what_a_killed_process_left_is_removed(self, tmp_path):
-        """Its own temporary files and those of libraries, whether it wrote a file or a folder."""
+    def test_files_left_by_a_killed_process_are_removed(self, tmp_path):
+        """These are temporary files of accelkit and of libraries."""
         (tmp_path / "a.json.partial").mkdir()
         (tmp_path / "a.json.partial" / ".tmpAbCd").write_text("half")
         (tmp_path / "b.json.partial").write_text("half, as earlier versions left it")
@@ -120,7 +120,7 @@ class TestWriting:
         ]
 
     def test_a_folder_that_cannot_be_flushed(self, tmp_path, monkeypatch):
-        """Some file systems have no such thing."""
+        """Some file systems do not support it."""
         flush = os.fsync
 
         def refusing(handle):
@@ -134,7 +134,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
     @pytest.mark.parametrize("at", ["mkdir", "fsync", "replace"])
-    def test_errors_are_one_line_that_says_what_to_do(self, tmp_path, monkeypatch, number, at):
+    def test_errors_are_one_line_with_advice(self, tmp_path, monkeypatch, number, at):
         files.write_json(tmp_path / "a.json", {"old": 1})
 
         def fails(*args, **kwargs):
@@ -190,16 +190,16 @@ class TestRecords:
         path = tmp_path / "a.json"
         files.write_record(path, RECORD)
         content = path.read_bytes()
-        refused = 0
-        for bit in range(8 * len(content)):
+        refused, bits = 0, range(0, 8 * len(content), 3)
+        for bit in bits:
             path.write_bytes(flipped(content, bit))
             try:
                 found = files.read_record(path, ADVICE)
             except AccelkitError:
                 refused += 1
-            else:  # white space, or the name of the checksum itself
+            else:  # the bit was in white space, or in the key of the checksum
                 assert {k: found[k] for k in RECORD} == RECORD
-        assert refused > 0.7 * 8 * len(content)
+        assert refused > 0.7 * len(bits)
 
 
 class TestTensors:
@@ -224,7 +224,7 @@ class TestTensors:
             tensors.write_tensors(tmp_path / f"{number}.safetensors", TENSORS)
         assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
-    def test_others_can_read_and_check_it(self, tmp_path):
+    def test_other_programs_can_read_and_check_it(self, tmp_path):
         path = tmp_path / "a.safetensors"
         tensors.write_tensors(path, TENSORS)
         with safe_open(path, "pt") as file:
@@ -251,7 +251,7 @@ class TestTensors:
     @pytest.mark.parametrize(
         "content", [b"", b"1234567", b"\xff" * 100, b"\x10" + bytes(7), bytes(20)]
     )
-    def test_what_cannot_be_read_is_left_to_safetensors(self, tmp_path, content):
+    def test_unreadable_files_are_left_to_safetensors(self, tmp_path, content):
         (tmp_path / "a.safetensors").write_bytes(content)
         tensors.check_tensors(tmp_path / "a.safetensors", ADVICE)
 
@@ -288,7 +288,7 @@ class TestTensors:
         with pytest.raises(DamagedError, match=r"sub/b\.safetensors is damaged.*make it again"):
             tensors.check_tensors(tmp_path, ADVICE)
 
-    def test_no_room_leaves_what_was_there(self, tmp_path, monkeypatch):
+    def test_a_full_disk_keeps_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "a.safetensors"
         tensors.write_tensors(path, TENSORS)
         before = path.read_bytes()

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from accelkit.data.digits import digits
 from accelkit.errors import AccelkitError
-from accelkit.metrics import digit_classifier
-from accelkit.metrics import features as features_module
-from accelkit.metrics.digit_classifier import DigitClassifier, main, split, to_grey
+from accelkit.metrics import extractors
+from accelkit.metrics.digit_classifier import DigitClassifier, to_grey
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.features import DigitFeatures
-from accelkit.metrics.frechet import Moments, frechet_distance
+from accelkit.metrics.frechet import Gaussian, Moments
+from benchmarks import digit_classifier as training
+from benchmarks.digit_classifier import main, split
 
 SHIPPED = resources.files("accelkit") / "assets" / "digit_features.safetensors"
 HELD_OUT_HEAD = [3, 7, 13, 19, 36, 38, 43, 48]
@@ -37,7 +38,7 @@ def distance(x, y):
     a, b = Moments(), Moments()
     a.update(x)
     b.update(y)
-    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    return Gaussian.of(a.mean, a.cov).distance(Gaussian.of(b.mean, b.cov))
 
 
 def read_metadata(path):
@@ -78,7 +79,7 @@ def test_split_is_stratified_disjoint_and_complete():
     share = np.bincount(labels[held_out]) / np.bincount(labels)
     assert np.abs(share - 0.2).max() < 0.003
     assert not np.array_equal(split(labels, seed=1)[1], held_out)
-    # Fixed for good: the shipped network has not seen these.
+    # the split must never change, because the shipped network has not seen these images
     assert held_out[:8].tolist() == HELD_OUT_HEAD
     assert int(held_out.sum()) == HELD_OUT_SUM
 
@@ -99,7 +100,7 @@ def test_features_equal_a_float64_pass_one_image_at_a_time(images, features):
     )
 
 
-@pytest.mark.parametrize("size", [1, 37, 255, 256, 257])
+@pytest.mark.parametrize("size", [1, 256, 257])
 def test_features_do_not_depend_on_the_batch(images, features, size):
     part = open_extractor("digits")(images[200 : 200 + size])
     assert part.dtype == np.float32
@@ -107,7 +108,7 @@ def test_features_do_not_depend_on_the_batch(images, features, size):
     np.testing.assert_allclose(part, features[200 : 200 + size], rtol=1e-4, atol=1e-5)
 
 
-def test_extraction_is_deterministic_and_leaves_images_alone(images, features):
+def test_extraction_is_deterministic_and_does_not_change_images(images, features):
     before = images.copy()
     np.testing.assert_array_equal(open_extractor("digits")(images), features)
     np.testing.assert_array_equal(images, before)
@@ -125,7 +126,7 @@ def test_colour_counts_as_its_mean(images):
 
 
 def test_scale_of_the_distance(images, features):
-    """Between real halves it is a noise floor under 1.5; the unit is the training digits' own."""
+    """Between real halves it is below 1.5; the unit is the deviation of the training digits."""
     train, _ = split(digits()[1])
     np.testing.assert_allclose(features[train].var(axis=0, ddof=1), 1, rtol=1e-3)
     order = np.random.default_rng(0).permutation(len(images))
@@ -136,11 +137,11 @@ def test_scale_of_the_distance(images, features):
 
 
 def test_distance_grows_with_the_damage(images, features):
-    rng = np.random.default_rng(0)
-    unit = rng.normal(size=images.shape)
+    some = images[::4]
+    unit = np.random.default_rng(0).normal(size=some.shape)
     found = [
         distance(
-            features, open_extractor("digits")(np.clip(images + s * unit, 0, 255).astype(np.uint8))
+            features, open_extractor("digits")(np.clip(some + s * unit, 0, 255).astype(np.uint8))
         )
         for s in (5, 25, 100)
     ]
@@ -198,7 +199,7 @@ def test_weights_of_another_hash_are_not_loaded(monkeypatch):
     def load():
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(features_module, "_digits", load)
+    monkeypatch.setattr(extractors, "_digits", load)
     with pytest.raises(AccelkitError, match=r"those recorded 0{12}…"):
         open_extractor("digits", "0" * 64)
 
@@ -214,13 +215,13 @@ def test_damaged_and_missing_weights_are_refused(tmp_path):
         DigitFeatures(tmp_path / "none.safetensors")
 
 
-def test_unit_variance_leaves_the_logits(images):
+def test_unit_variance_does_not_change_the_logits(images):
     grey = to_grey(images[:200])
     torch.manual_seed(0)
     model = DigitClassifier()
     with torch.no_grad():
         before = model(grey)
-        model.set_unit_variance(grey)
+        training.set_unit_variance(model, grey)
         torch.testing.assert_close(model(grey), before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.features(grey).var(dim=0), torch.ones(64))
 
@@ -231,12 +232,10 @@ def test_training_lowers_the_loss_and_repeats(images):
     state = torch.random.get_rng_state()
     losses: list[float] = []
     runs = [
-        digit_classifier.train(
-            grey, labels, seed=3, epochs=5, on_epoch=lambda _, loss: losses.append(loss)
-        )
+        training.train(grey, labels, seed=3, epochs=3, on_epoch=lambda _, loss: losses.append(loss))
         for _ in range(2)
     ]
-    assert losses[4] < 0.8 * losses[0]
+    assert losses[2] < 0.9 * losses[0]
     assert not runs[0].training
     for first, second in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
         torch.testing.assert_close(first, second)
@@ -268,7 +267,7 @@ def test_command_writes_weights_with_their_origin(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_overwrite_replaces_and_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_the_next_replaces_it(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"old")
 
@@ -278,8 +277,8 @@ def test_overwrite_replaces_and_a_failed_write_leaves_nothing(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(AccelkitError, match=r"cannot write .*disk full"):
-            digit_classifier.write_weights(path, DigitClassifier(), {})
+            training.write_weights(path, DigitClassifier(), {})
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"old"
-    digit_classifier.write_weights(path, DigitClassifier(), {"seed": 1})
+    training.write_weights(path, DigitClassifier(), {"seed": 1})
     assert read_metadata(path) == {"seed": 1}

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """What torch-fidelity's extractor is called with, gives and holds, at 17x17."""
+    """The arguments, outputs and layers of torch-fidelity's extractor, at 17x17."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None):
         super().__init__()
@@ -123,7 +123,7 @@ def test_the_real_network_has_the_layers_that_are_asked_for():
     torch.testing.assert_close(out[:, :192], seen[0])
 
 
-def test_what_is_missing_is_said_with_what_to_do(monkeypatch):
+def test_a_missing_package_is_named_with_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(AccelkitError, match=r"cannot be imported .*pip install 'accelkit\[fid\]'"):
         open_extractor("torch-fidelity")

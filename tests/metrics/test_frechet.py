@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelkit.errors import AccelkitError
-from accelkit.metrics.frechet import Moments, frechet_distance
+from accelkit.metrics.frechet import Gaussian, Moments
 
 
 def moments(*batches):
@@ -14,6 +14,11 @@ def moments(*batches):
     for batch in batches:
         seen.update(batch)
     return seen
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    first = Gaussian.of(mean1, cov1, ("mean1", "cov1"))
+    return first.distance(Gaussian.of(mean2, cov2, ("mean2", "cov2")))
 
 
 def distance(a, b):

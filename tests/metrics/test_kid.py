@@ -16,7 +16,7 @@ def distance(x, y, seed=0, sizes=(7, 64)):
 
 @given(a=st.floats(-2, 2), b=st.floats(-2, 2), d=st.integers(1, 5))
 def test_two_points_agree_with_the_closed_form(a, b, d):
-    """All images alike on either side: k(a, a) + k(b, b) - 2 k(a, b), of one width or another."""
+    """With equal images on each side it is k(a, a) + k(b, b) - 2 k(a, b)."""
     expected = (a * a + 1) ** 3 + (b * b + 1) ** 3 - 2 * (a * b + 1) ** 3
     found = squared_mmd(np.full((4, d), a), np.full((3, d), b))
     assert found == pytest.approx(expected, abs=1e-9)
@@ -45,7 +45,7 @@ def test_distance_is_the_mean_over_the_subsets_drawn(monkeypatch):
     assert distance(x, y, seed=4) == pytest.approx((np.mean(each), np.std(each)), rel=1e-10)
 
 
-def test_images_of_one_distribution_are_at_no_distance():
+def test_the_distance_within_a_distribution_is_zero_on_average():
     rng = np.random.default_rng(2)
     values = [distance(*rng.normal(size=(2, 200, 4)), seed=i)[0] for i in range(12)]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(12)

@@ -76,7 +76,7 @@ def test_which_input_is_real_and_which_generated():
     assert swapped["precision"] < 0.05
 
 
-def test_copies_lie_in_balls_of_no_radius():
+def test_copies_are_inside_balls_of_no_radius():
     rng = np.random.default_rng(3)
     x = np.repeat(1e3 + rng.normal(size=(9, 20)).astype(np.float32), 5, axis=0)
     found = metrics(x, x)

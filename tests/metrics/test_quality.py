@@ -85,9 +85,10 @@ def test_fid_precision_and_recall_are_those_of_torch_fidelity(sets):
 
 def test_batches_do_not_change_a_bit(sets):
     generated, pooled, spatial = sets
-    reference = reference_of(pooled, spatial)
+    some = {name: rows[:300] for name, rows in generated.items()}
+    reference = reference_of(pooled[:200], spatial[:200])
     first, *others = [
-        measure(batches_of(sizes, **generated), reference) for sizes in ((1,), (1234,), (5, 700))
+        measure(batches_of(sizes, **some), reference) for sizes in ((1,), (300,), (5, 70))
     ]
     assert all(other == first for other in others)
 
@@ -105,7 +106,7 @@ def test_the_seed_draws_subsets_and_manifold_images(sets):
 
 @pytest.mark.parametrize(("period", "rounds"), [(1, 1232), (7, 176), (300, 4)])
 def test_jackknife_leaves_out_rounds_of_images(sets, period, rounds):
-    """Of 1,234 images all but the last few are in one of four groups."""
+    """All but the last few of 1,234 images are in one of four groups."""
     generated, pooled, _ = sets
     x = generated["pooled"]
     found = measure(batches_of(pooled=x), reference_of(pooled), groups=4, period=period)
@@ -162,7 +163,7 @@ def test_standard_error_is_the_spread_over_repeated_draws():
 
 
 def test_classes_going_round_do_not_inflate_the_error():
-    """Ten classes far apart, balanced: the FID hardly varies, and the jackknife must see that."""
+    """With ten balanced classes far apart the FID hardly varies, and its error is small too."""
     rng = np.random.default_rng(2)
     centres = 5 * rng.normal(size=(10, 3))
     draws = [np.tile(centres, (40, 1)) + rng.normal(size=(400, 3)) for _ in range(30)]
@@ -175,7 +176,7 @@ def test_classes_going_round_do_not_inflate_the_error():
 
 @pytest.mark.parametrize("n", [500, 1000])
 def test_the_error_of_many_classes_is_the_spread_over_seeds(n):
-    """100 classes, far apart, in ten groups or in the five that 500 images have rounds for."""
+    """There are 100 classes far apart, in ten groups, or in five as 500 images have five rounds."""
     rng = np.random.default_rng(4)
     centres = 5 * rng.normal(size=(100, 4))
     real = centres[np.arange(20_000) % 100] + rng.normal(size=(20_000, 4))
@@ -217,7 +218,7 @@ def test_damaged_digits_are_worse_in_every_figure(tmp_path):
 
 
 def test_rows_that_share_their_noise_can_be_told_apart():
-    """A shift smaller than either's own error shows when seeds are shared, not otherwise."""
+    """A shift smaller than the error of a row is visible only if the seeds are shared."""
     rng = np.random.default_rng(3)
     noise, other = rng.normal(size=(2, 1000, 4))
     reference = _statistics(4)
@@ -254,7 +255,7 @@ def test_a_reference_of_few_images_warns_with_its_number(sets):
     reference = reference_of(pooled[:6], spatial[:6])
     words = (
         r"^the reference's 6 images are too few for the 6 dimensions of fid's features and the 9 "
-        r"dimensions of sfid's features: rows"
+        r"dimensions of sfid's features: compare"
     )
     with pytest.warns(AccelkitWarning, match=words):
         measure(batches_of(**generated), reference)
@@ -271,7 +272,7 @@ def test_a_reference_of_few_images_warns_with_its_number(sets):
 @pytest.mark.parametrize("kind", [
     "plain", "copies", "constant", "offset", "float16", "large float16", "singular", "overflow",
 ])  # fmt: skip
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 20, 45])
+@pytest.mark.parametrize("n", [1, 2, 4, 45])
 def test_every_figure_is_finite_or_null_with_a_reason(kind, n):
     rng = np.random.default_rng(n)
     x = rng.normal(size=(2, max(n, 2), 5)).astype(np.float32)
@@ -303,7 +304,7 @@ def test_every_figure_is_finite_or_null_with_a_reason(kind, n):
 
 
 @pytest.mark.filterwarnings("ignore::accelkit.errors.AccelkitWarning")
-def test_what_cannot_be_had_is_null_and_says_why(sets):
+def test_figures_that_cannot_be_computed_are_null_with_a_reason(sets):
     generated, pooled, spatial = sets
     statistics = Reference("s", "0", "statistics", None, gaussian_of(pooled), None, None)
     found = measure(batches_of(**generated), statistics)
@@ -346,44 +347,39 @@ def test_features_of_another_extractor_are_refused(sets):
 
 
 MEMORY = """
-import sys
 import numpy as np
 from accelkit.metrics import kid
 from accelkit.metrics.frechet import Gaussian
 from accelkit.metrics.quality import measure
-from accelkit.metrics.extractors import open_extractor
-from accelkit.metrics.references import Reference, open_reference
+from accelkit.metrics.references import Reference
+
+noise = np.random.default_rng(0).normal(size=(500, 256)).astype(np.float32)
 
 def rows(n, shift):
     def batches():
         for start in range(0, n, 500):
-            x = np.random.default_rng(start).normal(shift, 1, (500, 256)).astype(np.float32)
+            x = np.roll(noise, start, axis=1) + np.float32(shift)
             yield {"pooled": x, "spatial": x, "probabilities": np.full((500, 10), 0.1)}
     return batches
 
-kid.SUBSETS = 20  # of 10 that are held
-n = int(sys.argv[1])
+kid.SUBSETS = 20  # 10 are held at a time
 gaussian = Gaussian.of(np.zeros(256), np.eye(256))
-reference = Reference("r", "0", "images", n, gaussian, gaussian, rows(n, 0.0))
-measure(rows(n, 0.1), reference, manifold_images=1000)
-status = open("/proc/self/status").read()
-print(status.split("VmHWM:")[1].split()[0])
+for n in (2_000, 50_000):
+    reference = Reference("r", "0", "images", n, gaussian, gaussian, rows(n, 0.0))
+    measure(rows(n, 0.1), reference, manifold_images=1000)
+    print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_number_of_images():
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for n in (2_000, 50_000)
-    ]
-    assert peaks[1] < 1.1 * peaks[0]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    small, large = map(int, done.stdout.split())
+    assert large < 1.1 * small
 
 
 def _statistics(d):
-    """The standard Gaussian, exactly."""
+    """Return the exact standard Gaussian."""
     return Reference("g", "0", "statistics", None, Gaussian.of(np.zeros(d), np.eye(d)), None, None)

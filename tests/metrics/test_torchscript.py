@@ -10,7 +10,7 @@ from accelkit.metrics.extractors import open_extractor
 
 
 class Inception(nn.Module):
-    """The calls that StyleGAN3's Inception knows: features, probabilities, logits by default."""
+    """The calls of StyleGAN3's Inception: features, probabilities, logits by default."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_another_hash_than_the_recorded_is_refused(scripted):
 
 
 def test_a_file_of_another_hash_is_not_loaded(tmp_path, scripted, monkeypatch):
-    """A TorchScript file is a program: it is not for loading before it is known."""
+    """A TorchScript file is a program, so it is not loaded before its hash is compared."""
     path = tmp_path / "text.pt"
     path.write_text("no network")
     with pytest.raises(AccelkitError, match=r"weights of text have SHA-256"):

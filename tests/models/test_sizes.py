@@ -1,4 +1,4 @@
-"""Sizes that no model has, in configs: refused before anything is built of them."""
+"""Configs with sizes that no model has are refused before a network is built."""
 
 import json
 import time
@@ -33,24 +33,29 @@ def edit(path, **change):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_sizes_that_no_model_has(model, case):
-    part, change, words = WRONG[case]
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    edit(model / part / name, **change)
-    began = time.monotonic()
-    with pytest.raises(AccelkitError) as caught:
-        accelkit.from_pretrained(model)
-    assert words in str(caught.value)
-    assert time.monotonic() - began < 60  # built, it would take hours
+def test_sizes_that_no_model_has(model):
+    for part, change, words in WRONG.values():
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = model / part / name
+        whole = path.read_text()
+        edit(path, **change)
+        began = time.monotonic()
+        with pytest.raises(AccelkitError) as caught:
+            accelkit.from_pretrained(model)
+        assert words in str(caught.value)
+        assert time.monotonic() - began < 60  # building the model would take hours
+        path.write_text(whole)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 50_000])
-@pytest.mark.parametrize("place", ["transformer/config", "vae/config", "model_index"])
-def test_configs_that_are_no_objects(model, place, content):
-    (model / f"{place}.json").write_text(content)
-    with pytest.raises(AccelkitError, match="cannot read"):
-        accelkit.from_pretrained(model)
+def test_configs_that_are_no_objects(model):
+    for place in ("transformer/config", "vae/config", "model_index"):
+        path = model / f"{place}.json"
+        whole = path.read_text()
+        for content in ("[]", "null", "3", "{", "[" * 50_000):
+            path.write_text(content)
+            with pytest.raises(AccelkitError, match="cannot read"):
+                accelkit.from_pretrained(model)
+        path.write_text(whole)
 
 
 def test_a_network_alone(model):
@@ -66,6 +71,6 @@ def test_fewer_layers_than_the_weights_have(model):
 
 
 def test_infinities_pass(model):
-    # as DPMSolverMultistepScheduler saves them
+    # DPMSolverMultistepScheduler saves them
     edit(model / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
     assert torch.isfinite(next(accelkit.from_pretrained(model).transformer.parameters())).all()

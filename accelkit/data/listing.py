@@ -1,8 +1,8 @@
 """The files of a data set, in a folder or in a zip: listed, and read within bounds.
 
-Data sets come from strangers. A name may lead out of its archive, a link may lead back to a folder
-above it, a picture may be a pipe that never ends or inflate to more than the memory holds. What
-cannot be read safely is refused before it is read.
+Data sets come from strangers. A name may point outside its archive, a link may point back to a
+folder above it, a picture may be a pipe that never ends or inflate to more than the memory holds.
+Such files are refused before they are read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from accelkit.data.words import by_suffix
+from accelkit.data.words import by_suffix, reason
 from accelkit.errors import AccelkitError
 
 _LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
-"""What operating systems leave in folders and archives, besides hidden files."""
+"""Names that operating systems add to folders and archives, apart from hidden files."""
 
 _METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
 """Compressions that :mod:`zipfile` stops inflating at a bound; 4 KiB of bzip2 hold up to 4 GB."""
@@ -32,14 +32,14 @@ _ARCHIVE = re.compile(r".+\.(7z|rar|tar|tar\.\w+|tbz2|tgz|txz|zip)", re.IGNORECA
 
 
 class Files(ABC):
-    """Files of one place, without hidden ones and what operating systems leave behind.
+    """Files of one place, without hidden ones and the litter of operating systems.
 
     Attributes:
         where: the place.
         paths: all files, relative to the place.
-        folders: names of the outermost folders, empty ones too.
-        links: names of the outermost links that lead to nothing, or that a zip holds: any of them
-            may be meant as a folder.
+        folders: names of the outermost folders, including empty ones.
+        links: names of the outermost links that are broken, or that a zip holds: any of them may be
+            meant as a folder.
     """
 
     where: str
@@ -53,27 +53,60 @@ class Files(ABC):
 
         Args:
             path: one of ``paths``.
-            most: bytes that are read at the most.
+            most: largest size in bytes that is read.
 
         Raises:
-            Exception: the file cannot be read, is larger, or is none; :mod:`zipfile` and the
-                decompressors raise many kinds.
+            Exception: the file cannot be read, is larger, or is not a regular file; :mod:`zipfile`
+                and the decompressors raise many kinds of exception.
         """
+
+    def text(self, path: PurePosixPath, most: int) -> str:
+        """Return the content of a UTF-8 text file of at most ``most`` bytes.
+
+        Raises:
+            AccelkitError: the file cannot be read.
+        """
+        try:
+            return self.content(path, most).decode("utf-8-sig")
+        except Exception as error:  # see content
+            raise self.unreadable(path, error) from error
+
+    def unreadable(self, path: PurePosixPath, error: Exception) -> AccelkitError:
+        """Return the error for a file that cannot be read."""
+        return AccelkitError(
+            f"cannot read {self.where}/{path} ({reason(error)}); correct or remove it"
+        )
+
+    def next_to(
+        self, images: Sequence[PurePosixPath], suffix: str
+    ) -> dict[PurePosixPath, PurePosixPath]:
+        """Return files of a suffix that have an image of the same name, by path without suffix."""
+        found = {p.with_suffix(""): p for p in self.paths if p.suffix.lower() == suffix}
+        stems = {image.with_suffix("") for image in images} if found else set()
+        return {stem: path for stem, path in found.items() if stem in stems}
+
+    def refuse_archives(self) -> None:
+        """Raise AccelkitError for archives among the files, such as shards of WebDataset."""
+        if found := sorted(path for path in self.paths if _ARCHIVE.fullmatch(path.name)):
+            raise AccelkitError(
+                f"{self.where} holds archives ({found[0]}; {by_suffix(found)}), whose images would "
+                "be left out; unpack them into folders, or move them elsewhere"
+            )
 
 
 def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
     """Return the files of a folder, of a zip, or of a part of a zip.
 
     If a zip has a single outermost folder, that folder is listed, unless a part is named. Files
-    next to it are listed as ``../name``, for what they are has to be said as well.
+    next to the folder are then listed as ``../name``, since messages have to mention them too.
 
     Args:
         path: the folder, the zip, or the part.
-        matters: whether a file is part of a data set. One next to the only folder, such as a table
-            of labels, would be lost if that folder were listed alone.
+        matters: whether a file is part of a data set. If such a file is next to the only folder, as
+            a table of labels may be, the whole zip is listed.
 
     Raises:
-        AccelkitError: nothing is there, it cannot be read, or it is hostile.
+        AccelkitError: the path does not exist, cannot be read, or is a hostile archive.
     """
     for place in (path, *path.parents):
         if place.suffix.lower() == ".zip" and os.path.isfile(place):
@@ -90,8 +123,8 @@ def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
         raise AccelkitError(f"no data at {path}; give digits, a folder of images or a zip of one")
     if _ARCHIVE.fullmatch(path.name):
         raise AccelkitError(
-            f"no data at {path} that can be read: of archives accelkit reads zips; unpack it into "
-            "a folder per class, or with captions, and give that folder"
+            f"no data at {path} that can be read: zips are the only archives that accelkit reads; "
+            "unpack it into a folder per class, or with captions, and give that folder"
         )
     raise AccelkitError(
         f"no data at {path}, a file; give digits, a folder of images or a zip of one"
@@ -99,21 +132,21 @@ def open_files(path: Path, matters: Callable[[PurePosixPath], bool]) -> Files:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Return a file's bytes, which may be no more than ``most``.
+    """Return the bytes of a file that has at most ``most``.
 
     Raises:
-        AccelkitError: it is larger, or a pipe or a device, which might never end.
-        OSError: it cannot be read.
+        AccelkitError: the file is larger, or is a pipe or a device, which might never end.
+        OSError: the file cannot be read.
     """
-    if os.path.isdir(path):  # which open() would call by a number
+    if os.path.isdir(path):  # open() would name it by a number
         raise AccelkitError("it is a folder, not a file")
-    # without O_NONBLOCK, opening a pipe waits until somebody writes
+    # without O_NONBLOCK, opening a pipe waits until another process writes
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise AccelkitError("it is a pipe or a device, not a file")
         _check_size(status.st_size, most)
-        return file.read(status.st_size)  # read() reserves what it is asked for
+        return file.read(status.st_size)  # read() allocates as much as it is asked for
 
 
 class Folder(Files):
@@ -146,7 +179,7 @@ class Folder(Files):
 
 
 class Zip(Files):
-    """A zip, or what is below ``part`` in it."""
+    """A zip, or everything below ``part`` in it."""
 
     def __init__(self, path: Path, part: PurePosixPath) -> None:
         self.where = str(path) if part == PurePosixPath() else f"{path}/{part}"
@@ -154,7 +187,7 @@ class Zip(Files):
         self._open: tuple[int, zipfile.ZipFile] | None = None
         try:
             members = self._archive().infolist()
-        except Exception as error:  # a broken directory raises as many kinds as a broken member
+        except Exception as error:  # a broken directory raises many kinds, as a broken member does
             raise AccelkitError(f"cannot read the zip {path}: {error}") from error
         self._members: dict[PurePosixPath, zipfile.ZipInfo] = {}
         self._folders: set[PurePosixPath] = set()
@@ -164,9 +197,9 @@ class Zip(Files):
         self.paths = list(self._members)
         if part != PurePosixPath():
             inside = [p for p in self.paths if p.is_relative_to(part) and p != part]
-            self.paths = [path.relative_to(part) for path in inside]
+            self.paths = [p.relative_to(part) for p in inside]
         folders = [p.relative_to(part) for p in self._folders if p.is_relative_to(part)]
-        outermost = [path.parts[0] for path in self.paths if len(path.parts) > 1]
+        outermost = [p.parts[0] for p in self.paths if len(p.parts) > 1]
         self.folders = {*outermost, *(folder.parts[0] for folder in folders if folder.parts)}
         self.links = {link.name for link in self._links if link.parent == part}
 
@@ -201,9 +234,9 @@ class Zip(Files):
             )
         if member.compress_type not in _METHODS:
             raise AccelkitError(
-                f"{self._path} is compressed by method {member.compress_type} ({path}); accelkit "
-                f"reads members that are {' or '.join(_METHODS.values())}: pack it again so, or "
-                "unpack it and give the folder"
+                f"{self._path} is compressed by method {member.compress_type} ({path}), and "
+                f"accelkit reads {' and '.join(_METHODS.values())} members; pack it again with one "
+                "of these, or unpack it and give the folder"
             )
         self._members[path] = member
         if stat.S_ISLNK(member.external_attr >> 16):
@@ -216,28 +249,6 @@ class Zip(Files):
         return self._open[1]
 
 
-def next_to(
-    images: Sequence[PurePosixPath], files: Files, suffix: str
-) -> dict[PurePosixPath, PurePosixPath]:
-    """Return the files of a suffix that have an image next to them, by their paths without it."""
-    found = {p.with_suffix(""): p for p in files.paths if p.suffix.lower() == suffix}
-    stems = {image.with_suffix("") for image in images} if found else set()
-    return {stem: path for stem, path in found.items() if stem in stems}
-
-
-def refuse_archives(files: Files) -> None:
-    """Refuse a data set some of whose images are in archives of their own.
-
-    Raises:
-        AccelkitError: it holds archives, as ImageNet's and WebDataset's shards are.
-    """
-    if found := sorted(path for path in files.paths if _ARCHIVE.fullmatch(path.name)):
-        raise AccelkitError(
-            f"{files.where} holds archives ({found[0]}; {by_suffix(found)}), whose images would be "
-            "left out; unpack them into folders, or move them elsewhere"
-        )
-
-
 def _check_size(size: int, most: int) -> None:
     if size > most:
         raise AccelkitError(
@@ -246,10 +257,10 @@ def _check_size(size: int, most: int) -> None:
 
 
 def _name(member: zipfile.ZipInfo) -> str:
-    """Return a member's path as it is meant.
+    """Return a member's path as its archiver meant it.
 
     Without the flag for UTF-8 a name should be in code page 437, but macOS and others write UTF-8
-    and set no flag. Some archivers of Windows write backslashes.
+    and set no flag. Some archivers on Windows write backslashes.
     """
     name = member.filename
     if not member.flag_bits & _UTF8:
