@@ -17,7 +17,7 @@ from accelkit.bench.report.drawing import FOLDER, Plot, inline
 from accelkit.errors import AccelkitError
 
 MISSING = "–"
-_MINUS = "−"
+MINUS = "−"
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _LARGEST_PNG = 1 << 18  # bytes; larger pictures are embedded as JPEG
 _SMALL = 480  # pixels; narrower pictures are shown at twice their size
@@ -118,7 +118,7 @@ class Document:
 
 def fixed(value: float, places: int) -> str:
     """Return ``value`` with a fixed number of decimals and commas between thousands."""
-    return f"{value:z,.{places}f}".replace("-", _MINUS)  # z: no minus before a zero
+    return f"{value:z,.{places}f}".replace("-", MINUS)  # z: no minus before a zero
 
 
 def percent(share: float) -> str:

@@ -36,7 +36,7 @@ def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
     Raises:
         AccelkitError: a picture of samples cannot be read, or the disk is full.
     """
-    made = _document(directory, _encodable(results))
+    made = compose(directory, _encodable(results))
     files = {directory / HTML: html(made).encode(), directory / MARKDOWN: markdown(made).encode()}
     for section in made.sections:
         for block in section.blocks:
@@ -63,7 +63,8 @@ def _encodable(value: Any) -> Any:
     return value
 
 
-def _document(directory: Path, results: dict[str, Any]) -> Document:
+def compose(directory: Path, results: dict[str, Any]) -> Document:
+    """Return the report on ``results``; arguments as of :func:`write_report`."""
     findings = Findings(results)
     styles = figures.styles_of(findings.rows)
     depths, throughput = results["depths"], results["throughput"]

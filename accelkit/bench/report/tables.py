@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelkit.bench.report.document import (
+    MINUS,
     MISSING,
     Cell,
     Column,
@@ -186,7 +187,10 @@ def published(results: dict[str, Any], findings: Findings) -> Table | None:
             [
                 Cell(label(row or {**entry, "weights": "original"})),
                 Cell(setting(entry)),
-                Cell(text, None if entry["fid"] is not None else "no FID was published"),
+                Cell(
+                    text.replace("-", MINUS),
+                    None if entry["fid"] is not None else "no FID was published",
+                ),
                 _figure(row, results, findings, places),
                 Cell(f"{entry['source']}: {entry['setting']}"),
             ]
