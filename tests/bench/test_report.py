@@ -361,7 +361,7 @@ def test_fewer_steps_count_among_what_saves_time():
 
 def test_fewer_steps_are_called_full_depth(words):
     assert "steps:44" not in words
-    assert "full depth in 44 steps" in words
+    assert "full depth DDIM 44" in words
 
 
 def test_the_protocol_says_how_figures_are_found(words, write):

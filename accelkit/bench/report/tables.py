@@ -182,15 +182,13 @@ def published(results: dict[str, Any], findings: Findings) -> Table | None:
             text += f" ± {entry['fid_std']:.9g}"
         if entry["saving"] is not None:
             text += f" ({100 * entry['saving']:.9g}%)"
+        reason = None if entry["fid"] is not None else "no FID was published"
         row = rows.get((entry["method"], entry["sampler"], entry["steps"]))
         body.append(
             [
                 Cell(label(row or {**entry, "weights": "original"})),
                 Cell(setting(entry)),
-                Cell(
-                    text.replace("-", MINUS),
-                    None if entry["fid"] is not None else "no FID was published",
-                ),
+                Cell(text.replace("-", MINUS), reason),
                 _figure(row, results, findings, places),
                 Cell(f"{entry['source']}: {entry['setting']}"),
             ]
