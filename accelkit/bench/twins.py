@@ -1,4 +1,4 @@
-"""Copies of a network on its weights, so that it stays as it is while one of them is compiled."""
+"""Copies of a network that share its weights, so that compiling one leaves the network as it is."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from accelkit.errors import AccelkitError
 
 
 def twin_of(model: nn.Module, shared: bool) -> nn.Module:
-    """Return a copy of ``model``, which runs no schedule.
+    """Return a copy of a network without a schedule.
 
     Args:
         model: the network.
-        shared: whether the copy has the very same parameters. If not, its own are on the same
-            memory, until a fused forward joins its weights or the model's.
+        shared: whether the copy has the same parameter objects. If not, it has its own parameters
+            in the same memory, until a fused forward joins its weights or the model's.
 
     Raises:
-        AccelkitError: something hooked on the model would go on running the original's modules.
+        AccelkitError: a hook on the model would call the original's modules in the copy too.
     """
     if hooked := [type(m).__name__ for m in model.modules() if "forward" in m.__dict__]:
         raise AccelkitError(
-            f"this {type(model).__name__} cannot be copied to be compiled, as something is hooked "
-            f"on its {hooked[0]}"
+            f"cannot copy this {type(model).__name__} for compiling: its {hooked[0]} has a hook; "
+            "remove the hook first"
         )
     kept: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters():
@@ -37,7 +37,7 @@ def twin_of(model: nn.Module, shared: bool) -> nn.Module:
 
 @contextmanager
 def in_place_of_its_own(pipe: Any, network: nn.Module) -> Iterator[None]:
-    """Let a pipeline call another network than its own while entered."""
+    """Let a pipeline call ``network`` instead of its own network while entered."""
     own = called_by(pipe)
     name = next(n for n in ("transformer", "unet") if getattr(pipe, n, None) is own)
     setattr(pipe, name, network)

@@ -80,7 +80,7 @@ def shown(settings: dict[str, Any]) -> bool:
 def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
     """Print a comparison's rows as a table and what they say, or the rows as JSON."""
     from accelkit.bench.report.findings import Findings
-    from accelkit.bench.report.summary import summary
+    from accelkit.bench.report.text import summary
 
     rows = results["rows"]
     if as_json:

@@ -1,4 +1,4 @@
-"""Which of a small DiT's attentions are computed in a run, and what hangs on a model."""
+"""Count the attentions that a small DiT computes in a run, and list what is attached to a model."""
 
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ def sample(pipe, how=TEN, batch=2):
 
 @contextmanager
 def counted(blocks):
-    """Lists for every block the shapes of the tokens (B, N, D) that its queries are made of."""
+    """Yield, for each block, a list of the shapes (B, N, D) of the tokens its queries come from."""
     seen, handles = [[] for _ in blocks], []
     for shapes, block in zip(seen, blocks, strict=True):
         queries = block.attn1.to_q
@@ -31,17 +31,17 @@ def counted(blocks):
 
 
 def traces(model):
-    """All that can be seen on a model's modules, and its weights."""
-    hung = {}
+    """Return everything attached to a model's modules, and its weights."""
+    attached = {}
     for name, module in model.named_modules():
         inside = dict(module.__dict__)
         for key in list(inside):
             if isinstance(inside[key], dict):
                 inside |= {(key, k): id(v) for k, v in inside.pop(key).items()}
         registry = inside.get("_diffusers_hook")
-        hung[name] = {k: id(v) if not isinstance(v, int) else v for k, v in inside.items()}
-        hung[name]["hooks"] = None if registry is None else list(registry._hook_order)
-    return hung, {name: value.clone() for name, value in model.state_dict().items()}
+        attached[name] = {k: id(v) if not isinstance(v, int) else v for k, v in inside.items()}
+        attached[name]["hooks"] = None if registry is None else list(registry._hook_order)
+    return attached, {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def same(before, after):

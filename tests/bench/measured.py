@@ -1,4 +1,4 @@
-"""Results as a benchmark would leave them: times and distances by a simple law, with its noise."""
+"""Results like those of a benchmark, with times and distances from a simple noisy model."""
 
 import copy
 
@@ -10,7 +10,7 @@ from accelkit.data.digits import digits
 
 LAYERS, BATCH, IMAGES, GROUPS = 28, 50, 1000, 10
 SAMPLERS = [("ddpm", 250), ("ddim", 50), ("ddim", 25)]
-# name: kind, weights, mean depth, seconds of a call beside the blocks', what it adds to the FID
+# (method, weights): kind, depth, cost relative to full depth's calls, what it adds to the FID
 METHODS = {
     ("full", "original"): ("full", 28, 1.0, 0.0),
     ("D1", "original"): ("schedule", 24, 1.0, 2.1),
@@ -79,7 +79,7 @@ PROTOCOL = {
 def measured():
     """Three settings, eight methods and fewer steps; one method skipped, energy never measured."""
     noise = np.random.default_rng(0)
-    shared = noise.normal(0, 0.06, GROUPS)  # of the seeds, which all rows have
+    shared = noise.normal(0, 0.06, GROUPS)  # all rows have the same seeds
     rows = []
     for sampler, steps in SAMPLERS:
         rows += [_row(key, sampler, steps, shared, noise) for key in METHODS]
@@ -118,7 +118,7 @@ def measured():
 
 
 def published():
-    """What a reproduction sets beside."""
+    """Published figures of a reproduction."""
     source = {"source": "Moon et al. 2024, table 3", "setting": "DiT-XL/2, ImageNet 256"}
     figures = [("full", 250, 9.078, 0.05, None), ("D4", 250, 8.679, 0.07, 0.3046)]
     figures += [("full", 50, 9.12, None, None), ("D6", 50, 8.9, 0.1, 0.37)]
@@ -137,7 +137,7 @@ def published():
 
 
 def one_row(**fields):
-    """Results of a single row of which nothing is known but what is given."""
+    """Results with a single row that has only the given fields."""
     row = {**blank_row(), "method": "full", "kind": "full", "weights": "original"}
     row |= {"sampler": "ddim", "steps": 50, **fields}
     bare = {"data": None, "reference": None, "extractor": None, "training": None, "tuned_for": None}
@@ -160,7 +160,7 @@ def skipped(method, sampler, steps):
 
 
 def with_samples(results, directory):
-    """Add pictures of digits, ten a row, that get worse from row to row; written to disk."""
+    """Write pictures of ten digits, noisier for rows of higher FID, and add them to the results."""
     images, labels = digits()
     chosen = [int(np.flatnonzero(labels == label)[3]) for label in range(10)]
     strip = np.concatenate([images[i] for i in chosen], axis=1).astype(float)
@@ -208,7 +208,7 @@ def _row(key, sampler, steps, shared, noise):
         "manifold_images": IMAGES,
         "missing": {
             "sfid": "the digit features are not spatial",
-            "energy_joules": "the machine does not tell",
+            "energy_joules": "the machine has no counter",
         },
         "seconds": seconds,
         "seconds_quartiles": [0.97 * seconds, 1.05 * seconds],

@@ -1,14 +1,10 @@
 """results.json: what is written can be read, and what is not of its schema is refused."""
 
-import copy
 import json
-import re
 import subprocess
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from measured import measured, one_row, published
 
 from accelkit.bench import results as module
@@ -18,7 +14,6 @@ from accelkit.bench.results import (
     commit,
     machine,
     read_results,
-    violations,
     write_results,
 )
 from accelkit.errors import AccelkitError
@@ -39,15 +34,6 @@ def parts(schema):
     for name in ("items", "additionalProperties"):
         if isinstance(schema.get(name), dict):
             yield from parts(schema[name])
-
-
-def places(value, path=()):
-    """Every place within JSON data."""
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
 
 
 def test_the_schema_is_one_and_describes_every_field():
@@ -81,32 +67,6 @@ def test_a_damaged_file_is_refused(tmp_path):
     assert figure + 1 in [row["fid"] for row in read_results(tmp_path)["rows"]]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_what_is_refused_is_what_json_schema_refuses(data):
-    value = copy.deepcopy(SMALL)
-    path = data.draw(st.sampled_from(sorted(places(value), key=str)))
-    holder = value
-    for key in path[:-1]:
-        holder = holder[key]
-    spoilt = data.draw(
-        st.sampled_from(
-            ["remove", None, True, -1, 0, 0.5, 2.0, "", "x", [], [1.0, 2.0], {}, {"a": 1}]
-        )
-    )
-    if spoilt == "remove":
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = spoilt
-    assert (not list(violations(value))) == VALIDATOR.is_valid(value)
-
-
-def test_the_reader_knows_every_word_of_the_schema():
-    known = set(re.findall(r'"(\w+)"', module.__loader__.get_source(module.__name__)))
-    words = {word for part in parts(SCHEMA) for word in part}
-    assert words - known <= {"$schema", "title", "description"}
-
-
 def test_another_version_of_the_schema_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "protocol": {}, "rows": []}))
     with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure anew"):
@@ -118,16 +78,19 @@ def test_another_version_of_the_schema_is_refused(tmp_path):
     [
         ("", "cannot read"),
         ("{", "cannot read"),
-        ("[]", "expected object"),
-        ('{"rows": []}', "schema is missing"),
-        (json.dumps({**WHOLE, "rows": []}), "rows has 0 entries"),
+        ("[]", "not of type 'object'"),
+        ('{"rows": []}', "'schema' is a required property"),
+        (json.dumps({**WHOLE, "rows": []}), r"rows: \[\] should be non-empty"),
         (
             json.dumps({**WHOLE, "rows": WHOLE["rows"][:1] * 2}),
             "more than one row of full original",
         ),
-        (json.dumps({**SMALL, "samples": [{**SAMPLE, "file": "../a.png"}]}), "expected the form"),
-        (json.dumps({**SMALL, "notes": ""}), "notes is unknown"),
-        (json.dumps(one_row(fid=float("nan"))), r"rows\[0\].fid is nan"),
+        (
+            json.dumps({**SMALL, "samples": [{**SAMPLE, "file": "../a.png"}]}),
+            r"samples\[0\].file: '../a.png' does not match",
+        ),
+        (json.dumps({**SMALL, "notes": ""}), "'notes' was unexpected"),
+        (json.dumps(one_row(fid=float("nan"))), r"rows\[0\].fid: nan is not of type"),
     ],
 )
 def test_what_holds_no_results_is_refused(text, words, tmp_path):

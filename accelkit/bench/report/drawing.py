@@ -1,11 +1,12 @@
-"""How plots are drawn: panels of one size, on paper as files and in a page as inline SVG.
+"""How plots are drawn: panels of one size, in a PNG file or inline in a page as SVG.
 
-A panel is no wider than a phone. On paper panels stand beside each other above one legend; a page
-sets them as wide as there is room, in its own typeface and colours, which change with its mode.
+A panel is no wider than a phone. In a file, panels are side by side above one legend. A page scales
+them to the room there is, and uses its own typeface and colours, which change in dark mode.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -15,21 +16,21 @@ from typing import Any
 
 import numpy as np
 
-# Colours of Okabe and Ito, whom the colour-blind can follow, darkened until each has a contrast of
-# 3 to white; beside them every method has a marker of its own. A page replaces them by variables.
+# The colour-blind can tell the colours of Okabe and Ito apart. Here each is darkened to a contrast
+# of 3 to white. A page replaces them with its variables.
 INK, MUTED, RULE, PAPER = "#1c2024", "#5a626b", "#dfe2e6", "#fffffe"
 COLORS = {"full": "#46505b", "schedule": "#0b66ad", "baseline": "#c4500a", "combination": "#007a5c"}
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     color: kind for kind, color in COLORS.items()
 }
 FOLDER = "plots"
-"""Where the files lie, beside the report."""
+"""Folder of the PNG files, next to the report."""
 MARKERS = "so^DvPXph<>*d8"
 SIZES = (7, 4.5, 9.5)
-"""Of markers, in points: of another size they are used again."""
+"""Marker sizes in points. When the markers run out, they are used again in the next size."""
 
 _OFFSETS = [(7, 3), (7, -3), (-7, 3), (-7, -3), (0, 7), (0, -7), (9, 12), (-9, 12), (9, -12)]
-_WIDTH, _TEXT = 380, 11  # of a panel, in points; a page takes them for pixels
+_WIDTH, _TEXT = 380, 11  # a panel's width and its font size, in points; pixels in a page
 _SETTINGS: Any = {
     "svg.hashsalt": "accelkit",
     "svg.fonttype": "none",
@@ -48,7 +49,7 @@ _SETTINGS: Any = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "text.color": INK,
-    "text.parse_math": False,  # a name may have a dollar in it
+    "text.parse_math": False,  # names may contain dollar signs
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "legend.frameon": False,
@@ -58,7 +59,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn wherever it appears: a colour of its kind, a marker of its own."""
+    """How a method is drawn in every plot: a colour for its kind, a marker for itself."""
 
     name: str
     kind: str
@@ -67,17 +68,14 @@ class Style:
     size: float = 7
 
     @property
-    def color(self) -> str:
-        """The colour on paper."""
-        return COLORS[self.kind]
-
-    @property
-    def face(self) -> str:
-        """What the marker is filled with; hollow ones hide the lines behind them."""
-        return self.color if self.filled else PAPER
+    def look(self) -> dict[str, Any]:
+        """The marker as matplotlib's keywords; hollow markers hide the lines behind them."""
+        color = COLORS[self.kind]
+        face = color if self.filled else PAPER
+        return {"ls": "", "marker": self.marker, "color": color, "mfc": face, "ms": self.size}
 
     def path(self) -> str:
-        """Return the marker as the path data of an SVG, around the origin, larger than plotted."""
+        """Return the marker as SVG path data around the origin, for a legend."""
         from matplotlib.markers import MarkerStyle
 
         style = MarkerStyle(self.marker)
@@ -88,14 +86,14 @@ class Style:
 
 
 Point = tuple[float, float, str]
-"""A point that labels keep off, and what is to stand beside it, if anything."""
+"""A point's coordinates and its label, which may be empty. Labels never cover points."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: what they show, in words, and how it is drawn.
+    """One pair of axes: its title, its content in words, and the function that draws it.
 
-    ``draw`` takes matplotlib's axes and returns the points drawn, the important ones first.
+    ``draw`` takes matplotlib's axes and returns the points to label, important ones first.
     ``height`` is in points.
     """
 
@@ -107,7 +105,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of one or more panels, saved under ``name``."""
+    """A plot of one or more panels, saved as ``name``."""
 
     name: str
     caption: str
@@ -116,46 +114,42 @@ class Plot:
 
     @property
     def alt(self) -> str:
-        """What it shows, in words."""
+        """The plot's content in words."""
         return " ".join(panel.alt for panel in self.panels)
 
 
 def png(plot: Plot) -> bytes:
     """Return the plot as a PNG file."""
-    return _saved(plot.panels, plot.legend, "png", dpi=160)
-
-
-def svg(plot: Plot) -> bytes:
-    """Return the plot as an SVG file, the same bytes whenever it is drawn."""
-    return _saved(plot.panels, plot.legend, "svg", metadata={"Date": None})
+    return _drawn(plot.panels, plot.legend, "png")
 
 
 def inline(panel: Panel, prefix: str) -> str:
     """Return a panel as an SVG element for a page, without its title.
 
-    Colours are variables of the page (``--ink``, ``--schedule``, …), letters are in its typeface.
+    Colours are variables of the page (``--ink``, ``--schedule``, …), and text is in its typeface.
 
     Args:
         panel: what to draw.
-        prefix: put before every id, which are the page's: it has to differ between its panels.
+        prefix: a prefix for all ids, different for every panel of a page.
     """
-    text = _saved([replace(panel, title="")], [], "svg", metadata={"Date": None}).decode()
+    text = _drawn([replace(panel, title="")], [], "svg").decode()
     text = text[text.index("<svg") :]
-    # a style element in a page would be that of the whole page
+    # A style element would apply to the whole page.
     text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
     text = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     for color, name in _VARIABLES.items():
         text = text.replace(color, f"var(--{name})")
-    return text
+    opening, content = text.split(">", 1)
+    box = re.findall(r'viewBox="[^"]*"', opening)[0]
+    return f'<svg role="img" aria-label="{html.escape(panel.alt)}" {box}>{content}'
 
 
 def readable_axis(axes: Any, which: str, values: list[float]) -> None:
-    """Scale an axis, x or y, to its values, with plain numbers as ticks.
+    """Scale an axis, x or y, to its values, with plain numbers at the ticks.
 
-    It is logarithmic if they span more than a factor of 4.
+    The axis is logarithmic if the values span more than a factor of 4.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -170,11 +164,12 @@ def readable_axis(axes: Any, which: str, values: list[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _saved(panels: list[Panel], legend: list[Style], form: str, **how: Any) -> bytes:
+def _drawn(panels: list[Panel], legend: list[Style], form: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
 
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
@@ -184,7 +179,7 @@ def _saved(panels: list[Panel], legend: list[Style], form: str, **how: Any) -> b
     below = 18 * math.ceil(len(legend) / across) + 14 if legend else 0
     height = rows * max(panel.height for panel in panels) + below
     layout = ConstrainedLayoutEngine(rect=(0, below / height, 1, 1 - below / height))
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout=layout)
         FigureCanvasAgg(figure)
@@ -197,35 +192,20 @@ def _saved(panels: list[Panel], legend: list[Style], form: str, **how: Any) -> b
             axes.set_visible(False)
         if legend:
             figure.legend(
-                handles=[_handle(style) for style in legend],
+                handles=[Line2D([], [], label=style.name, **style.look) for style in legend],
                 loc="lower center",
                 ncols=min(across, len(legend)),
             )
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # labels stay where there was room for them
+        figure.set_layout_engine("none")  # a new layout would move points under labels
         for axes, wanted in zip(figure.axes, points, strict=False):
             _label(axes, wanted)
-        figure.savefig(held, format=form, **how)
-    return held.getvalue()
-
-
-def _handle(style: Style) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [],
-        [],
-        ls="",
-        marker=style.marker,
-        color=style.color,
-        mfc=style.face,
-        ms=style.size,
-        label=style.name,
-    )
+        figure.savefig(buffer, format=form, dpi=160)
+    return buffer.getvalue()
 
 
 def _label(axes: Any, points: list[Point]) -> None:
-    """Write beside each point what it is, where there is room; earlier ones choose first."""
+    """Label points where there is room; earlier points choose first."""
     from matplotlib.transforms import Bbox
 
     inside, reach = axes.get_window_extent(), 5

@@ -1,10 +1,12 @@
-"""The report's plots: quality against time, saving against steps, time against depth."""
+"""The plots of a report: quality against time, time saved by steps, time by depth."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from accelkit.bench.report.document import percent
 from accelkit.bench.report.drawing import (
     COLORS,
     MARKERS,
@@ -26,17 +28,15 @@ from accelkit.bench.report.findings import (
     in_other_steps,
     label,
 )
-from accelkit.bench.report.formats import percent
-from accelkit.bench.report.listings import counted
 
 PLOTS = ("pareto", "saving", "depths")
-"""The names of all that there may be."""
-_LOWEST = -0.5  # of the time saved: below it a plot would be of what costs time alone
-_ASIDE = 0.4  # of the way from one number of steps to the next
+"""The names of all plots that a report may have."""
+_LOWEST = -0.5  # lower savings are drawn here, or the plot would show only what costs time
+_SPREAD = 0.4  # share of the distance between two numbers of steps that markers spread over
 
 
 def styles_of(rows: list[Row]) -> dict[str, Style]:
-    """Return how each method is drawn, by its label; on tuned weights its marker is filled."""
+    """Return the style of each method by its label; markers of tuned weights are filled."""
     places: dict[str, int] = {}
     styles = {}
     for row in rows:
@@ -50,80 +50,88 @@ def styles_of(rows: list[Row]) -> dict[str, Style]:
 
 
 def pareto(findings: Findings, styles: dict[str, Style]) -> Plot | None:
-    """FID against seconds per image, a panel per sampler; where there is no FID, bars of time.
+    """Plot FID against seconds per image, one panel per sampler; bars of time without a FID.
 
     None if no row has a time.
     """
     panels, shown = [], []
     for sampler in findings.samplers:
+        name = sampler.upper()
         if rows := findings.scored(sampler):
             draw = partial(_draw_pareto, findings, styles, rows)
-            panels.append(Panel(sampler.upper(), _pareto_alt(findings, sampler, rows), draw))
+            front = _in_words(
+                findings.front(sampler),
+                lambda r: f"{findings.seconds(r):.3g} s, FID {r['fid']:.3g}",
+            )
+            alt = f"FID against seconds per image with {name}. On the Pareto front: {front}."
+            panels.append(Panel(name, alt, draw))
             shown += rows
         elif timed := [row for row in findings.of(sampler) if row["seconds"] is not None]:
             draw = partial(_draw_bars, findings, timed)
-            alt = _bars_alt(findings, sampler, timed)
-            panels.append(Panel(sampler.upper(), alt, draw, 24 * len(timed) + 60))
+            times = _in_words(timed, lambda row: f"{findings.seconds(row):.3g} s")
+            alt = f"Seconds per image with {name}: {times}."
+            panels.append(Panel(name, alt, draw, 24 * len(timed) + 60))
     if not panels:
         return None
     names = dict.fromkeys(label(row) for row in shown)
     caption = (
-        "Lower is better and further left is faster. Vertical bars are one standard error, "
-        f"horizontal ones what the {findings.interval} of the time saved leaves open. The stepped "
-        "line is the Pareto front: no row is both faster and of lower FID than one that lies on "
-        "it. Thin lines join one method over its numbers of steps, which are written beside full "
-        "depth."
+        "Lower is better, and further left is faster. Vertical bars are one standard error; "
+        f"horizontal bars follow from the {findings.interval} of the time saved. The stepped line "
+        "is the Pareto front: no other row is both as fast and as good as a row on it. Thin lines "
+        "join the rows of one method; the numbers at full depth are its steps."
         if shown
-        else "Median time of an image; shorter is faster. There is no FID to draw it against."
+        else "Median time of an image; shorter is faster. There is no FID to compare it with."
     )
     return Plot("pareto", caption, panels, [styles[name] for name in names])
 
 
 def saving(findings: Findings, styles: dict[str, Style]) -> Plot | None:
-    """Saving against the number of steps, None unless some sampler has several settings."""
+    """Plot time saved by the number of steps, None unless a sampler has several settings."""
     panels, shown = [], []
     for sampler in findings.samplers:
-        counts = sorted(steps for name, steps in findings.settings if name == sampler)
         rows = [
             row
-            for steps in counts
-            for row in findings.at(sampler, steps)
-            if row["saving"] is not None and not at_full_depth(row) and not in_other_steps(row)
+            for row in sorted(findings.of(sampler), key=lambda row: row["steps"])
+            if (sampler, row["steps"]) in findings.settings
+            and row["saving"] is not None
+            and not at_full_depth(row)
+            and not in_other_steps(row)
         ]
         if len({row["steps"] for row in rows}) > 1:
             draw = partial(_draw_saving, styles, rows)
-            panels.append(Panel(sampler.upper(), _saving_alt(sampler, rows), draw))
+            savings = _in_words(rows, lambda row: percent(row["saving"]))
+            alt = f"Time saved by the number of steps of {sampler.upper()}: {savings}."
+            panels.append(Panel(sampler.upper(), alt, draw))
             shown += rows
     if not panels:
         return None
     caption = (
-        "Share of full depth's time saved at the same number of steps; higher is faster. "
+        "Share of full depth's time saved in the same number of steps; higher is faster. "
         f"Bars are {findings.interval}s."
     )
     if any(row["saving"] < _LOWEST for row in shown):
-        caption += f" What costs more than {-_LOWEST:.0%} is drawn there, with its figure."
+        caption += f" A loss above {-_LOWEST:.0%} is drawn at {-_LOWEST:.0%}, with its figure."
     names = dict.fromkeys(label(row) for row in shown)
     return Plot("saving", caption, panels, [styles[name] for name in names])
 
 
 def depths(measured: list[dict[str, Any]]) -> Plot:
-    """Time of a network call by the number of blocks run, beside what its multiply-adds predict."""
+    """Plot the time of a network call by the number of blocks run, and as MACs predict it."""
     measured = sorted(measured, key=lambda row: row["depth"])
-    low, high = measured[0], measured[-1]
-    alt = (
-        f"Time of a network call of {high['batch_size']} samples by blocks run: "
-        f"{1e3 * low['seconds']:.3g} ms at depth {low['depth']}, "
-        f"{1e3 * high['seconds']:.3g} ms at depth {high['depth']}"
+    predicted = _predicted(measured)
+    times = "; ".join(
+        f"{1e3 * row['seconds']:.3g} ms at depth {row['depth']}"
+        + (f" ({predicted[index]:.3g} ms by multiply-adds)" if predicted else "")
+        for index, row in enumerate(measured)
     )
+    alt = f"Time of a network call of {measured[0]['batch_size']} samples: {times}."
     caption = "Time of one network call by the number of blocks run, with quartiles."
-    if counted(measured):
-        predicted = 1e3 * _predicted(low, high)
-        alt += f"; by multiply-adds {predicted:.3g} ms at depth {low['depth']}"
+    if predicted:
         caption += (
-            " The line is the deepest call's time scaled by multiply-adds: what lies above it "
-            "costs time that a schedule does not save."
+            " The line is the deepest call's time scaled by multiply-adds: the time above it is "
+            "overhead that a schedule does not save."
         )
-    return Plot("depths", caption, [Panel("", f"{alt}.", partial(_draw_depths, measured))], [])
+    return Plot("depths", caption, [Panel("", alt, partial(_draw_depths, measured))], [])
 
 
 def _draw_pareto(
@@ -141,18 +149,18 @@ def _draw_pareto(
         curve = sorted((r for r in rows if label(r) == name), key=lambda r: r["steps"])
         if len(curve) > 1:
             path = zip(*(place[id(row)] for row in curve), strict=True)
-            axes.plot(*path, color=style.color, lw=1, alpha=0.5, zorder=2)
+            axes.plot(*path, color=COLORS[style.kind], lw=1, alpha=0.5, zorder=2)
         for row in curve:
             x, y = place[id(row)]
             if row["fid_stderr"]:
-                error = min(row["fid_stderr"], 0.9 * y)  # a logarithm ends above 0
-                axes.errorbar(x, y, [[error], [row["fid_stderr"]]], color=style.color, lw=1)
+                error = min(row["fid_stderr"], 0.9 * y)  # a logarithmic axis has no 0
+                axes.errorbar(x, y, [[error], [row["fid_stderr"]]], color=COLORS[style.kind], lw=1)
             if ends := findings.seconds_interval(row):
-                axes.plot(ends, [y, y], color=style.color, lw=1, zorder=2)
+                axes.plot(ends, [y, y], color=COLORS[style.kind], lw=1, zorder=2)
             _mark(axes, x, y, style)
     axes.set(xlabel="seconds per image", ylabel="FID")
     ordered = front + [row for row in rows if not findings.on_front(row)]
-    named = {label(row): row for row in reversed(ordered)}  # a curve is named once, on the front
+    named = {label(row): row for row in reversed(ordered)}  # each curve has one label, on the front
     named[FULL] = max(rows, key=lambda row: (label(row) == FULL, row["steps"]))
     labels = [(row, _point_label(row, named[label(row)] is row)) for row in ordered]
     return [(*place[id(row)], text) for row, text in labels]
@@ -188,14 +196,14 @@ def _draw_saving(styles: dict[str, Style], rows: list[Row], axes: Any) -> list[P
     for index, name in enumerate(names):
         style = styles[name]
         curve = [row for row in rows if label(row) == name]
-        aside = _ASIDE * ((index + 0.5) / len(names) - 0.5)  # so that bars do not hide each other
-        xs = [counts.index(row["steps"]) + aside for row in curve]
+        shift = _SPREAD * ((index + 0.5) / len(names) - 0.5)  # bars must not overlap
+        xs = [counts.index(row["steps"]) + shift for row in curve]
         places = [(x, max(row["saving"], _LOWEST)) for x, row in zip(xs, curve, strict=True)]
-        axes.plot(*zip(*places, strict=True), color=style.color, lw=1, alpha=0.5, zorder=2)
+        axes.plot(*zip(*places, strict=True), color=COLORS[style.kind], lw=1, alpha=0.5, zorder=2)
         for (x, y), row in zip(places, curve, strict=True):
             if row["saving_interval"]:
                 ends = [max(end, _LOWEST) for end in row["saving_interval"]]
-                axes.plot([x, x], ends, color=style.color, lw=1)
+                axes.plot([x, x], ends, color=COLORS[style.kind], lw=1)
             _mark(axes, x, y, style)
             if row["saving"] < _LOWEST:
                 clipped.append((x, y, f"↓ {percent(row['saving'])}"))
@@ -207,9 +215,8 @@ def _draw_saving(styles: dict[str, Style], rows: list[Row], axes: Any) -> list[P
 
 
 def _draw_depths(measured: list[dict[str, Any]], axes: Any) -> list[Point]:
-    high = measured[-1]
     at = [row["depth"] for row in measured]
-    predicted = [1e3 * _predicted(row, high) for row in measured if counted(measured)]
+    predicted = _predicted(measured)
     times = [1e3 * row["seconds"] for row in measured]
     if predicted:
         axes.plot(at, predicted, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
@@ -223,35 +230,17 @@ def _draw_depths(measured: list[dict[str, Any]], axes: Any) -> list[Point]:
     return []
 
 
-def _predicted(row: dict[str, Any], full: dict[str, Any]) -> float:
-    """Seconds of a call if time followed multiply-adds."""
-    return full["seconds"] * row["macs"] / full["macs"] if full["macs"] else full["seconds"]
+def _predicted(measured: list[dict[str, Any]]) -> list[float]:
+    """Return milliseconds proportional to multiply-adds, shallowest first; empty if unknown."""
+    full = measured[-1]
+    if not full["macs"] or any(row["macs"] is None for row in measured):
+        return []
+    return [1e3 * full["seconds"] * row["macs"] / full["macs"] for row in measured]
 
 
 def _mark(axes: Any, x: float, y: float, style: Style) -> None:
-    axes.plot(
-        x, y, style.marker, color=style.color, mfc=style.face, ms=style.size, mew=1.3, zorder=3
-    )
+    axes.plot(x, y, mew=1.3, zorder=3, **style.look)
 
 
-def _pareto_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
-    on = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {findings.seconds(row):.3g} s, FID {row['fid']:.3g}"
-        for row in findings.front(sampler)
-    )
-    shown = f"{len(rows)} rows of {sampler.upper()}"
-    return f"FID against seconds per image for {shown}. On the Pareto front: {on}."
-
-
-def _bars_alt(findings: Findings, sampler: str, rows: list[Row]) -> str:
-    times = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {findings.seconds(row):.3g} s" for row in rows
-    )
-    return f"Seconds per image with {sampler.upper()}: {times}."
-
-
-def _saving_alt(sampler: str, rows: list[Row]) -> str:
-    savings = "; ".join(
-        f"{label(row)} in {row['steps']} steps, {percent(row['saving'])}" for row in rows
-    )
-    return f"Time saved by the number of steps of {sampler.upper()}: {savings}."
+def _in_words(rows: list[Row], value: Callable[[Row], str]) -> str:
+    return "; ".join(f"{label(row)} in {row['steps']} steps, {value(row)}" for row in rows)

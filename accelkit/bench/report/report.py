@@ -1,48 +1,59 @@
-"""What a comparison leaves behind: the report as a web page and as Markdown, and its plots."""
+"""The report on a comparison, as a web page, as Markdown, and with its plots as files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelkit.bench.report.document import Document
-from accelkit.bench.report.drawing import FOLDER, Plot, png, svg
-from accelkit.bench.report.figures import PLOTS
-from accelkit.bench.report.html import html
-from accelkit.bench.report.markdown import markdown
-from accelkit.bench.report.sections import document
+from accelkit.bench.report import figures, tables, text
+from accelkit.bench.report.document import (
+    Block,
+    Document,
+    Paragraph,
+    Picture,
+    Pictures,
+    Section,
+    Terms,
+    enumerated,
+    html,
+    markdown,
+)
+from accelkit.bench.report.drawing import FOLDER, Plot, png
+from accelkit.bench.report.findings import Findings, label, setting
 from accelkit.files.writing import AGAIN, write_bytes
 
 HTML, MARKDOWN = "report.html", "report.md"
 
 
 def write_report(directory: Path, results: dict[str, Any]) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and ``plots/*.png`` and ``.svg``; return their paths.
+    """Write ``report.html``, ``report.md`` and ``plots/*.png``, and return their paths.
 
     Args:
-        directory: where ``results.json`` lies, or would, and the pictures of samples do: the page
-            has them in it. Those that are not there are named in the report.
+        directory: the folder of ``results.json`` and of the pictures of samples, which become part
+            of the page. The report names pictures that are missing.
         results: as :func:`accelkit.bench.results.read_results` returns them.
 
     Raises:
-        AccelkitError: a picture of samples cannot be read, or there is no room to write.
+        AccelkitError: a picture of samples cannot be read, or the disk is full.
     """
-    made = document(directory, _encodable(results))
+    made = compose(directory, _encodable(results))
     files = {directory / HTML: html(made).encode(), directory / MARKDOWN: markdown(made).encode()}
-    for plot in _plots(made):
-        files[directory / FOLDER / f"{plot.name}.png"] = png(plot)
-        files[directory / FOLDER / f"{plot.name}.svg"] = svg(plot)
+    for section in made.sections:
+        for block in section.blocks:
+            if isinstance(block, Plot):
+                files[directory / FOLDER / f"{block.name}.png"] = png(block)
     for path, content in files.items():
         write_bytes(path, content, AGAIN)
-    for path in _files_of_plots(directory, PLOTS):
-        if path not in files:  # of an earlier run
-            path.unlink(missing_ok=True)
+    for name in figures.PLOTS:
+        for form in ("png", "svg"):  # earlier versions wrote SVG files too
+            path = directory / FOLDER / f"{name}.{form}"
+            if path not in files:
+                path.unlink(missing_ok=True)
     return list(files)
 
 
 def _encodable(value: Any) -> Any:
-    """Return plain data with escapes for what is no Unicode, such as bytes of a path."""
+    """Return plain data with escapes for lone surrogates, which stand for bytes in paths."""
     if isinstance(value, dict):
         return {_encodable(name): _encodable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -52,10 +63,53 @@ def _encodable(value: Any) -> Any:
     return value
 
 
-def _files_of_plots(directory: Path, names: Iterable[str]) -> list[Path]:
-    return [directory / FOLDER / f"{name}.{form}" for name in names for form in ("png", "svg")]
+def compose(directory: Path, results: dict[str, Any]) -> Document:
+    """Return the report on ``results``; arguments as of :func:`write_report`."""
+    findings = Findings(results)
+    styles = figures.styles_of(findings.rows)
+    depths, throughput = results["depths"], results["throughput"]
+    summary = text.summary(results, findings)
+    contents: dict[tuple[str, str], list[Block | None]] = {
+        ("summary", "Summary"): [Terms(summary) if summary else None],
+        ("pareto", "Quality against time"): [
+            figures.pareto(findings, styles),
+            tables.against_full_depth(findings),
+        ],
+        ("samples", "Samples"): _samples(directory, results),
+        ("table", "FID and time saved"): [
+            tables.overview(results, findings),
+            tables.published(results, findings),
+        ],
+        ("saving", "Time saved by steps"): [figures.saving(findings, styles)],
+        ("quality", "Quality of all rows"): [tables.quality(results)],
+        ("cost", "Cost of all rows"): [
+            tables.times(results),
+            tables.costs(results),
+            tables.throughput(throughput) if throughput else None,
+        ],
+        ("depths", "Time by depth"): [figures.depths(depths) if depths else None],
+        ("protocol", "Protocol"): [Terms(text.protocol_facts(results, findings), compact=True)],
+    }
+    sections = [
+        Section(key, title, [block for block in blocks if block is not None])
+        for (key, title), blocks in contents.items()
+    ]
+    title = f"{results['protocol']['model']['name']}: speed and quality"
+    shown = [section for section in sections if section.blocks]
+    return Document(title, text.lead(results, findings), shown)
 
 
-def _plots(made: Document) -> list[Plot]:
-    blocks = [block for section in made.sections for block in section.blocks]
-    return [block for block in blocks if isinstance(block, Plot)]
+def _samples(directory: Path, results: dict[str, Any]) -> list[Block | None]:
+    if not results["samples"]:
+        return []
+    pictures = []
+    for sample in results["samples"]:
+        title = f"{label(sample)}, {setting(sample)}"
+        alt = f"Images generated by {title}"
+        pictures.append(Picture(title, alt, sample["file"], directory / sample["file"]))
+    note = "One row per method. Images in a column have the same label and the same seed."
+    absent = [picture.file for picture in pictures if not picture.path.is_file()]
+    if absent:
+        note += f" Not found next to results.json: {enumerated(absent)}."
+    found = [picture for picture in pictures if picture.file not in absent]
+    return [Paragraph(note), Pictures(found) if found else None]

@@ -1,268 +1,317 @@
-"""The report's tables that compare: as papers do, by who wins where, at equal time."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
-from math import prod
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from accelkit.bench.report import quoted
-from accelkit.bench.report.document import MISSING, Cell, Column, Table
+from accelkit.bench.report.document import (
+    MINUS,
+    MISSING,
+    Cell,
+    Column,
+    Paragraph,
+    Table,
+    decimals,
+    enumerated,
+    fixed,
+    percent,
+)
 from accelkit.bench.report.findings import (
-    BEHIND,
     EQUAL_TIME,
-    FRONT,
     FULL,
-    NOISE,
-    TIMING,
     Findings,
     Row,
-    grouped,
     in_other_steps,
     label,
     setting,
     verdict,
 )
-from accelkit.bench.report.formats import decimals, fixed, percent
-from accelkit.bench.report.listings import why_missing
 
-_PLACES = {
-    FRONT: "on the front",
-    NOISE: "behind, within the noise",
-    TIMING: "within the timing noise",
-    BEHIND: "behind",
-}
-TIME = (
-    "A row's time is full depth's median at the setting that it was timed beside, less the share "
-    "saved of it, which is of paired rounds; where there is no saving, the row's own median."
-)
+_NAMES = [Column("Method", False), Column("Setting", False)]
+_NOT_MEASURED = Cell(MISSING, "not measured")
+_SHARES = ("precision", "recall", "density", "coverage")
 
 
-def papers(results: dict[str, Any], findings: Findings) -> Table:
-    """Methods by samplers, a cell as papers give it: FID ± standard error (time saved)."""
-    published = {at: [p for p in results["published"] if _at(p) == at] for at in findings.settings}
+@dataclass(frozen=True)
+class _Measure:
+    """A column of a table of all rows: the field it shows, and how."""
+
+    key: str
+    heading: str
+    show: Callable[[Any, int], str] = fixed
+    scale: float = 1.0
+    spread: str | None = None
+    interval: str | None = None
+
+
+def _percent(share: float, places: int) -> str:
+    return percent(share)
+
+
+_QUALITY = [
+    _Measure("fid", "FID ± SE", spread="fid_stderr"),
+    _Measure("sfid", "sFID"),
+    _Measure("inception_score", "IS ± SD", spread="inception_score_std"),
+    _Measure("kid", "KID ± SD", spread="kid_std"),
+    _Measure("precision", "Precision"),
+    _Measure("recall", "Recall"),
+    _Measure("density", "Density"),
+    _Measure("coverage", "Coverage"),
+]
+_KID_OF_1000 = _Measure("kid", "KID × 1000 ± SD", scale=1e3, spread="kid_std")
+_TIMES = [
+    _Measure("seconds", "Seconds per batch", interval="seconds_quartiles"),
+    _Measure("denoiser_seconds", "in denoising"),
+    _Measure("saving", "Time saved", _percent, interval="saving_interval"),
+    _Measure("ideal_saving", "MACs saved", _percent),
+    _Measure("macs_per_image", "GMACs per image", scale=1e-9),
+    _Measure("mean_depth", "Mean depth"),
+]
+_COSTS = [
+    _Measure("first_call_seconds", "First batch, s"),
+    _Measure("peak_memory_bytes", "Peak memory, MiB", scale=2**-20),
+    _Measure("energy_joules", "Energy, J"),
+]
+
+
+def overview(results: dict[str, Any], findings: Findings) -> Table:
+    """Methods by settings, with cells in the form of papers: FID ± standard error (time saved)."""
     columns = [Column("Method", False)]
-    for at in findings.settings:
-        columns.append(Column(_heading(at)))
-        if published[at]:
-            columns.append(Column(f"{_heading(at)}, published"))
-    rows = [row for row in results["rows"] if _at(row) in findings.settings and _asked_for(row)]
-    entries = [entry for of_it in published.values() for entry in of_it]
-    names = dict.fromkeys(label(row) for row in rows)
-    names |= dict.fromkeys(_beside(entry, names) for entry in entries)
-    digits = min(decimals(row["fid"] for row in rows), 3)
-    shown = quoted.as_printed(results["published"])
-    body = []
-    for name in names:
-        ran = [row for row in rows if label(row) == name]
-        of_it = [entry for entry in entries if _beside(entry, names) == name]
-        several = quoted.several(of_it)
-        for training in [None, *several]:
-            cells = [Cell(name if training is None else f"{name}, {several[training]}")]
-            for at in findings.settings:
-                row = next((r for r in ran if _at(r) == at), None)
-                cells.append(
-                    _figure(row, results, findings, digits)
-                    if training is None
-                    else Cell(MISSING, "published alone")
-                )
-                if published[at]:
-                    found = [p for p in of_it if _at(p) == at]
-                    if several:
-                        found = [p for p in found if p["setting"] == training]
-                    none = "of several trainings, below" if several else "not published"
-                    cells.append(
-                        Cell("; ".join(shown(p) for p in found)) if found else Cell(MISSING, none)
-                    )
-            body.append(cells)
-    notes = [
-        "FID ± standard error, and in brackets the time saved against full depth of the same "
-        "sampler and steps. Bold: on the Pareto front of seconds and FID.",
+    columns += [Column(f"{sampler.upper()} {steps}") for sampler, steps in findings.settings]
+    at = {
+        (label(row), row["sampler"], row["steps"]): row
+        for row in reversed(results["rows"])
+        if not in_other_steps(row)
+    }
+    names = dict.fromkeys(
+        label(row)
+        for row in results["rows"]
+        if not in_other_steps(row) and (row["sampler"], row["steps"]) in findings.settings
+    )
+    places = _fid_places(at.values())
+    body = [
+        [
+            Cell(name),
+            *(_figure(at.get((name, *s)), results, findings, places) for s in findings.settings),
+        ]
+        for name in names
     ]
-    return Table("Methods by samplers", columns, body, notes + quoted.notes(entries))
+    note = (
+        "FID ± standard error, with the time saved against full depth of the same sampler and "
+        "steps in brackets. Bold: on the Pareto front of time and FID."
+    )
+    return Table("Methods by sampler and steps", columns, body, [note])
 
 
-def where_each_wins(findings: Findings) -> Table | None:
-    """Methods by samplers, a cell says whether something else is both faster and better.
-
-    None where nothing has both a time and a FID.
-    """
-    if not any(findings.scored(sampler) for sampler in findings.samplers):
-        return None
-    body = []
-    names = [label(r) for r in findings.rows if _asked_for(r) and _at(r) in findings.settings]
-    for name in dict.fromkeys(names):
-        cells = [Cell(name)]
-        for at in findings.settings:
-            at_it = [r for r in findings.at(*at) if _asked_for(r)]
-            row = next((r for r in at_it if label(r) == name), None)
-            cells.append(_standing(row, findings))
-        body.append(cells)
-    fewer = [_fewer(findings, at) for at in findings.settings]
-    if any(cell.text != MISSING for cell in fewer):
-        body.append([Cell("full depth in fewer steps"), *fewer])
-    columns = [Column("Method", False)]
-    columns += [Column(_heading(at), False, prose=True) for at in findings.settings]
-    notes = [
-        "Behind: the row named takes no longer and has no higher FID. Within the timing noise: "
-        f"it does, but the {findings.interval}s of the two times overlap. Rows of a sampler are "
-        "held against each other over all numbers of steps.",
-        TIME,
-    ]
-    return Table("On the Pareto front of time and FID, or behind what", columns, body, notes)
-
-
-def equal_time(findings: Findings) -> Table | None:
-    """Beside every method, full depth in as many steps as take its time; None without any."""
-    rows = [
-        row
-        for sampler in findings.samplers
-        for row in findings.scored(sampler)
-        if label(row) != FULL
-    ]
-    pairs = [(row, other) for row in rows if (other := findings.fewer_steps(row)) is not None]
-    if not pairs:
-        return None
-    alone = [row for row in rows if findings.fewer_steps(row) is None]
-    shown = [row for pair in pairs for row in pair]
-    seconds = decimals(findings.seconds(row) for row in shown)
-    digits = min(decimals(row["fid"] for row in shown), 3)
-    body = []
-    for row, other in pairs:
-        body.append(
-            [
-                Cell(label(row)),
-                Cell(setting(row)),
-                Cell(fixed(findings.seconds(row), seconds)),
-                Cell(fixed(row["fid"], digits)),
-                Cell(str(other["steps"])),
-                Cell(fixed(findings.seconds(other), seconds)),
-                Cell(fixed(other["fid"], digits)),
-                Cell(verdict(row, other)),
-            ]
-        )
-    columns = [Column("Method", False), Column("Setting", False), Column("s per image")]
-    columns += [Column("FID"), Column("Steps of full depth"), Column("its s per image")]
-    columns += [Column("its FID"), Column("The method's FID is", False)]
-    notes = [
-        f"Equal time: within {EQUAL_TIME:.0%}; of several the nearest that is no faster than the "
-        "method, if there is one.",
-        TIME,
-    ]
-    if alone:
-        notes.append(
-            f"No full depth in fewer steps takes within {EQUAL_TIME:.0%} of: {grouped(alone)}."
-        )
-    return Table("Each method beside fewer steps that take the same time", columns, body, notes)
-
-
-def combined(findings: Findings) -> Table | None:
-    """What combinations save beside each of their parts; None unless parts were run alone."""
-    found = [
-        (row, parts)
-        for row in findings.rows
-        if row["kind"] == "combination" and (parts := findings.parts(row))
-    ]
-    if not found:
-        return None
-    digits = min(decimals(r["fid"] for row, parts in found for r in [row, *parts]), 3)
-    body = []
-    for row, parts in found:
-        savings = [part["saving"] for part in parts]
-        body.append(
-            [
-                Cell(label(row)),
-                Cell(setting(row)),
-                _saved(row),
-                Cell(", ".join(f"{part['method']} {_saved(part).text}" for part in parts)),
-                Cell(MISSING, "a part's saving was not measured")
-                if None in savings
-                else Cell(percent(1 - prod(1 - saving for saving in savings))),
-                _fid(row, digits),
-                Cell(", ".join(f"{part['method']} {_fid(part, digits).text}" for part in parts)),
-            ]
-        )
-    columns = [Column("Combination", False), Column("Setting", False), Column("Time saved")]
-    columns += [Column("by its parts alone", False), Column("if they multiplied")]
-    if all(row["fid"] is None for row, _ in found):
-        return Table("What combinations give", columns, [cells[:5] for cells in body])
-    columns += [Column("FID"), Column("of its parts alone", False)]
-    return Table("What combinations give", columns, body)
-
-
-def _saved(row: Row) -> Cell:
-    if row["saving"] is None:
-        return Cell(MISSING, "not measured")
-    return Cell(percent(row["saving"]))
-
-
-def _fid(row: Row, digits: int) -> Cell:
-    if row["fid"] is None:
-        return Cell(MISSING, "not measured")
-    return Cell(fixed(row["fid"], digits))
-
-
-def _asked_for(row: Row) -> bool:
-    """Whether a row runs in the sampler's steps, which its saving is then against."""
-    return not in_other_steps(row)
-
-
-def _at(row: dict[str, Any]) -> tuple[str, int]:
-    return row["sampler"], row["steps"]
-
-
-def _heading(at: tuple[str, int]) -> str:
-    return f"{at[0].upper()} {at[1]}"
-
-
-def _beside(entry: dict[str, Any], names: dict[str, None]) -> str:
-    """The label that a published figure stands beside: the tuned weights' if there are any."""
-    tuned, original = (label({**entry, "weights": w}) for w in ("tuned", "original"))
-    return tuned if tuned in names else original
-
-
-def _figure(row: Row | None, results: dict[str, Any], findings: Findings, digits: int) -> Cell:
+def _figure(row: Row | None, results: dict[str, Any], findings: Findings, places: int) -> Cell:
     if row is None:
         return Cell(MISSING, "not among the rows")
-    itself = row["method"] == "full" and row["saving"] == 0
-    unsaved = row["saving"] is None or itself
+    unsaved = row["saving"] is None or (row["method"] == "full" and row["saving"] == 0)
     saved = "" if unsaved else f" ({percent(row['saving'])})"
-    if row["skipped"] is not None:
-        return Cell(MISSING, why_missing(row, "fid", results))
     if row["fid"] is None:
-        return Cell(MISSING + saved, why_missing(row, "fid", results))
+        return Cell(MISSING + saved, _why_missing(row, "fid", results))
     error = row["fid_stderr"]
-    spread = "" if error is None else f" ± {fixed(error, digits)}"
-    return Cell(fixed(row["fid"], digits) + spread + saved, strong=findings.on_front(row))
+    spread = "" if error is None else f" ± {fixed(error, places)}"
+    return Cell(fixed(row["fid"], places) + spread + saved, strong=findings.on_front(row))
 
 
-def _standing(row: Row | None, findings: Findings) -> Cell:
-    if row is None:
-        return Cell(MISSING, "not among the rows that ran")
-    if row["fid"] is None or row["seconds"] is None:
-        return Cell(MISSING, "without a FID and a time there is nothing to compare")
-    rival = findings.beaten_by(row)
-    if rival is None:
-        return Cell("on the front", strong=True)
-    named = f"{label(rival)}, {rival['steps']} steps"
-    place = findings.place(row)
-    if place == TIMING:
-        return Cell(f"within the timing noise of {named}")
-    return Cell(f"behind {named}{', within the noise' if place == NOISE else ''}")
+def against_full_depth(findings: Findings) -> Table | None:
+    """Each method next to full depth of the same time and of the same quality.
 
-
-def _fewer(findings: Findings, at: tuple[str, int]) -> Cell:
-    """How full depth stands in numbers of steps below a setting's, down to the next setting's."""
-    sampler, steps = at
-    below = max((s for name, s in findings.settings if name == sampler and s < steps), default=0)
-    rows = [
-        row
-        for row in findings.scored(sampler)
-        if label(row) == FULL and below < row["steps"] < steps
-    ]
+    None if no sampler has both a method and full depth with times and FIDs.
+    """
+    rows = []
+    for sampler in findings.samplers:
+        scored = findings.scored(sampler)
+        if any(label(row) == FULL for row in scored):
+            rows += [row for row in scored if label(row) != FULL]
     if not rows:
-        return Cell(MISSING, "not among the rows that ran")
-    places: dict[str, list[str]] = {place: [] for place in _PLACES}
+        return None
+    found = [(row, findings.same_time(row), findings.same_quality(row)) for row in rows]
+    shown = [row for group in found for row in group if row is not None]
+    second_places = decimals(findings.seconds(row) for row in shown)
+    fid_places = _fid_places(shown)
+
+    def seconds(row: Row) -> str:
+        return fixed(findings.seconds(row), second_places)
+
+    body = []
+    for row, same_time, same_quality in found:
+        cells = [Cell(label(row)), Cell(setting(row))]
+        cells += [Cell(seconds(row)), Cell(fixed(row["fid"], fid_places))]
+        if same_time is None:
+            cells += [Cell(MISSING, "no full depth in fewer steps takes about as long")] * 2
+        else:
+            fid = fixed(same_time["fid"], fid_places)
+            cells.append(Cell(f"{fid} ({same_time['steps']} steps)"))
+            cells.append(Cell(verdict(row, same_time)))
+        if same_quality is None:
+            cells.append(Cell(MISSING, "every full depth has a higher FID"))
+        else:
+            cells.append(Cell(f"{seconds(same_quality)} ({same_quality['steps']} steps)"))
+        body.append(cells)
+    columns = [*_NAMES, Column("s per image"), Column("FID"), Column("Full depth, equal time: FID")]
+    columns += [Column("The method's FID is", False), Column("Full depth, equal FID: s per image")]
+    notes = [
+        f"Equal time: full depth in fewer steps, within {EQUAL_TIME:.0%}; of several the nearest "
+        "that is no faster than the method. Equal FID: the fastest full depth, in any number of "
+        "steps, whose FID is not distinguishably higher.",
+        "A row's time is full depth's median at its setting minus the share saved, which comes "
+        "from paired rounds; without a saving it is the row's own median.",
+    ]
+    return Table("Methods against full depth at equal time and at equal FID", columns, body, notes)
+
+
+def published(results: dict[str, Any], findings: Findings) -> Table | None:
+    """Published figures next to the measured ones; None if there are none."""
+    entries = results["published"]
+    if not entries:
+        return None
+    rows = {
+        (row["method"], row["sampler"], row["steps"]): row
+        for row in sorted(results["rows"], key=lambda row: row["weights"])  # tuned ones replace
+    }
+    places = _fid_places(rows.values())
+    body = []
+    for entry in entries:
+        text = MISSING if entry["fid"] is None else f"{entry['fid']:.9g}"
+        if entry["fid_std"] is not None:
+            text += f" ± {entry['fid_std']:.9g}"
+        if entry["saving"] is not None:
+            text += f" ({100 * entry['saving']:.9g}%)"
+        reason = None if entry["fid"] is not None else "no FID was published"
+        row = rows.get((entry["method"], entry["sampler"], entry["steps"]))
+        body.append(
+            [
+                Cell(label(row or {**entry, "weights": "original"})),
+                Cell(setting(entry)),
+                Cell(text.replace("-", MINUS), reason),
+                _figure(row, results, findings, places),
+                Cell(f"{entry['source']}: {entry['setting']}"),
+            ]
+        )
+    columns = [*_NAMES, Column("Published"), Column("Measured"), Column("Source", False, True)]
+    note = (
+        "A FID falls with the number of images and depends on feature extractor and reference: "
+        "compare published and measured figures only where these are the same."
+    )
+    return Table("Published figures", columns, body, [note])
+
+
+def quality(results: dict[str, Any]) -> Table | Paragraph:
+    """All quality figures of all rows."""
+    known = [abs(row["kid"]) for row in results["rows"] if row["kid"] is not None]
+    small = bool(known) and max(known) < 1  # features like Inception's; raw pixels give more
+    measures = [_KID_OF_1000 if m.key == "kid" and small else m for m in _QUALITY]
+    return _all_rows("Quality figures", measures, results)
+
+
+def times(results: dict[str, Any]) -> Table | Paragraph:
+    """Time and multiply-adds of all rows."""
+    table = _all_rows("Time and multiply-adds", _TIMES, results)
+    if isinstance(table, Table) and any(row["saving"] is not None for row in results["rows"]):
+        table.notes.append(
+            "Seconds are each row's own median and quartiles. The time saved comes from paired "
+            "rounds, and rows are compared by it."
+        )
+    return table
+
+
+def costs(results: dict[str, Any]) -> Table | Paragraph:
+    """First batch, memory and energy of all rows."""
+    table = _all_rows("First batch, memory and energy", _COSTS, results)
+    known = any(row["peak_memory_bytes"] is not None for row in results["rows"])
+    if isinstance(table, Table) and known and results["protocol"]["machine"]["gpu"] is None:
+        table.notes.append(
+            "Without a GPU, peak memory is the resident memory of the whole process, not what a "
+            "method needs."
+        )
+    return table
+
+
+def throughput(measured: list[dict[str, Any]]) -> Table:
+    """Images per second by batch size."""
+    sizes = sorted({row["batch_size"] for row in measured})
+    places = min(decimals(row["images_per_second"] for row in measured), 2)
+    rates: dict[tuple[str, str], dict[int, float]] = {}
+    for row in measured:
+        of_row = rates.setdefault((label(row), setting(row)), {})
+        of_row[row["batch_size"]] = row["images_per_second"]
+    body = [
+        [
+            *map(Cell, names),
+            *(Cell(fixed(rate[s], places)) if s in rate else _NOT_MEASURED for s in sizes),
+        ]
+        for names, rate in rates.items()
+    ]
+    columns = [*_NAMES, *(Column(f"batch {size}") for size in sizes)]
+    return Table("Images per second by batch size", columns, body)
+
+
+def _all_rows(
+    caption: str, measures: Sequence[_Measure], results: dict[str, Any]
+) -> Table | Paragraph:
+    """Return the measures of all rows. Those that no row has are named below, with the reason."""
+    rows, shown = results["rows"], []
+    absent: dict[str, list[str]] = {}
+    for measure in measures:
+        if any(row[measure.key] is not None for row in rows):
+            shown.append(measure)
+        else:
+            ran = [row for row in rows if row["skipped"] is None] or rows
+            why = "; ".join(dict.fromkeys(_why_missing(row, measure.key, results) for row in ran))
+            absent.setdefault(why, []).append(re.split(" [±×]|,", measure.heading)[0])
+    notes = [f"Not shown: {enumerated(names)} ({why})." for why, names in absent.items()]
+    if not shown:
+        return Paragraph(" ".join(notes))
+    places = [_places(measure, rows) for measure in shown]
+    body = []
     for row in rows:
-        places[findings.place(row)].append(str(row["steps"]))
-    parts = [f"{_PLACES[place]}: {', '.join(found)}" for place, found in places.items() if found]
-    return Cell("; ".join(parts), strong=bool(places[FRONT]))
+        cells = [Cell(label(row)), Cell(setting(row))]
+        for measure, digits in zip(shown, places, strict=True):
+            if row[measure.key] is None:
+                cells.append(Cell(MISSING, _why_missing(row, measure.key, results)))
+            else:
+                cells.append(Cell(_value(measure, row, digits)))
+        body.append(cells)
+    return Table(caption, [*_NAMES, *(Column(m.heading) for m in shown)], body, notes)
+
+
+def _places(measure: _Measure, rows: list[Row]) -> int:
+    """Return the number of decimals of a column."""
+    if measure.key in _SHARES:
+        return 3
+    values = [measure.scale * row[measure.key] for row in rows if row[measure.key] is not None]
+    return 0 if all(isinstance(value, int) for value in values) else min(decimals(values), 4)
+
+
+def _fid_places(rows: Iterable[Row]) -> int:
+    return min(decimals(row["fid"] for row in rows), 3)
+
+
+def _value(measure: _Measure, row: Row, places: int) -> str:
+    text = measure.show(measure.scale * row[measure.key], places)
+    spread = row[measure.spread] if measure.spread else None
+    interval = row[measure.interval] if measure.interval else None
+    if spread is not None:
+        text += f" ± {measure.show(measure.scale * spread, places)}"
+    if interval is not None:
+        low, high = (measure.show(measure.scale * end, places) for end in interval)
+        text += f" ({low} to {high})"
+    return text
+
+
+def _why_missing(row: Row, key: str, results: dict[str, Any]) -> str:
+    """Return why a row has no value in a field."""
+    if row["skipped"] is not None:
+        return f"skipped: {row['skipped']}"
+    if key in row["missing"]:
+        return row["missing"][key]
+    if key in {measure.key for measure in _QUALITY}:
+        for part, what in (("extractor", "feature extractor"), ("reference", "reference")):
+            if results["protocol"][part] is None:
+                return f"there was no {what} for quality figures"
+    return "not measured"
