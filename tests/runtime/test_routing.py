@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.layouts.original import load_original
-from accelkit.runtime.routing import place_in
 from accelkit.runtime.switch import disable, enabled_on
+from accelkit.runtime.timesteps import place_in
 from accelkit.schedule import Schedule
 
 # --- what runs -------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_checkpointing_keeps_no_activation_after_the_backward(dit):
     state = enable(dit, SCHEDULE)
     dit.enable_gradient_checkpointing()
     backward(dit, inputs(MIXED))
-    assert state._router.call is None
+    assert state._router.running is None
     assert not len(state._router._plans)
 
 

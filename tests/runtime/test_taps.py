@@ -405,7 +405,7 @@ def test_what_was_popped_is_gone():
         assert taps.pop() == []
         with torch.no_grad():
             case.model(**case.call)
-        assert enabled._router.call is None  # nor is anything kept alive
+        assert enabled._router.running is None  # nor is anything kept alive
 
 
 def test_a_call_that_fails_leaves_nothing_behind():
