@@ -11,7 +11,7 @@ WIDTH = 16
 
 
 def filled(network, std=0.1):
-    """Without a zero weight, and always the same."""
+    """The network in eval mode with fixed weights, none of them zero."""
     draw = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=std, generator=draw)
@@ -165,7 +165,7 @@ class PixArt(DiT):
 
 
 def mixed(family, timesteps):
-    """A call of as many samples as there are timesteps, each another one."""
+    """A call with one sample for each timestep, all different."""
     count = len(timesteps)
     call = family.call(100) | {"timestep": torch.tensor(timesteps)}
     for name, value in call.items():
@@ -176,13 +176,13 @@ def mixed(family, timesteps):
 
 @torch.no_grad()
 def outputs(family, model):
-    """What the model gives at each of the depths, twice."""
+    """The model's outputs at each of the depths, twice."""
     return [model(**family.call(t)).sample for t in (*family.depths, *family.depths)]
 
 
 @torch.no_grad()
 def by_hand(family, make):
-    """The same of networks cut by hand, each made anew."""
+    """The same outputs by networks cut by hand."""
     found = [family.cut(make(), d)(**family.call(t)).sample for t, d in family.depths.items()]
     assert (found[0] - found[-1]).abs().max() > 1e-3
     return found * 2
@@ -194,7 +194,7 @@ def close(found, expected, atol=2e-5):
 
 
 def both(model, family, other, first):
-    """Do something to a model before its schedule or after."""
+    """Apply ``other`` to a model before its schedule or after it."""
     if first == "other":
         other(model)
     enable(model, family.schedule)

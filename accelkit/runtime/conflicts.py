@@ -106,7 +106,7 @@ def _keeps_states(module: nn.Module) -> bool:
 
 
 def list_of_hooks(module: nn.Module) -> list[str]:
-    """Return the names of diffusers' hooks on a module, innermost first: the registry's own list."""
+    """Return the names of diffusers' hooks on a module, innermost first, as the live list."""
     registry = module.__dict__.get("_diffusers_hook")
     return [] if registry is None else registry._hook_order
 
@@ -131,10 +131,7 @@ def foreign(model: nn.Module) -> list[str]:
 def _conflicts(backbone: Backbone, schedule: Schedule) -> Iterator[tuple[str, str]]:
     model, skips = backbone.model, schedule.depths[0] < schedule.layers
     if _has_cache_dit(model):
-        yield (
-            "cache-dit",
-            "exchanges its blocks; call cache_dit.disable_cache or load the model again",
-        )
+        yield "cache-dit", "exchanges its blocks; call cache_dit.disable_cache or load it again"
     found = set(foreign(model))
     for cache in sorted(found & _OF_ALL_BLOCKS) if skips else ():
         yield cache, "keeps what all blocks add, which differs with the depth; disable the cache"

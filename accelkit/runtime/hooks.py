@@ -164,17 +164,14 @@ class _CallHook(Hook):
         return arguments[name]
 
     def _select(self, arguments: dict[str, Any], index: Tensor) -> dict[str, Any]:
-        names = self.router.backbone.batched
-        if names is not None:
-            per_sample = {*names, "timestep"}
-        else:
-            batch = len(self._sample(arguments))
-            per_sample = {
-                k
-                for k, v in arguments.items()
-                if isinstance(v, Tensor) and v.ndim and len(v) == batch
-            }
-        return {k: rows(v, index) if k in per_sample else v for k, v in arguments.items()}
+        names, batch = self.router.backbone.batched, len(self._sample(arguments))
+
+        def per_sample(name: str, value: Any) -> bool:
+            if names is not None:
+                return name in (*names, "timestep")
+            return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+
+        return {k: rows(v, index) if per_sample(k, v) else v for k, v in arguments.items()}
 
 
 def _joined(outputs: list[Any], inverse: Tensor) -> Any:

@@ -146,22 +146,13 @@ def parameters(module: nn.Module) -> list[str]:
 
 
 class Hook(ModelHook):
-    """Base of accelkit's hooks.
+    """Base of accelkit's hooks."""
 
-    Attributes:
-        had_forward: whether the module had a forward of its own before the hook.
-        had_registry: whether it had a diffusers registry before.
-        installed: the module's forward with this hook.
-        own: the function that this hook runs in place of the module's forward.
-        can_be_outside: whether the hook has an ``outside`` method.
-        is_outside: whether the hook is outside of the graph of a module compiled in place.
-    """
-
-    had_forward = had_registry = False
-    installed: Any = None
-    own: Any = None
-    can_be_outside = False
-    is_outside = False
+    had_forward = had_registry = False  # whether the module's ``__dict__`` held them before
+    installed: Any = None  # the module's forward with this hook
+    own: Any = None  # the function that this hook runs in place of the module's forward
+    can_be_outside = False  # whether the hook has an `outside` method
+    is_outside = False  # whether it is outside of the graph of a module compiled in place
 
     def __init__(self, router: Router) -> None:
         super().__init__()

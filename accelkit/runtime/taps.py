@@ -41,14 +41,6 @@ class Tap:
     output: Tensor
 
 
-Heads = Callable[[int], AbstractContextManager[None]]
-
-
-def one_head(depth: int) -> AbstractContextManager[None]:
-    """Use the network's head at every exit."""
-    return nullcontext()
-
-
 def check(backbone: Backbone, schedule: Schedule) -> None:
     """Raise AccelkitError for a schedule of one depth, or a model whose exit is not known."""
     if len(schedule.depths) < 2:
@@ -81,7 +73,11 @@ class Taps:
         AccelkitError: as :func:`check`.
     """
 
-    def __init__(self, enabled: Enabled, heads: Heads = one_head) -> None:
+    def __init__(
+        self,
+        enabled: Enabled,
+        heads: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         check(enabled.backbone, enabled.schedule)
         self._router, self._backbone, self._heads = enabled._router, enabled.backbone, heads
         self.depths = enabled.schedule.depths[:-1]
@@ -91,9 +87,11 @@ class Taps:
         exit = self._backbone.exit
         assert exit is not None  # as checked
         self._router.taps = self
-        counted = {block: index for index, block in enumerate(self._backbone.blocks)}
+        blocks = enumerate(self._backbone.blocks)
+        tapped = {block: index for index, block in blocks if index >= self.depths[0]}
         for block in self._backbone.all_blocks:
-            patching.put(block, _BlockTap(self, block, counted.get(block)), patching.TAP)
+            hook = _BlockTap(self._router, block, tapped.get(block))
+            patching.put(block, hook, patching.TAP)
         patching.put(exit, _ExitTap(self._router, exit), patching.TAP)
         return self
 
@@ -108,14 +106,6 @@ class Taps:
         """
         taken, self._last.taken = self._last.taken, []
         return taken
-
-    def see(self, index: int, arguments: dict[str, Any]) -> None:
-        """Keep the arguments of block ``index``, if an exit is tapped there or before."""
-        running = self._router.running
-        if running is None or running.recomputed or not running.plan.grad:
-            return
-        if index >= self.depths[0]:
-            running.tapped.append((index, arguments))
 
     def finish(
         self,
@@ -171,20 +161,21 @@ class _Last(threading.local):
 
 
 class _BlockTap(patching.Hook):
-    """Shows the taps a block's arguments; passes the states on where only the exit runs."""
+    """Keeps the arguments of a block that has an index; passes states on if only the exit runs."""
 
-    def __init__(self, taps: Taps, block: nn.Module, index: int | None) -> None:
-        super().__init__(taps._router)
-        self.taps, self.index = taps, index
+    def __init__(self, router: Router, block: nn.Module, index: int | None) -> None:
+        super().__init__(router)
+        self.index = index
         self.names = patching.parameters(block)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        running = self.router.running
-        if running is not None and running.exit_input is not None:
-            return self.router.backbone.passed_on(arguments)
-        if self.index is not None:
-            self.taps.see(self.index, arguments)
+        running = self.router.running  # None while a block is recomputed for its gradients
+        if running is not None:
+            arguments = dict(zip(self.names, args, strict=False)) | kwargs
+            if running.exit_input is not None:
+                return self.router.backbone.passed_on(arguments)
+            if self.index is not None and running.plan.grad and not running.recomputed:
+                running.tapped.append((self.index, arguments))
         return self.fn_ref.original_forward(*args, **kwargs)
 
 

@@ -34,7 +34,8 @@ class Timesteps:
         scheduled = self._backbone.scheduler_timestep
         if not isinstance(timestep, Tensor):
             return [scheduled(float(timestep))]
-        values = timestep.flatten().tolist() if _differs(timestep) else [self._single(timestep)]
+        several = timestep.numel() > 1 and any(timestep.stride())
+        values = timestep.flatten().tolist() if several else [self._single(timestep)]
         if self._backbone.timestep_guessed:
             self._check_scale(values[0])
         values = [scheduled(value) for value in values]
@@ -113,10 +114,6 @@ class Timesteps:
         if listed is None or listed[0] is not steps or listed[1] != version:
             listed = self._listed = (steps, version, steps.tolist())
         return steps, listed[2]
-
-
-def _differs(timestep: Tensor) -> bool:
-    return timestep.numel() > 1 and any(timestep.stride())
 
 
 def free_to_read(timestep: Tensor | float) -> bool:
