@@ -66,14 +66,11 @@ def check(backbone: Backbone, schedule: Schedule) -> None:
 
 def check_mixed(model: nn.Module) -> None:
     """Raise AccelkitError if a hook keeps states for a batch that is about to be split."""
-    for module in model.modules():
-        for name in list_of_hooks(module):
-            if module._diffusers_hook.get_hook(name)._is_stateful:  # type: ignore[operator, union-attr]
-                raise AccelkitError(
-                    f"a batch of mixed depths cannot run with {_cache(name) or name}, which keeps "
-                    "states for the batch as a whole; give all of its samples one timestep, or "
-                    "disable the cache"
-                )
+    for name in _stateful(model):
+        raise AccelkitError(
+            f"a batch of mixed depths cannot run with {_cache(name) or name}, which keeps states "
+            "for the batch as a whole; give all of its samples one timestep, or disable the cache"
+        )
 
 
 @contextmanager
@@ -87,7 +84,7 @@ def sampling_run(model: nn.Module) -> Iterator[None]:
         from cache_dit import refresh_context
 
         refresh_context(model)
-    if not any(_keeps_states(module) for module in model.modules()):
+    if not any(_stateful(model)):
         yield
         return
     from diffusers.hooks import HookRegistry
@@ -100,9 +97,12 @@ def sampling_run(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _keeps_states(module: nn.Module) -> bool:
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
+def _stateful(model: nn.Module) -> Iterator[str]:
+    """Yield the names of diffusers' hooks on a model and its modules that keep states."""
+    for module in model.modules():
+        for name in list_of_hooks(module):
+            if module._diffusers_hook.hooks[name]._is_stateful:  # type: ignore[index, union-attr]
+                yield name
 
 
 def list_of_hooks(module: nn.Module) -> list[str]:
