@@ -18,9 +18,6 @@ from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
 from accelkit.schedule import Schedule
 
-OURS = "accelkit"
-"""Prefix of the names of accelkit's own hooks."""
-
 _CACHES = {  # by the prefix of the names of diffusers' hooks
     "fbc_": "FirstBlockCache",
     "mag_cache_": "MagCache",
@@ -33,11 +30,7 @@ _OF_ALL_BLOCKS = {"FirstBlockCache", "MagCache", "SeaCache"}
 
 
 class CacheWatch:
-    """Notices caches that are put on a model while a schedule is in force.
-
-    Only the model and its blocks are watched: whatever a schedule cannot be combined with is put on
-    one of them too.
-    """
+    """Notices caches that are put on a model or its blocks while a schedule is in force."""
 
     def __init__(self, backbone: Backbone, schedule: Schedule) -> None:
         self._backbone = backbone
@@ -113,7 +106,7 @@ def list_of_hooks(module: nn.Module) -> list[str]:
 
 def is_ours(name: str) -> bool:
     """Return whether a hook of this name is accelkit's own."""
-    return name.startswith(OURS)
+    return name.startswith("accelkit")
 
 
 def watched(module: nn.Module) -> bool:
@@ -137,15 +130,16 @@ def _conflicts(backbone: Backbone, schedule: Schedule) -> Iterator[tuple[str, st
         yield cache, "keeps what all blocks add, which differs with the depth; disable the cache"
     if "FasterCache" in found and len(schedule.depths) > 1:
         yield "FasterCache", "needs every block from the first step on; use one depth (uniform:K)"
-    if skips and any("TaylorSeer" in _caches(list_of_hooks(b)) for b in backbone.all_blocks):
+    on_blocks = [_cache(name) for b in backbone.all_blocks for name in list_of_hooks(b)]
+    if skips and "TaylorSeer" in on_blocks:
         yield "TaylorSeer on whole blocks", "counts their calls; put it on attentions only"
     merging = [m for ms in backbone.attentions() for m in ms] if schedule.merges else []
-    for cache in [c for module in merging for c in _caches(inside(list_of_hooks(module)))]:
-        yield cache, "would keep what attention returns for merged tokens; enable it afterwards"
-
-
-def _caches(names: list[str]) -> list[str]:
-    return [cache for name in names if (cache := _cache(name))]
+    for name in [name for module in merging for name in inside(list_of_hooks(module))]:
+        if keeper := _cache(name):
+            yield (
+                keeper,
+                "would keep what attention returns for merged tokens; enable it afterwards",
+            )
 
 
 def inside(names: list[str]) -> list[str]:

@@ -121,8 +121,8 @@ class _CallHook(Hook):
             return forward(*args, **kwargs)
         return self._route(passes or self.plan(args, kwargs), forward, args, kwargs)
 
-    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run the model, compiled in place."""
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the model by ``forward``, which is compiled in place."""
         return self._route(self.plan_for_graph(args, kwargs), forward, args, kwargs)
 
     def _route(self, passes: list[PlannedPass], forward: Any, args: Any, kwargs: Any) -> Any:
@@ -201,12 +201,7 @@ class _BlockHook(Hook):
         self.index = index
         self.names = parameters(block)
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.fn_ref.original_forward
-        return forward(*args, **kwargs) if self.is_outside else self.outside(forward, args, kwargs)
-
-    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run the block by ``forward``, compiled or not."""
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
         router = self.router
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         running = router.pass_for_block(arguments[router.backbone.hidden])
@@ -270,8 +265,8 @@ class _AttentionHook(Hook):
         self.ratios = [m.ratio if m.merges(index, blocks) else 0.0 for m in merges]
         self.name = parameters(attention)[0]
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, running = self.fn_ref.original_forward, self.router.running
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        running = self.router.running
         assert running is not None  # the block's hook has made sure
         plan = running.plan
         ratio = 0.0 if plan.merge is None else self.ratios[plan.merge]
@@ -298,8 +293,8 @@ class _ExitHook(Hook):
         super().__init__(router)
         self.name = parameters(exit)[0]
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running, forward = self.router.running, self.fn_ref.original_forward
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        running = self.router.running
         if running is None or not running.exited:
             return forward(*args, **kwargs)
         exited = running.exited

@@ -24,12 +24,7 @@ TAP = "accelkit-tap"
 
 
 def detach(model: nn.Module, *names: str) -> None:
-    """Take accelkit's hooks off ``model`` without a trace; other hooks stay.
-
-    Args:
-        model: the network.
-        names: hooks to take off, all of them by default.
-    """
+    """Take accelkit's hooks, all or those named, off ``model`` without a trace; others stay."""
     for module in model.modules():
         for name in names or (TAP, HOOK):
             _take_off(module, name)
@@ -109,7 +104,8 @@ def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
     the forward that they were put around, which has to include this hook.
     """
     outer: Any = module.__dict__.get("forward")
-    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
+    by = getattr(getattr(outer, "func", None), "__module__", "")
+    if "_old_forward" in module.__dict__ and by == "accelerate.hooks":
         module.forward = module._old_forward  # type: ignore[assignment]
     else:
         outer = None
@@ -136,10 +132,6 @@ class _Bound(functools.partial[Any]):
         return self
 
 
-def _is_accelerates(forward: Any) -> bool:
-    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
-
-
 def parameters(module: nn.Module) -> list[str]:
     """Return the names of the arguments of a module's forward, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
@@ -151,16 +143,21 @@ class Hook(ModelHook):
     had_forward = had_registry = False  # whether the module's ``__dict__`` held them before
     installed: Any = None  # the module's forward with this hook
     own: Any = None  # the function that this hook runs in place of the module's forward
-    can_be_outside = False  # whether the hook has an `outside` method
-    is_outside = False  # whether it is outside of the graph of a module compiled in place
+    can_be_outside = False  # whether the module may be compiled in place without the hook
+    is_outside = False  # whether it is
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
 
-    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run the module by ``forward``, whose graph the hook is not part of."""
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the module by ``forward``, its own or what it is compiled to."""
         raise NotImplementedError
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Replace the module's forward, unless the hook is around its compiled call."""
+        forward = self.fn_ref.original_forward
+        return forward(*args, **kwargs) if self.is_outside else self.around(forward, args, kwargs)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Make sure that this hook runs; diffusers replaces it on removing a hook inside of it."""
@@ -180,7 +177,7 @@ class Outside:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the hook around its compiled call."""
-        return self.hook.outside(self.compiled, args, kwargs)
+        return self.hook.around(self.compiled, args, kwargs)
 
 
 def _keep_outside(module: nn.Module, hook: Hook) -> None:

@@ -178,10 +178,9 @@ class Router:
         helps = self.fused is not None and batch > 0 and not varies and not recording.by()
         if varies or (helps and free_to_read(timestep)):
             values = self.timesteps.read(timestep)
+        spent = [computes[0]]
         if varies and values is not None:
             spent = [self.schedule.at(self.axis.level(t)) for t in values]
-        else:
-            spent = [computes[0]]
         kinds = list(dict.fromkeys(spent))
         if len(kinds) == 1:
             single = values[0] if values is not None and len(values) == 1 else None
@@ -191,10 +190,9 @@ class Router:
                 f"got {len(spent)} timesteps for a batch of {batch}; give one, or one per sample"
             )
         if not narrows or len({c.merge for c in kinds}) > 1:
-            rows = [[row for row, c in enumerate(spent) if c == kind] for kind in kinds]
             return [
-                PlannedPass(plan(kind), torch.tensor(own))
-                for kind, own in zip(kinds, rows, strict=True)
+                PlannedPass(plan(kind), torch.tensor([i for i, c in enumerate(spent) if c == kind]))
+                for kind in kinds
             ]
         depths = [c.depth for c in spent]
         order = sorted(range(batch), key=lambda row: -depths[row])

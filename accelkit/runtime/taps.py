@@ -168,7 +168,7 @@ class _BlockTap(patching.Hook):
         self.index = index
         self.names = patching.parameters(block)
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
         running = self.router.running  # None while a block is recomputed for its gradients
         if running is not None:
             arguments = dict(zip(self.names, args, strict=False)) | kwargs
@@ -176,7 +176,7 @@ class _BlockTap(patching.Hook):
                 return self.router.backbone.passed_on(arguments)
             if self.index is not None and running.plan.grad and not running.recomputed:
                 running.tapped.append((self.index, arguments))
-        return self.fn_ref.original_forward(*args, **kwargs)
+        return forward(*args, **kwargs)
 
 
 class _ExitTap(patching.Hook):
@@ -186,9 +186,9 @@ class _ExitTap(patching.Hook):
         super().__init__(router)
         self.name = patching.parameters(exit)[0]
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
         running = self.router.running
         if running is not None and running.exit_input is not None:
             args = (running.exit_input, *args[1:])
             kwargs = {k: v for k, v in kwargs.items() if k != self.name}
-        return self.fn_ref.original_forward(*args, **kwargs)
+        return forward(*args, **kwargs)

@@ -154,12 +154,7 @@ class PipelineScheduler:
 
 
 def scheduler_getter(target: Any, scheduler: Any) -> Callable[[], Any]:
-    """Return a function that returns the scheduler in use for ``target``, or None.
-
-    Args:
-        target: a pipeline or a network.
-        scheduler: the user's own choice, None for the pipeline's.
-    """
+    """Return a function that returns ``scheduler``, or if it is None the pipeline's, if any."""
     if scheduler is not None:
         return lambda: scheduler
     if isinstance(target, nn.Module) or getattr(target, "scheduler", None) is None:

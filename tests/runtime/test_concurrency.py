@@ -332,14 +332,16 @@ def test_compiled_each_thread_has_the_graph_of_its_own_depth():
     family = DiT()
     torch._dynamo.reset()
     model = family.make()
-    enable(model, family.schedule, kernels="off")
+    model.transformer_blocks = model.transformer_blocks[:2]
+    enable(model, "2@0.5,1@1", kernels="off")
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        expected = {t: compiled(**family.call(t)).sample for t in family.depths}
+        expected = {t: compiled(**family.call(t)).sample for t in (100, 900)}
+    assert not torch.equal(expected[100], expected[900])
 
     @torch.no_grad()
     def work(number):
-        timestep = list(family.depths)[number % 3]
+        timestep = (100, 900)[number % 2]
         call = family.call(timestep)
         return all(torch.equal(compiled(**call).sample, expected[timestep]) for _ in range(CALLS))
 
