@@ -24,6 +24,7 @@ def seeded(*shape):
 
 class DiT:
     schedule, depths = "6@0.3,4@0.6,2@1", {100: 6, 500: 4, 900: 2}
+    layers = 6
 
     def make(self):
         return filled(
@@ -32,7 +33,7 @@ class DiT:
                 attention_head_dim=8,
                 in_channels=4,
                 out_channels=8,
-                num_layers=6,
+                num_layers=self.layers,
                 sample_size=8,
             )
         )
@@ -47,6 +48,11 @@ class DiT:
     def cut(self, model, depth):
         model.transformer_blocks = torch.nn.ModuleList(list(model.transformer_blocks)[:depth])
         return model
+
+
+class ShortDiT(DiT):
+    schedule, depths = "3@0.3,2@0.6,1@1", {100: 3, 500: 2, 900: 1}
+    layers = 3
 
 
 class UViT:
