@@ -1,12 +1,11 @@
-"""What one network call costs, counted by torch on a twin without weights."""
+"""The cost of a network call, counted by torch on a twin without weights."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,44 +24,44 @@ def macs_by_depth(model: nn.Module) -> list[int]:
 
     Counted with ``torch.utils.flop_counter`` (two flops are one MAC; matrix products, convolutions
     and attention, not element-wise work) for the sample that :meth:`Backbone.example` makes up. A
-    skipped block costs what it still runs, e.g. a U-ViT's skip projection.
+    skipped block counts with the part of it that still runs, e.g. a U-ViT's skip projection.
 
     Raises:
         AccelkitError: a call of the model cannot be made up, or not without weights.
     """
-    return list(_by_depth(Design.of(model))[0])
+    return _by_depth(model, "macs")
 
 
 def parameters_by_depth(model: nn.Module) -> list[int]:
     """Return how many parameters one call reads, from the least depth to the full.
 
-    Counted in the same call as :func:`macs_by_depth`: those of the modules that run, embedding
-    tables as a whole. A skipped block's do not count, but for those of what it still runs.
+    Counted in the same call as :func:`macs_by_depth`, in the modules that run; embedding tables
+    count as a whole.
 
     Raises:
         AccelkitError: as :func:`macs_by_depth`.
     """
-    return list(_by_depth(Design.of(model))[1])
+    return _by_depth(model, "parameters")
 
 
 def macs(model: nn.Module, compute: Compute) -> int:
     """Return the multiply-accumulates of one call that spends ``compute``, as macs_by_depth."""
-    return _macs(Design.of(model), compute)
+    return _count(Design.of(model), compute).macs.total
 
 
 def ideal_saving(
     model: nn.Module, schedule: Schedule, timesteps: Iterable[float] | None = None
 ) -> float:
-    """Return the share of a full call's cost that ``schedule`` saves on ``model``, of 1.
+    """Return the share of a full call's cost that ``schedule`` saves on ``model``, from 0 to 1.
 
-    Where every block is counted, all are alike and none merges tokens, that is the share of blocks
-    left out, as published figures have it. Elsewhere it is the share of multiply-accumulates; if
-    they cannot be counted, it is that of the counted blocks again, and AccelkitWarning says so.
+    If every block is counted, all are alike and none merges tokens, it is the share of blocks left
+    out, as in published figures. Otherwise it is the share of multiply-accumulates. If these cannot
+    be counted, it is the share of counted blocks, and AccelkitWarning says so.
 
     Args:
         model: the network.
-        schedule: made for its depth.
-        timesteps: as :meth:`Schedule.mean` takes them.
+        schedule: a schedule for its depth.
+        timesteps: as for :meth:`Schedule.mean`.
     """
     if schedule.full or (_alike(backbone_of(model)) and not schedule.merges):
         return schedule.ideal_saving(timesteps)
@@ -78,13 +77,13 @@ def ideal_saving(
 
 
 def cost_of(model: nn.Module) -> Callable[[Compute], int]:
-    """Return what gives the multiply-accumulates of a call by what it spends."""
+    """Return a function from a Compute to the multiply-accumulates of a call that spends it."""
     costs, full = macs_by_depth(model), backbone_of(model).depth
     return lambda spent: costs[spent.depth - full - 1] if not spent.merge else macs(model, spent)
 
 
 def parameters_of(model: nn.Module) -> Callable[[Compute], int]:
-    """Return what gives the number of parameters that a call reads by what it spends."""
+    """Return a function from a Compute to the number of parameters that such a call reads."""
     counts, full = parameters_by_depth(model), backbone_of(model).depth
     return lambda spent: counts[spent.depth - full - 1]
 
@@ -94,41 +93,37 @@ def _alike(backbone: Backbone) -> bool:
     return len(sizes) == 1 and len(backbone.all_blocks) == backbone.depth
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Multiply-accumulates of a call and parameters it reads, in all and in each counted block."""
+class _Count(NamedTuple):
+    """A count of a whole call and of each counted block in it."""
 
-    macs: int
-    parameters: int
-    block_macs: tuple[int, ...]
-    block_parameters: tuple[int, ...]
+    total: int
+    blocks: list[int]
 
 
-@lru_cache(maxsize=16)
-def _by_depth(design: Design) -> tuple[tuple[int, ...], tuple[int, ...]]:
+class _Counts(NamedTuple):
+    macs: _Count
+    parameters: _Count
+
+
+def _by_depth(model: nn.Module, quantity: str) -> list[int]:
+    design = Design.of(model)
     backbone = backbone_of(design.twin())
     least, depth = backbone.least, backbone.depth
-    ran, skipped = (_count(design, Compute(d)) for d in (depth, least))
-    macs, parameters = [ran.macs], [ran.parameters]
-    for i in reversed(range(least, depth)):  # each block costs the same whichever others run
-        macs.insert(0, macs[0] - ran.block_macs[i] + skipped.block_macs[i])
-        saved = ran.block_parameters[i] - skipped.block_parameters[i]
-        parameters.insert(0, parameters[0] - saved)
-    return tuple(macs), tuple(parameters)
+    ran, skipped = (getattr(_count(design, Compute(d)), quantity) for d in (depth, least))
+    totals = [ran.total]
+    for i in reversed(range(least, depth)):  # a block costs the same whichever others run
+        totals.insert(0, totals[0] - ran.blocks[i] + skipped.blocks[i])
+    return totals
 
 
 @lru_cache(maxsize=64)
-def _macs(design: Design, compute: Compute) -> int:
-    return _count(design, compute).macs
-
-
-def _count(design: Design, compute: Compute) -> _Count:
+def _count(design: Design, compute: Compute) -> _Counts:
     twin = design.twin()
     backbone = backbone_of(twin)
     backbone.restore()
     counter = FlopCounterMode(display=False)
     flops = [0] * backbone.depth
-    read: dict[nn.Parameter, int] = {}  # which parameters, and how many numbers each holds
+    read: dict[nn.Parameter, int] = {}  # sizes of the parameters that the call reads
 
     def watch(index: int, block: nn.Module) -> None:
         def begin(*_: Any) -> None:
@@ -152,14 +147,15 @@ def _count(design: Design, compute: Compute) -> _Count:
             call(twin, given, "meta")
     except AccelkitError:
         raise
-    except Exception as error:  # whatever a network does that needs values
+    except Exception as error:  # anything that a network does with values it does not have
         reason = str(error).strip().partition("\n")[0][:100]
         raise AccelkitError(
             f"the cost of a {type(twin).__name__} cannot be counted without its weights ({reason})"
         ) from error
-    return _Count(
-        counter.get_total_flops() // 2,
-        sum(read.values()),
-        tuple(count // 2 for count in flops),
-        tuple(sum(read.get(p, 0) for p in block.parameters()) for block in backbone.blocks),
+    return _Counts(
+        _Count(counter.get_total_flops() // 2, [count // 2 for count in flops]),
+        _Count(
+            sum(read.values()),
+            [sum(read.get(p, 0) for p in block.parameters()) for block in backbone.blocks],
+        ),
     )

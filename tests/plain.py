@@ -1,4 +1,4 @@
-"""Schedules on a model's own modules: bit for bit what the same modules, cut by hand, compute."""
+"""Schedules on a model's own modules, bit for bit equal to the same modules cut by hand."""
 
 from functools import partial
 

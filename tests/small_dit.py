@@ -1,4 +1,4 @@
-"""Calls of the small DiT, and what they give when the network is cut by hand."""
+"""Calls of the small DiT, and their outputs when the network is cut by hand."""
 
 import copy
 
@@ -30,7 +30,7 @@ def truncated(model, depth):
 
 
 def by_hand(model, latents, timesteps, labels):
-    """Every row alone through the network cut to its depth."""
+    """Every row on its own through the network cut to its depth."""
     cut = {depth: truncated(model, depth) for depth in set(DEPTH_OF.values())}
     rows = zip(latents.split(1), timesteps.split(1), labels.split(1), strict=True)
     return torch.cat([run(cut[DEPTH_OF[int(t)]], x, t, y) for x, t, y in rows])

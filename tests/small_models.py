@@ -11,7 +11,7 @@ WIDTH = 16
 
 
 def filled(network, std=0.1):
-    """Without a zero weight, and always the same."""
+    """The network in eval mode with fixed weights, none of them zero."""
     draw = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=std, generator=draw)
@@ -24,6 +24,7 @@ def seeded(*shape):
 
 class DiT:
     schedule, depths = "6@0.3,4@0.6,2@1", {100: 6, 500: 4, 900: 2}
+    layers = 6
 
     def make(self):
         return filled(
@@ -32,7 +33,7 @@ class DiT:
                 attention_head_dim=8,
                 in_channels=4,
                 out_channels=8,
-                num_layers=6,
+                num_layers=self.layers,
                 sample_size=8,
             )
         )
@@ -47,6 +48,11 @@ class DiT:
     def cut(self, model, depth):
         model.transformer_blocks = torch.nn.ModuleList(list(model.transformer_blocks)[:depth])
         return model
+
+
+class ShortDiT(DiT):
+    schedule, depths = "3@0.3,2@0.6,1@1", {100: 3, 500: 2, 900: 1}
+    layers = 3
 
 
 class UViT:
@@ -165,7 +171,7 @@ class PixArt(DiT):
 
 
 def mixed(family, timesteps):
-    """A call of as many samples as there are timesteps, each another one."""
+    """A call with one sample for each timestep, all different."""
     count = len(timesteps)
     call = family.call(100) | {"timestep": torch.tensor(timesteps)}
     for name, value in call.items():
@@ -176,13 +182,13 @@ def mixed(family, timesteps):
 
 @torch.no_grad()
 def outputs(family, model):
-    """What the model gives at each of the depths, twice."""
+    """The model's outputs at each of the depths, twice."""
     return [model(**family.call(t)).sample for t in (*family.depths, *family.depths)]
 
 
 @torch.no_grad()
 def by_hand(family, make):
-    """The same of networks cut by hand, each made anew."""
+    """The same outputs by networks cut by hand."""
     found = [family.cut(make(), d)(**family.call(t)).sample for t, d in family.depths.items()]
     assert (found[0] - found[-1]).abs().max() > 1e-3
     return found * 2
@@ -194,7 +200,7 @@ def close(found, expected, atol=2e-5):
 
 
 def both(model, family, other, first):
-    """Do something to a model before its schedule or after."""
+    """Apply ``other`` to a model before its schedule or after it."""
     if first == "other":
         other(model)
     enable(model, family.schedule)

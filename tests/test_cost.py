@@ -29,7 +29,7 @@ def closed_form(model, depth):
     # queries, keys, values, output and an MLP of four times the width, per token
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2 + embedder
     patches = c.patch_size**2 * tokens * width * (c.in_channels + c.out_channels)
-    # the exit's modulation asks the first block's embedder once more
+    # the exit's modulation runs the first block's embedder once more
     return depth * block + patches + 2 * width**2 + embedder
 
 
@@ -46,7 +46,8 @@ def test_dit_xl_2_costs_what_is_published():
     costs = macs_by_depth(model)
     embedder = 256 * 1152 + 1152**2
     # Peebles and Xie 2023, table 4: 118.64 Gflops, which counts element-wise work as well. The
-    # original asks one embedder once; diffusers one a block, and the exit the first one again.
+    # original runs one embedder once; diffusers has one in each block, and the exit runs the first
+    # block's again.
     once = costs[-1] - 28 * embedder
     assert once / 1e9 == pytest.approx(118.62, abs=0.01)
     assert [b - a for a, b in pairwise(costs)] == [costs[1] - costs[0]] * 27
@@ -69,7 +70,7 @@ def test_any_dit_costs_its_closed_form(options):
     assert macs_by_depth(model) == [closed_form(model, d) for d in depths]
 
 
-def test_counting_leaves_the_model_alone():
+def test_counting_does_not_change_the_model():
     model = dit()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     macs_by_depth(model)
@@ -101,7 +102,9 @@ def uvit_s4():
 def test_uvit_saves_what_its_kept_projections_leave(uvit_s4, name, saving):
     schedule = Schedule.parse(name, 6, "uvit")
     assert 100 * ideal_saving(uvit_s4, schedule) == pytest.approx(saving, abs=0.06)
-    assert schedule.ideal_saving() > 2 * ideal_saving(uvit_s4, schedule)  # of the decoder alone
+    assert schedule.ideal_saving() > 2 * ideal_saving(
+        uvit_s4, schedule
+    )  # the share of the decoder's blocks
 
 
 def test_uvit_block_by_block(uvit_s4):
@@ -130,7 +133,7 @@ def test_blocks_that_differ_and_those_left_to_run():
     )
     costs = macs_by_depth(model)
     steps = [b - a for a, b in pairwise(costs)]
-    assert steps[0] == steps[1] > steps[2]  # the last block leaves the text alone
+    assert steps[0] == steps[1] > steps[2]  # the last block does not update the text
     direct = [macs(model, Compute(depth)) for depth in (1, 2, 3, 4)]
     assert costs == direct
     schedule = Schedule.parse("uniform:2", 4)
@@ -138,7 +141,7 @@ def test_blocks_that_differ_and_those_left_to_run():
 
 
 @pytest.mark.parametrize("kind", ["flux", "wan", "pixart", "sana", "hunyuan", "unet", "sdxl"])
-def test_every_family_tells_a_call_of_its_own(kind):
+def test_every_family_makes_up_its_own_call(kind):
     model = networks()[kind]
     backbone = backbone_of(model)
     costs = macs_by_depth(model)
@@ -149,7 +152,7 @@ def test_every_family_tells_a_call_of_its_own(kind):
     assert cost_of(model)(Compute(backbone.depth)) == costs[-1]
     on_cpu = backbone.example(2, "cpu")
     assert len(next(iter(on_cpu.values()))) == 2
-    if kind not in ("flux", "wan"):  # whose configs tell no size: they get large samples
+    if kind not in ("flux", "wan"):  # without a size in their configs they get large samples
         with torch.no_grad():
             assert len(model(**on_cpu).sample) == 2
 
@@ -254,7 +257,7 @@ def test_merged_tokens_cost_less_attention():
     assert cost_of(model)(Compute(6, Merge(0.25))) == merged
 
 
-def test_what_cannot_be_counted_is_said_and_shared_by_blocks():
+def test_a_cost_that_cannot_be_counted_is_the_share_of_blocks_with_a_warning():
     from diffusers import Lumina2Transformer2DModel
 
     model = Lumina2Transformer2DModel(

@@ -1,9 +1,9 @@
-"""Hooks of diffusers put on one module of one model, and taken off without a trace.
+"""Puts diffusers hooks on the modules of one model and takes them off without a trace.
 
 ``module.compile()``, which diffusers' ``compile_repeated_blocks`` calls for every block, compiles
-a module's call with the hooks on it. What a hook decides would be part of the graph: a model's
-would break it at the timestep, and a block's would make one for every block and depth. So a hook
-that can be outside of its module's graph is kept there.
+a module's call together with its hooks. A hook's decisions would become part of the graph: the
+model's hook would break the graph at the timestep, and a block's hook would need a graph for every
+block and depth. So these hooks are kept outside of the graph.
 """
 
 from __future__ import annotations
@@ -20,16 +20,11 @@ from accelkit.runtime.routing import Router
 
 HOOK = "accelkit"
 TAP = "accelkit-tap"
-"""Names of the hooks on a module, in the order in which they are put there."""
+"""Names of the hooks on a module, innermost first."""
 
 
 def detach(model: nn.Module, *names: str) -> None:
-    """Take accelkit's hooks off ``model``, leaving no trace and every other hook at work.
-
-    Args:
-        model: the network.
-        names: of the hooks to take off; default: all of them.
-    """
+    """Take accelkit's hooks, all or those named, off ``model`` without a trace; others stay."""
     for module in model.modules():
         for name in names or (TAP, HOOK):
             _take_off(module, name)
@@ -44,10 +39,10 @@ def _take_off(module: nn.Module, name: str) -> None:
     if registry is None or not isinstance(hook, Hook):
         return
     outer = module.__dict__["forward"]
-    if module.__dict__.get("_original_forward") is hook.installed:  # what cache-dit will put back
+    if module.__dict__.get("_original_forward") is hook.installed:  # cache-dit will restore it
         module._original_forward = hook.fn_ref.original_forward
     if name == HOOK:
-        let_in(module)
+        _let_inside(module)
     _remove(registry, name)
     if module.__dict__.get("_old_forward") is hook.installed:  # accelerate's hooks wrap ours
         module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
@@ -58,7 +53,7 @@ def _take_off(module: nn.Module, name: str) -> None:
 
 
 def _remove(registry: HookRegistry, name: str) -> None:
-    """Remove our hook from a chain; diffusers would drop the next one's own forward with it."""
+    """Remove accelkit's hook from a chain, where diffusers would drop the next hook's forward."""
     place = registry._hook_order.index(name) + 1
     after = registry._fn_refs[place] if place < len(registry._fn_refs) else None
     own = after.forward if after is not None and after.original_forward is not None else None
@@ -68,10 +63,10 @@ def _remove(registry: HookRegistry, name: str) -> None:
 
 
 def bare(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return a stand-in without accelkit's hooks for each module of ``model``, to be copied.
+    """Return a stand-in without accelkit's hooks for each module of ``model``, for copying.
 
-    Stand-ins share weights and everything else with their modules, which stay as they are: another
-    thread may be calling the model. Hooks of others in diffusers' registries are not kept.
+    Stand-ins share weights and all other attributes with their modules, which are not changed:
+    another thread may be calling the model. Other libraries' diffusers hooks are left out.
     """
     twins = {module: object.__new__(type(module)) for module in model.modules()}
     for module, twin in twins.items():
@@ -103,13 +98,14 @@ def bare(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
-    """Put a hook on a module, outside of those of diffusers that are there.
+    """Put a hook on a module, outside of its diffusers hooks and inside of accelerate's.
 
-    Inside of accelerate's: taking those off, as a pipeline that offloads its models does after
-    every call, leaves the forward that they were put around.
+    A pipeline that offloads its models takes accelerate's hooks off after every call. That restores
+    the forward that they were put around, which has to include this hook.
     """
     outer: Any = module.__dict__.get("forward")
-    if "_old_forward" in module.__dict__ and _is_accelerates(outer):
+    by = getattr(getattr(outer, "func", None), "__module__", "")
+    if "_old_forward" in module.__dict__ and by == "accelerate.hooks":
         module.forward = module._old_forward  # type: ignore[assignment]
     else:
         outer = None
@@ -118,79 +114,80 @@ def put(module: nn.Module, hook: Hook, name: str = HOOK) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     made: Any = module.forward  # diffusers' partial
     module.forward = _Bound(made.func, *made.args)
-    vars(module.forward).update(vars(made))  # by which its signature is known
+    vars(module.forward).update(vars(made))  # among them what inspect.signature reads
     hook.installed, hook.own = module.forward, hook.fn_ref.forward
     if outer is not None:
         module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
     if hook.can_be_outside:
-        keep_outside(module, hook)
+        _keep_outside(module, hook)
 
 
 class _Bound(functools.partial[Any]):
-    """A module's forward, which stays as it is where it is bound to the module once more.
+    """A module's forward that stays the same when it is bound to the module again.
 
-    cache-dit does that, on being disabled, with the forward that it found.
+    cache-dit, when disabled, binds the forward that it found.
     """
 
     def __get__(self, instance: Any, owner: Any = None) -> _Bound:
         return self
 
 
-def _is_accelerates(forward: Any) -> bool:
-    return getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
-
-
 def parameters(module: nn.Module) -> list[str]:
-    """Return the names of what a module's forward takes, in order."""
+    """Return the names of the arguments of a module's forward, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 class Hook(ModelHook):
-    """What accelkit's hooks have in common."""
+    """Base of accelkit's hooks."""
 
-    had_forward = had_registry = False
+    had_forward = had_registry = False  # whether the module's ``__dict__`` held them before
     installed: Any = None  # the module's forward with this hook
-    own: Any = None  # what this hook runs in place of the module's forward
-    can_be_outside = False  # whether it has an `outside` method
-    is_outside = False  # whether it is kept outside of the graph of a module compiled in place
+    own: Any = None  # the function that this hook runs in place of the module's forward
+    can_be_outside = False  # whether the module may be compiled in place without the hook
+    is_outside = False  # whether it is
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
 
-    def outside(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run the module by ``forward``, in whose graph the hook is to do nothing."""
+    def around(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run the module by ``forward``, its own or what it is compiled to."""
         raise NotImplementedError
 
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Replace the module's forward, unless the hook is around its compiled call."""
+        forward = self.fn_ref.original_forward
+        return forward(*args, **kwargs) if self.is_outside else self.around(forward, args, kwargs)
+
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Let the call's arguments through; see that this hook is what runs."""
-        if torch.compiler.is_compiling():  # whose graphs are for the hooks there are
+        """Make sure that this hook runs; diffusers replaces it on removing a hook inside of it."""
+        if torch.compiler.is_compiling():  # a graph is made for the hooks at that time
             return args, kwargs
-        if self.fn_ref.forward is not self.own:  # diffusers removed a hook from under this one
+        if self.fn_ref.forward is not self.own:
             self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.own
         return args, kwargs
 
 
 class Outside:
-    """What a module runs in place of its compiled call."""
+    """A module's compiled call, wrapped in a hook."""
 
     def __init__(self, hook: Hook, compiled: Any) -> None:
         self.hook = hook
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, the hook around its compiled call."""
-        return self.hook.outside(self.compiled, args, kwargs)
+        """Run the module with the hook around its compiled call."""
+        return self.hook.around(self.compiled, args, kwargs)
 
 
-def keep_outside(module: nn.Module, hook: Hook) -> None:
-    """Keep a hook outside of the graphs of a module that is compiled, or will be."""
+def _keep_outside(module: nn.Module, hook: Hook) -> None:
+    """Keep a hook outside of a module's graphs, whether it is compiled already or later."""
     _wrap(module, hook)
     module.compile = functools.partial(_compile, module, hook)  # type: ignore[method-assign]
 
 
-def let_in(module: nn.Module) -> None:
-    """Undo :func:`keep_outside`; what is compiled stays so."""
+def _let_inside(module: nn.Module) -> None:
+    """Undo :func:`_keep_outside`; a compiled module stays compiled."""
     if "compile" not in module.__dict__:
         return
     del module.__dict__["compile"]

@@ -1,8 +1,8 @@
-"""Which recorder of PyTorch's, if any, turns the calls that are being made into a graph.
+"""Finds out whether one of PyTorch's recorders is turning the current calls into a graph.
 
-A recording keeps the blocks that ran and not the schedule that chose them, so it would run every
-noise level as deep as the one it was made at. ``torch.compile`` is no recorder: it makes a graph
-for each depth and checks before every call which one holds.
+A recording keeps the blocks that ran, not the schedule that chose them. It would run every noise
+level at the depth of the one that it was made at. ``torch.compile`` is no recorder in this sense:
+it makes a graph for each depth and checks before every call which one applies.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from accelkit.schedule import Schedule
 
 
 def by() -> str | None:
-    """Return what records the calls of this thread, None if nothing does."""
-    if torch.compiler.is_dynamo_compiling():  # which cannot trace the other checks
+    """Return the name of the recorder of this thread's calls, None if there is none."""
+    if torch.compiler.is_dynamo_compiling():  # dynamo cannot trace the other checks
         return "torch.export" if torch.compiler.is_exporting() else None
     if torch.jit.is_tracing():
         return "torch.jit.trace"
@@ -31,14 +31,14 @@ def by() -> str | None:
 
 
 def refuse(schedule: Schedule) -> None:
-    """Raise AccelkitError while a call is recorded with a schedule that spends differently.
+    """Raise AccelkitError if a call is being recorded and the schedule is not constant.
 
-    A schedule that spends the same at every noise level records exactly.
+    A schedule that spends the same at every noise level is recorded exactly.
     """
     if len(schedule.computes) > 1 and (recorder := by()) is not None:
         spent = ", ".join(map(str, schedule.computes))
         raise AccelkitError(
-            f"{recorder} would record one depth of the schedule {schedule.name or schedule}, for "
+            f"{recorder} would record one depth of the schedule {schedule.name or schedule} for "
             f"every noise level; record its depths ({spent}) one at a time, each with "
             "accelkit.enable(model, 'uniform:K')"
         )

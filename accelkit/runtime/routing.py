@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelkit.backbones import Backbone
-from accelkit.backbones.base import TIMES
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
 from accelkit.runtime import conflicts, recording
+from accelkit.runtime.timesteps import Timesteps, free_to_read
 from accelkit.schedule import Schedule
 
 
@@ -26,11 +26,11 @@ class Plan:
 
     Attributes:
         depth: blocks run by the deepest sample.
-        active: rows that run each of them, never rising; None when all samples are equally deep.
-        merge: which of the schedule's ways of merging tokens applies, None for none. A number, as a
-            compiled graph would take a ratio for one of its inputs, whose shapes it decides.
+        active: rows that run each block, never rising; None if all samples are equally deep.
+        merge: index of the way of merging tokens in the schedule's ``merges``, None for none. Not
+            the ratio, which a compiled graph would take for an input although it decides shapes.
         grad: whether the pass records gradients.
-        grid: height and width of the map of tokens if some are merged.
+        grid: height and width of the map of tokens, for a schedule that merges some.
     """
 
     depth: int
@@ -39,7 +39,7 @@ class Plan:
     grad: bool
     grid: tuple[int, int] | None = None
 
-    def staying(self, index: int) -> int | None:
+    def rows_at(self, index: int) -> int | None:
         """Return how many rows run block ``index``, None for all."""
         if index >= self.depth:
             return 0
@@ -47,14 +47,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One pass over the blocks, planned.
+class PlannedPass:
+    """A pass over the blocks that a call is to make.
 
     Attributes:
-        plan: what it runs.
-        rows: those of the batch that it is for, in this order; None for all as they are.
-        timestep: the scheduler's timestep of all samples of the call; None where they have several
-            or reading it would wait for a GPU.
+        plan: what the pass runs.
+        rows: rows of the batch that it takes, in this order; None for the whole batch as it is.
+        timestep: the scheduler's timestep of all samples of the call; None if they have several, or
+            if reading it would wait for a GPU.
     """
 
     plan: Plan
@@ -63,53 +63,53 @@ class Pass:
 
 
 @dataclass(eq=False)
-class Call:
-    """One pass under way: its plan, and what its hooks hand on to each other.
+class RunningPass:
+    """A pass under way: its plan, and what its hooks hand on to each other.
 
     Attributes:
-        plan: what it runs.
-        again: whether it is not the model's forward that is under way, but one of its blocks that
-            gradient checkpointing runs again.
-        left: hidden states of the rows that left, by the block before which they left.
-        shortcut: makes up for all skipped blocks at once, None where each does so by itself
-            (:meth:`accelkit.backbones.Backbone.shortcut`).
-        skipped: arguments of the blocks that the shortcut makes up for.
-        seen: index and arguments of the blocks that taps were shown.
-        leaving: hidden states that only the exit runs on, None in a pass over the blocks.
+        plan: what the pass runs.
+        recomputed: whether gradient checkpointing runs one of its blocks again, rather than the
+            model its forward.
+        exited: hidden states of the rows that left the batch, by the block that they left before.
+        shortcut: computes the effect of all skipped blocks at once; None where each of them
+            computes its own (:meth:`accelkit.backbones.Backbone.shortcut`).
+        skipped: arguments of the blocks that the shortcut stands for.
+        tapped: index and arguments of the blocks that the taps were shown.
+        exit_input: hidden states that only the exit runs on, None in a pass over the blocks.
     """
 
     plan: Plan
-    again: bool = False
-    left: dict[int, Tensor] = field(default_factory=dict)
+    recomputed: bool = False
+    exited: dict[int, Tensor] = field(default_factory=dict)
     shortcut: Callable[[list[dict[str, Any]]], Any] | None = None
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    seen: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    leaving: Tensor | None = None
+    tapped: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    exit_input: Tensor | None = None
 
 
-class _Calls(threading.local):
-    """A thread's calls under way, the innermost last.
+class _Running(threading.local):
+    """The passes under way in a thread, the innermost last.
 
-    The list is made with the thread's first look and only ever appended to and popped from:
-    torch.compile carries that over a graph break, and loses an attribute that is set.
+    The list is created once per thread and then only appended to and popped from: torch.compile
+    carries that over a graph break, but loses an attribute that is set.
     """
 
     def __init__(self) -> None:
-        self.stack: list[Call] = []
+        self.stack: list[RunningPass] = []
 
 
 class Router:
-    """Decides per call, from its timesteps, how deep each sample goes.
+    """Decides for each call, from its timesteps, how deep each sample goes.
 
     Args:
         backbone: the model.
         schedule: what to spend at which noise level.
-        scheduler: returns the scheduler in use, or None for the reference process. Asked at every
-            call, since a pipeline's scheduler may be exchanged.
+        scheduler: returns the scheduler in use, None for the reference process. Called for every
+            call of the model, since a pipeline's scheduler may be exchanged.
 
     Attributes:
-        taps: what taps the exits on the way (:class:`accelkit.runtime.taps.Taps`), if anything.
-        fused: the model's forward in few operations (:mod:`accelkit.runtime.fused`), if it has one.
+        taps: the :class:`accelkit.runtime.taps.Taps` in force, if any.
+        fused: the model's fused forward (:mod:`accelkit.runtime.fused`), if it has one.
     """
 
     def __init__(
@@ -117,32 +117,34 @@ class Router:
     ) -> None:
         self.backbone = backbone
         self.schedule = schedule
+        self.scheduler = scheduler
+        self.timesteps = Timesteps(backbone, scheduler)
         self.taps: Any = None
         self.fused: Any = None
-        self.scheduler = scheduler
-        self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
+        self._plans = WeakTensorKeyDictionary()  # by the input of blocks that may be recomputed
         self._axis: tuple[Any, NoiseAxis] | None = None
-        self._visited: tuple[Tensor, int, list[float]] | None = None
-        self._calls = _Calls()
+        self._running = _Running()
 
     @property
     def axis(self) -> NoiseAxis:
         """The noise axis of the scheduler in use."""
-        scheduler, known = self.scheduler(), self._axis  # another thread may exchange it
+        scheduler, known = self.scheduler(), self._axis  # another thread may replace them
         if known is None or known[0] is not scheduler:
             known = self._axis = (scheduler, NoiseAxis.of(scheduler))
         return known[1]
 
     @property
-    def call(self) -> Call | None:
+    def running(self) -> RunningPass | None:
         """The pass under way in this thread, the innermost of nested ones."""
-        stack = self._calls.stack
+        stack = self._running.stack
         return stack[-1] if stack else None
 
-    def run(self, call: Call, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what ``forward`` returns, with ``call`` under way."""
-        stack = self._calls.stack
-        stack.append(call)
+    def run(
+        self, running: RunningPass, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what ``forward`` returns, with ``running`` as the pass under way."""
+        stack = self._running.stack
+        stack.append(running)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -154,179 +156,79 @@ class Router:
         batch: int,
         narrows: bool,
         grid: tuple[int, int] | None = None,
-    ) -> list[Pass]:
-        """Plan a call of ``batch`` samples; ``timestep`` has one value, or one per sample.
+    ) -> list[PlannedPass]:
+        """Plan a call of ``batch`` samples.
 
         Args:
-            timestep: as the model is given it.
+            timestep: one value, or one per sample, as the model is given it.
             batch: number of samples.
-            narrows: whether a batch of mixed depths can be run in one pass that samples leave.
+            narrows: whether samples can leave the batch on the way, so that one pass serves mixed
+                depths.
             grid: height and width of the map of tokens, for a schedule that merges some.
         """
-        computes, values = self.schedule.computes, None
-        if len(computes) > 1 and batch:
-            values = self._values(timestep)
-        elif self.fused is not None and not recording.by() and batch and _on_the_host(timestep):
-            values = self._values(timestep)  # one depth needs no look, its modulations may
-        spent = [computes[0]]  # of one depth, or of no samples
-        if len(computes) > 1 and values is not None:
-            spent = [self.schedule.at(self.axis.level(t)) for t in values]
-        time = values[0] if values is not None and len(values) == 1 else None
         grad = torch.is_grad_enabled()
-        kinds = set(spent)
+
+        def plan(compute: Compute, active: tuple[int, ...] | None = None) -> Plan:
+            merge = None if compute.merge is None else self.schedule.merges.index(compute.merge)
+            return Plan(compute.depth, active, merge, grad, grid)
+
+        computes, values = self.schedule.computes, None
+        varies = len(computes) > 1 and batch > 0
+        # With one depth only the fused forward has a use for the timestep.
+        helps = self.fused is not None and batch > 0 and not varies and not recording.by()
+        if varies or (helps and free_to_read(timestep)):
+            values = self.timesteps.read(timestep)
+        spent = [computes[0]]
+        if varies and values is not None:
+            spent = [self.schedule.at(self.axis.level(t)) for t in values]
+        kinds = list(dict.fromkeys(spent))
         if len(kinds) == 1:
-            plan = Plan(spent[0].depth, None, self._merging(spent[0]), grad, grid)
-            return [Pass(plan, timestep=time)]
+            single = values[0] if values is not None and len(values) == 1 else None
+            return [PlannedPass(plan(spent[0]), timestep=single)]
         if len(spent) != batch:
             raise AccelkitError(
                 f"got {len(spent)} timesteps for a batch of {batch}; give one, or one per sample"
             )
         if not narrows or len({c.merge for c in kinds}) > 1:
             return [
-                Pass(Plan(k.depth, None, self._merging(k), grad, grid), torch.tensor(where))
-                for k in dict.fromkeys(spent)
-                if (where := [row for row, c in enumerate(spent) if c == k])
+                PlannedPass(plan(kind), torch.tensor([i for i, c in enumerate(spent) if c == kind]))
+                for kind in kinds
             ]
         depths = [c.depth for c in spent]
         order = sorted(range(batch), key=lambda row: -depths[row])
         active = tuple(sum(d > i for d in depths) for i in range(max(depths)))
         index = None if order == list(range(batch)) else torch.tensor(order)
-        return [Pass(Plan(max(depths), active, self._merging(spent[0]), grad, grid), index)]
+        return [PlannedPass(plan(spent[order[0]], active), index)]
 
-    def step(self, timestep: float | None) -> tuple[Tensor, int] | None:
-        """Return the scheduler's timesteps and which of them ``timestep`` is.
-
-        None where that is None, or the scheduler is in no run of such a timestep.
-        """
-        steps = self._steps()
-        if steps is None or timestep not in steps[1]:
-            return None
-        if getattr(self.scheduler(), "num_inference_steps", None) is None:  # it has all there are
-            return None
-        return steps[0], steps[1].index(timestep)
-
-    def _merging(self, compute: Compute) -> int | None:
-        return None if compute.merge is None else self.schedule.merges.index(compute.merge)
-
-    def call_of(self, hidden: Tensor) -> Call:
+    def pass_for_block(self, hidden: Tensor) -> RunningPass:
         """Return the pass that a block is run for on ``hidden``.
 
-        Gradient checkpointing runs a block again, on the very tensor that it was given at first:
-        in a backward, which another thread may make, or another call of the model.
+        Gradient checkpointing runs a block a second time on the same tensor object, in a backward:
+        possibly in another thread, or while another call of the model is under way.
         """
-        call, compiling = self.call, torch.compiler.is_compiling()
+        running, compiling = self.running, torch.compiler.is_compiling()
         backward = not compiling and torch._C._current_graph_task_id() != -1
-        plan = self._plans.get(hidden) if call is None or backward else None
-        if plan is not None and (call is None or plan is not call.plan):
-            return Call(plan, again=True)
-        if call is None:
+        plan = self._plans.get(hidden) if running is None or backward else None
+        if plan is not None and (running is None or plan is not running.plan):
+            return RunningPass(plan, recomputed=True)
+        if running is None:
             recording.refuse(self.schedule)
             if recording.by() == "torch.fx":
                 raise AccelkitError(
                     "torch.fx traces the forward of the model's class, without the schedule of "
                     "this model; trace a module that calls the model"
                 )
-            conflicts.check(self.backbone, self.schedule)  # which may name what did it
+            conflicts.check(self.backbone, self.schedule)  # may name what removed the hook
             raise AccelkitError(
-                "a block was run that no call of its model is under way for: something took "
-                "the schedule's hook off the model, or called the block by itself; call "
+                "a block was run while no call of its model is under way: something took the "
+                "schedule's hook off the model, or called the block by itself; call "
                 "accelkit.disable"
             )
-        if call.plan.grad and not torch.is_grad_enabled():
+        if running.plan.grad and not torch.is_grad_enabled():
             raise AccelkitError(
                 "a schedule cannot run inside reentrant gradient checkpointing, where gradients of "
                 "samples that leave would be lost; enable it with use_reentrant=False"
             )
-        if call.plan.grad and not compiling:
-            self._plans[hidden] = call.plan
-        return call
-
-    def _values(self, timestep: Tensor | float) -> list[float]:
-        """The scheduler's timesteps of those that the model is given."""
-        scheduled = self.backbone.scheduler_timestep
-        if not isinstance(timestep, Tensor):
-            return [scheduled(float(timestep))]
-        if timestep.numel() > 1 and any(timestep.stride()):
-            values = timestep.flatten().tolist()
-        else:
-            values = [self._single(timestep)]
-        if self.backbone.timestep_guessed:
-            self._compare(values[0])
-        values = [scheduled(value) for value in values]
-        if timestep.dtype not in _COARSE:
-            return values
-        return self._unrounded(values, torch.finfo(timestep.dtype).eps)
-
-    def _single(self, timestep: Tensor) -> float:
-        """Return the one value of ``timestep`` without waiting for the device if possible.
-
-        A sampling loop hands on elements of ``scheduler.timesteps``. Such a view's place in the
-        storage tells which one it is, so only the first call of a run reads the device.
-        """
-        steps = self._steps()
-        place = None if timestep.is_cpu or steps is None else place_in(timestep, steps[0])
-        return timestep.flatten()[0].item() if steps is None or place is None else steps[1][place]
-
-    def _compare(self, given: float) -> None:
-        """Raise AccelkitError for a timestep that is one of a run's only on another scale.
-
-        Whether it counts up or down is not told so: any number may be a step's mirror image, as in
-        a loop of one's own that draws timesteps.
-        """
-        steps = self._steps()
-        if steps is None or getattr(self.scheduler(), "num_inference_steps", None) is None:
-            return
-        scheduled = self.backbone.scheduler_timestep
-        read, span = scheduled(given), abs(scheduled(1.0) - scheduled(0.0))
-        others = {n: (a, b) for n, (a, b) in TIMES.items() if abs(abs(span * a) - 1) > 0.5}
-        names = {name: (given - b) / a for name, (a, b) in others.items()}
-        fits = [n for n, t in names.items() if any(abs(s - t) <= 1e-2 * abs(s) for s in steps[1])]
-        if fits and not any(abs(s - read) <= 1e-2 * abs(s) for s in steps[1]):
-            raise AccelkitError(
-                f"this {type(self.backbone.model).__name__} is given the timestep {given:g}, which "
-                f"accelkit reads as its scheduler's {read:g} and is {fits[0]} for one that it has; "
-                "register a backbone with its timestep_scale (accelkit.register_backbone), or call "
-                "accelkit.disable"
-            )
-
-    def _unrounded(self, values: list[float], eps: float) -> list[float]:
-        """Undo what half precision did to a timestep: bfloat16 moves 999 to 1000.
-
-        One that none of the scheduler's can have been rounded to is taken as it is.
-        """
-        steps = self._steps()
-        if steps is None:
-            return values
-        near = [min(steps[1], key=lambda s: abs(s - v)) for v in values]
-        return [s if abs(s - v) <= eps * abs(v) else v for s, v in zip(near, values, strict=True)]
-
-    def _steps(self) -> tuple[Tensor, list[float]] | None:
-        """The scheduler's timesteps as it has them, and as numbers."""
-        steps = getattr(self.scheduler(), "timesteps", None)
-        if not isinstance(steps, Tensor) or steps.ndim != 1 or not len(steps):
-            return None
-        version = -1 if steps.is_inference() else steps._version
-        known = self._visited  # another thread may exchange it
-        if known is None or known[0] is not steps or known[1] != version:
-            known = self._visited = (steps, version, steps.tolist())
-        return steps, known[2]
-
-
-def _on_the_host(timestep: Tensor | float) -> bool:
-    """Whether a timestep is that of all samples, and can be read without waiting for a GPU."""
-    return isinstance(timestep, Tensor) and timestep.is_cpu and not any(timestep.stride())
-
-
-_COARSE = (torch.bfloat16, torch.float16)
-
-
-def place_in(view: Tensor, whole: Tensor) -> int | None:
-    """Return which element of the 1-D ``whole`` a one-valued ``view`` shows, None if it doesn't."""
-    same = (
-        view.dtype == whole.dtype
-        and view.device == whole.device
-        and view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    )
-    offset = int(view.storage_offset()) - int(whole.storage_offset())
-    place, rest = divmod(offset, max(1, whole.stride(0)))
-    return place if same and rest == 0 and 0 <= place < len(whole) else None
+        if running.plan.grad and not compiling:
+            self._plans[hidden] = running.plan
+        return running

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from accelkit.noise.axis import NoiseAxis
 from accelkit.preset_names import SEQUENTIAL, preset_family, preset_names
 from accelkit.runtime import conflicts, hooks, patching, routing
 from accelkit.runtime.fused import FusedForward, fused_forward, paths
+from accelkit.runtime.timesteps import PipelineScheduler, scheduler_getter
 from accelkit.schedule import Schedule
 
 _STATE = "_accelkit"
@@ -126,7 +126,7 @@ def enable(
     _check_blocks(backbone)
     _tell_of_another_network(target, model)
     router = routing.Router(
-        backbone, fitting(schedule, backbone), _scheduler_getter(target, scheduler)
+        backbone, fitting(schedule, backbone), scheduler_getter(target, scheduler)
     )
     state = Enabled(router, kernels)
     _ = state.axis  # fails here rather than at the first step
@@ -218,7 +218,7 @@ class _Copier:
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         state, twin = self._bare(memo)
         follows = state._router.scheduler
-        scheduler = follows.copied(memo) if isinstance(follows, _SchedulerOf) else follows
+        scheduler = follows.copied(memo) if isinstance(follows, PipelineScheduler) else follows
         router = routing.Router(backbone_of(twin), state.schedule, scheduler)
         _install(Enabled(router, state.kernels))
         return twin
@@ -339,30 +339,3 @@ def _check_merging(schedule: Schedule, backbone: Backbone) -> None:
                 f"{merge} merges tokens in {merge.blocks} blocks, this "
                 f"{type(backbone.model).__name__} has {blocks}"
             )
-
-
-class _SchedulerOf:
-    """The scheduler of a pipeline, whichever it has at the time; the last one if it is gone."""
-
-    def __init__(self, pipeline: Any, scheduler: Any) -> None:
-        self._owner = weakref.ref(pipeline)
-        self._last = scheduler
-
-    def __call__(self) -> Any:
-        owner = self._owner()
-        if owner is not None:
-            self._last = owner.scheduler
-        return self._last
-
-    def copied(self, memo: dict[int, Any]) -> _SchedulerOf:
-        """Return the getter of the pipeline's copy if the pipeline itself is being deep-copied."""
-        twin = memo.get(id(self._owner()))  # it is there already, though still without attributes
-        return self if twin is None else _SchedulerOf(twin, self())
-
-
-def _scheduler_getter(target: Any, scheduler: Any) -> Callable[[], Any]:
-    if scheduler is not None:
-        return lambda: scheduler
-    if isinstance(target, nn.Module) or getattr(target, "scheduler", None) is None:
-        return lambda: None
-    return _SchedulerOf(target, target.scheduler)

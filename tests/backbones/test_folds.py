@@ -387,7 +387,7 @@ def test_no_tensor_of_a_call_is_kept(uvit):
         uvit(*call())
     kept = [v for v in vars(state.backbone).values() if isinstance(v, (torch.Tensor, list))]
     assert not kept
-    assert state._router.call is None
+    assert state._router.running is None
 
 
 def test_a_bare_view_of_the_model_folds_nothing(uvit):

@@ -16,8 +16,8 @@ from accelkit.compute import Compute
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
 from accelkit.noise.vp_sde import VPSDEDPMSolverScheduler, VPSDEEulerMaruyamaScheduler
-from accelkit.runtime.routing import place_in
 from accelkit.runtime.switch import enable, enabled_on
+from accelkit.runtime.timesteps import place_in
 from accelkit.schedule import Schedule
 
 SCHEDULE = "6@0.3,4@0.6,2@1"  # of the six blocks of `dit`

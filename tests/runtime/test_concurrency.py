@@ -1,4 +1,4 @@
-"""One network with a schedule, called from several threads, or while another call is under way."""
+"""A network with a schedule, called by several threads, or within another of its calls."""
 
 import asyncio
 import copy
@@ -20,12 +20,12 @@ from accelkit.errors import AccelkitError
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps
 
-THREADS, CALLS = 4, 40
+THREADS, CALLS = 4, 12
 
 
 @pytest.fixture(autouse=True)
 def switching():
-    """Threads that take turns after every few operations rather than every 5 ms."""
+    """Makes threads take turns every few operations rather than every 5 ms."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -59,7 +59,6 @@ class UNet(DiT):
         }
 
 
-every = families(SD3, Flux, DiT, UViT, PixArt, UNet)
 kernels = pytest.mark.parametrize("kernels", ["auto", "off"])
 
 
@@ -73,7 +72,7 @@ def one_after_the_other(family, kernels):
 
 
 def in_threads(work):
-    """What ``work`` returns for each number, in as many threads at once as there are numbers."""
+    """What ``work`` returns for each number, run in one thread per number."""
     begin = threading.Barrier(THREADS)
 
     def run(number):
@@ -84,7 +83,7 @@ def in_threads(work):
         return list(pool.map(run, range(THREADS)))
 
 
-@every
+@families(SD3, Flux, DiT, UViT, PixArt, UNet)
 @kernels
 def test_each_call_is_as_deep_as_its_own_timestep(family, kernels):
     model, expected = one_after_the_other(family, kernels)
@@ -108,7 +107,7 @@ def test_batches_of_mixed_depths(family, kernels):
 
     @torch.no_grad()
     def work(number):
-        return [model(**calls[number]).sample for _ in range(10)]
+        return [model(**calls[number]).sample for _ in range(5)]
 
     expected = [work(number)[0] for number in range(THREADS)]
     for found, one in zip(in_threads(work), expected, strict=True):
@@ -116,7 +115,7 @@ def test_batches_of_mixed_depths(family, kernels):
 
 
 @families(SD3, DiT)
-def test_gradients_beside_sampling(family):
+def test_gradients_while_sampling(family):
     model = family.make()
     enable(model, family.schedule, kernels="off")
     model.enable_gradient_checkpointing()
@@ -131,10 +130,10 @@ def test_gradients_beside_sampling(family):
     def work(number):
         timestep = list(family.depths)[number % 3]
         if number % 2:
-            return all(torch.equal(gradient(timestep), gradients[timestep]) for _ in range(10))
+            return all(torch.equal(gradient(timestep), gradients[timestep]) for _ in range(5))
         with torch.no_grad():
             call = family.call(timestep)
-            return all(torch.equal(model(**call).sample, expected[timestep]) for _ in range(20))
+            return all(torch.equal(model(**call).sample, expected[timestep]) for _ in range(CALLS))
 
     assert all(in_threads(work))
 
@@ -147,7 +146,7 @@ def test_a_model_saved_while_it_is_called(family):
     @torch.no_grad()
     def work(number):
         if number == 0:
-            saved = [model.state_dict() for _ in range(20)]
+            saved = [model.state_dict() for _ in range(8)]
             return all(torch.equal(each[name], state[name]) for each in saved for name in state)
         call = family.call(500)
         return all(torch.equal(model(**call).sample, expected[500]) for _ in range(CALLS))
@@ -163,7 +162,7 @@ def test_a_model_copied_and_pickled_while_it_is_called(family, kernels):
     @torch.no_grad()
     def work(number):
         if number < 2:
-            return [copy.deepcopy(model) if number else pickle.dumps(model) for _ in range(5)]
+            return [copy.deepcopy(model) if number else pickle.dumps(model) for _ in range(3)]
         call = family.call(500)
         return all(torch.equal(model(**call).sample, expected[500]) for _ in range(CALLS))
 
@@ -181,7 +180,7 @@ def test_a_model_copied_and_pickled_while_it_is_called(family, kernels):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_child_forked_beside_a_call_can_go_on():
+def test_a_child_forked_during_a_call_can_go_on():
     family = DiT()
     model, _ = one_after_the_other(family, "auto")
     begun, end = threading.Event(), threading.Event()
@@ -196,7 +195,7 @@ def test_a_child_forked_beside_a_call_can_go_on():
         caller.start()
         begun.wait()
         child = os.fork()
-        if not child:  # no test of its own: it reports by its exit status
+        if not child:  # the child reports by its exit status
             model.state_dict()
             os._exit(0)
         end.set()
@@ -214,7 +213,7 @@ def test_a_child_forked_beside_a_call_can_go_on():
 @families(SD3, DiT, UViT, Flux)
 @kernels
 def test_a_call_within_a_call(family, kernels):
-    """As of a callback, or a guidance that looks at a second noise level in mid-call."""
+    """As a callback makes, or a guidance that needs a second noise level in mid-call."""
     model, expected = one_after_the_other(family, kernels)
     inner = []
     block = backbone_of(model).all_blocks[0]
@@ -233,7 +232,7 @@ def test_a_call_within_a_call(family, kernels):
 
 @families(SD3, DiT)
 def test_a_backward_within_a_call(family):
-    """A block that is checkpointed runs again as deep as its own call, whatever is under way."""
+    """A checkpointed block is recomputed at its own call's depth, whatever call is under way."""
     model = family.make()
     enable(model, family.schedule, kernels="off")
     model.enable_gradient_checkpointing()
@@ -278,7 +277,7 @@ def test_a_call_that_fails_leaves_nothing(family, kernels):
 
 
 def test_generators_and_tasks_take_turns():
-    """Sampling loops that are left half-way, and go on after others."""
+    """Sampling loops that pause half-way and go on after others."""
     family = SD3()
     model, expected = one_after_the_other(family, "auto")
 
@@ -307,7 +306,7 @@ def test_generators_and_tasks_take_turns():
     assert all(torch.equal(sample, expected[timestep]) for timestep, sample in found)
 
 
-def test_taps_of_one_thread_are_not_another_s():
+def test_every_thread_has_its_own_taps():
     family = DiT()
     model = family.make()
     with enable(model, family.schedule, kernels="off") as enabled, Taps(enabled) as taps:
@@ -320,7 +319,7 @@ def test_taps_of_one_thread_are_not_another_s():
 
         def work(number):
             timestep = list(family.depths)[number % 3]
-            for _ in range(10):
+            for _ in range(5):
                 for found, wanted in zip(tapped(timestep), expected[timestep], strict=True):
                     assert found[0] == wanted[0]
                     assert torch.equal(found[1], wanted[1])
@@ -329,18 +328,20 @@ def test_taps_of_one_thread_are_not_another_s():
 
 
 def test_compiled_each_thread_has_the_graph_of_its_own_depth():
-    """How many graphs torch makes when threads race is its own affair; outputs are not."""
+    """Outputs are compared, not graphs: their number depends on how threads race."""
     family = DiT()
     torch._dynamo.reset()
     model = family.make()
-    enable(model, family.schedule, kernels="off")
+    model.transformer_blocks = model.transformer_blocks[:2]
+    enable(model, "2@0.5,1@1", kernels="off")
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        expected = {t: compiled(**family.call(t)).sample for t in family.depths}
+        expected = {t: compiled(**family.call(t)).sample for t in (100, 900)}
+    assert not torch.equal(expected[100], expected[900])
 
     @torch.no_grad()
     def work(number):
-        timestep = list(family.depths)[number % 3]
+        timestep = (100, 900)[number % 2]
         call = family.call(timestep)
         return all(torch.equal(compiled(**call).sample, expected[timestep]) for _ in range(CALLS))
 
@@ -349,7 +350,7 @@ def test_compiled_each_thread_has_the_graph_of_its_own_depth():
 
 
 def test_runs_of_several_threads_by_their_own_tables():
-    """Schedulers, labels and steps of their own, as several pipelines that share a network have."""
+    """Threads with their own schedulers and labels, like several pipelines that share a network."""
     family = DiT()
     model = family.make()
     enable(model, "full")
@@ -365,5 +366,5 @@ def test_runs_of_several_threads_by_their_own_tables():
         return x
 
     expected = [work(number) for number in range(THREADS)]
-    for _ in range(5):
+    for _ in range(3):
         assert all(map(torch.equal, in_threads(work), expected))

@@ -1,4 +1,4 @@
-"""Schedules on real diffusers models: what runs, what it gives, and that nothing stays behind."""
+"""Schedules on real diffusers models: put on, taken off without a trace, refused, copied."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ from accelkit.schedule import Schedule
 
 
 def traces(model):
-    """Everything in every sub-module's ``__dict__``, one level deep."""
+    """The contents of every submodule's ``__dict__``, one level deep."""
     return {
         name: {
             key: dict(value) if isinstance(value, dict) else value
@@ -96,7 +96,7 @@ def test_leaving_the_with_block_disables_whatever_happens(dit):
     with enable(dit, SCHEDULE):
         disable(dit)
         later = enable(dit, "uniform:3")
-    assert enabled_on(dit) is later  # not this block's to end
+    assert enabled_on(dit) is later  # the block ends its own schedule only
 
 
 def test_a_failed_call_leaves_nothing_for_the_next_one(dit):
@@ -197,7 +197,7 @@ def test_a_model_is_freed_with_its_schedule(dit):
     assert gone() is None
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [None, "D4", 28, object()])
@@ -448,7 +448,7 @@ class Around(ModelHook):
 
 
 class Places:
-    """One hook of a kind on every place where accelkit puts its own."""
+    """One hook of a kind on every module where accelkit puts its own."""
 
     def __init__(self, model, kind):
         self.modules = [model, model.norm_out, *model.transformer_blocks]

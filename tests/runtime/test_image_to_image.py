@@ -1,4 +1,4 @@
-"""Pipelines that begin with an image begin in the middle of their steps, at the depth of there."""
+"""Image-to-image pipelines start in the middle of their steps, at the depth for that noise."""
 
 import diffusers
 import pytest

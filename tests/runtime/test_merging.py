@@ -10,8 +10,8 @@ from accelkit.errors import AccelkitError
 from accelkit.runtime.merging import match, merge, unmerge
 
 RATIOS = [0.25, 0.5, 0.75]
-# What tomesd 0.1.3 (no_rand) merges of cos(0.7 n^2 + j), n < 24 tokens of 4 x 6, j < 5, at RATIOS:
-# the number of a merged token, and of the destination that it joins.
+# tomesd 0.1.3 (no_rand) on cos(0.7 n^2 + j), n < 24 tokens of 4 x 6, j < 5, at RATIOS: the
+# index of each merged token and of the destination that it joins.
 RECORDED = [
     {3: 0, 5: 4, 6: 0, 7: 2, 9: 12, 13: 14},
     {3: 0, 5: 4, 6: 0, 7: 2, 9: 12, 11: 2, 13: 14, 15: 12, 18: 12, 20: 16, 22: 0, 23: 0},
@@ -25,7 +25,7 @@ def draw(batch, count, width=8, seed=0):
 
 
 def naive_joins(tokens, height, width, ratio):
-    """Of one sample's map (N, D): the destination of every token that is merged."""
+    """The destination of every merged token of one sample's map (N, D)."""
     numbers = range(height * width)
     first = [n for n in numbers if n // width % 2 == 0 and n % width % 2 == 0]
     found = []
@@ -52,7 +52,7 @@ def naive_round_trip(values, joins):
 
 
 def joins_of(tokens, grid, ratio, protected=0):
-    """The same as :func:`naive_joins` of the functions under test, read from what they merge."""
+    """The same by the functions under test, read from a merged identity matrix."""
     matching = match(tokens[None], grid, ratio, protected)
     if matching is None:
         return {}

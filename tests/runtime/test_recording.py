@@ -13,13 +13,11 @@ from accelkit.backbones import registry
 from accelkit.errors import AccelkitError
 from accelkit.runtime.switch import disable, enable
 
-every = families(DiT, SD3, UViT, PixArt)
-kernels = pytest.mark.parametrize("kernels", ["auto", "off"])
 WAY = r"one at a time, each with accelkit\.enable\(model, 'uniform:K'\)"
 
 
 class Positional(nn.Module):
-    """A network that takes a family's tensors one after the other, as recorders hand them on."""
+    """A network that takes a family's tensors by position, as recorders pass them."""
 
     def __init__(self, family, model):
         super().__init__()
@@ -38,7 +36,7 @@ class Positional(nn.Module):
 
 def traced(module, given):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes that are recorded as numbers, diffusers' own too
+        warnings.simplefilter("ignore")  # sizes are recorded as numbers, in diffusers as well
         return torch.jit.trace(module, given, check_trace=False)
 
 
@@ -60,16 +58,15 @@ recorders = pytest.mark.parametrize(
 )
 
 
-@every
+@families(DiT, UViT)
 @recorders
-@kernels
-def test_several_depths_are_refused(family, record, name, kernels):
+def test_several_depths_are_refused(family, record, name):
     model = family.make()
     module = Positional(family, model)
-    enable(model, family.schedule, kernels=kernels)
+    enable(model, family.schedule)
     with torch.no_grad(), pytest.raises(AccelkitError, match=f"{name} would record .* {WAY}"):
         record(module, module.given(family, 900))
-    with torch.no_grad():  # and nothing is left of the attempt
+    with torch.no_grad():  # calls go on as before
         for timestep, depth in family.depths.items():
             found = model(**family.call(timestep)).sample
             close([found], [family.cut(family.make(), depth)(**family.call(timestep)).sample])
@@ -80,12 +77,12 @@ def test_an_export_by_dynamo_names_the_way():
     model = family.make()
     module = Positional(family, model)
     enable(model, family.schedule)
-    with torch.no_grad(), pytest.raises(Exception, match=WAY):  # torch's own kind of exception
+    with torch.no_grad(), pytest.raises(Exception, match=WAY):  # wrapped by torch
         exported_strictly(module, module.given(family, 900))
 
 
 class Caller(nn.Module):
-    """Calls a model by three arguments of its own, which is all that a symbolic trace takes."""
+    """Calls a model with three tensors, the only inputs that a symbolic trace can have."""
 
     def __init__(self, model):
         super().__init__()
@@ -113,7 +110,7 @@ class Block(nn.Module):
 
 
 class Straight(nn.Module):
-    """A network without a branch: the networks of diffusers have some that no trace can follow."""
+    """A network without branches, which no trace of diffusers' networks can follow."""
 
     def __init__(self):
         super().__init__()
@@ -159,20 +156,28 @@ def test_a_symbolic_trace_of_one_depth(straight, depth):
     assert torch.equal(graph(*given), cut(*given)[0])
 
 
-def test_a_symbolic_trace_that_passes_over_the_schedule_is_refused(straight):
+def test_a_symbolic_trace_that_misses_the_schedule_is_refused(straight):
     enable(straight, "uniform:2")
     with pytest.raises(AccelkitError, match="trace a module that calls the model"):
         torch.fx.symbolic_trace(straight)
 
 
-@every
-@pytest.mark.parametrize("record", [traced, exported, exported_strictly, made_fx])
-@kernels
-def test_one_depth_is_recorded_as_it_is(family, record, kernels):
-    for depth in family.depths.values():
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        *((DiT, record) for record in (traced, exported, exported_strictly, made_fx)),
+        *((UViT, record) for record in (traced, exported, exported_strictly, made_fx)),
+        (SD3, exported),
+        (PixArt, traced),
+    ],
+)
+def test_one_depth_is_recorded_as_it_is(kind, record):
+    """At the least depth, and by one recorder at the full one as well."""
+    family = kind()
+    for depth in sorted(family.depths.values())[:: 2 if record is traced else 3]:
         model = family.make()
         module = Positional(family, model)
-        enable(model, f"uniform:{depth}", kernels=kernels)
+        enable(model, f"uniform:{depth}")
         with torch.no_grad():
             recorded = record(module, module.given(family, 100))
             cut = family.cut(family.make(), depth)

@@ -1,4 +1,4 @@
-"""Taps against networks cut by hand: predictions on the way, their gradients, what is run."""
+"""Taps against networks cut by hand: predictions, their gradients, and which blocks run."""
 
 import copy
 
@@ -141,10 +141,11 @@ def uvit(draw, batch):
 
 
 FAMILIES = [dit, pixart, sd3, flux, sana, uvit]
+KINDS = [dit, flux, uvit]  # one state, two lists of blocks, skipped blocks that have an effect
 
 
 class Case:
-    """A family's tiny network, a batch, and its truncations."""
+    """A family's tiny network, a batch for it, and the network cut by hand."""
 
     def __init__(self, family, which=MIXED):
         generator = torch.Generator().manual_seed(1)
@@ -212,12 +213,10 @@ def close(one, other):
     torch.testing.assert_close(one, other, atol=2e-5 * float(other.detach().abs().max()), rtol=1e-4)
 
 
-@pytest.fixture(params=[MIXED, ALIKE, [0]], ids=["mixed", "alike", "one"])
-def which(request):
-    return request.param
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "which"),
+    [*((family, MIXED) for family in FAMILIES), *((family, ALIKE) for family in KINDS), (dit, [0])],
+)
 def test_taps_equal_separate_truncated_passes(family, which):
     """Outputs and, all exits' losses together, gradients."""
     case = Case(family, which)
@@ -254,7 +253,7 @@ def test_taps_equal_separate_truncated_passes(family, which):
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_no_block_runs_twice(family):
     case, ran = Case(family), []
     for index, block in enumerate(backbone_of(case.model).all_blocks):
@@ -266,8 +265,8 @@ def test_no_block_runs_twice(family):
     assert len(ran) == len(backbone_of(case.model).all_blocks)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exits_loss_reaches_the_blocks_before_it_alone(family):
+@pytest.mark.parametrize("family", KINDS)
+def test_an_exits_loss_reaches_only_the_blocks_before_it(family):
     case = Case(family)
     for depth in case.schedule.depths[:-1]:
         case.model.zero_grad()
@@ -285,8 +284,8 @@ def test_an_exits_loss_reaches_the_blocks_before_it_alone(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exits_with_heads_of_their_own(family):
-    """Copies to begin with; an exit's loss trains its own one, and leaves the network's alone."""
+def test_exits_with_their_own_heads(family):
+    """They start as copies; an exit's loss trains its own head and not the network's."""
     case = Case(family)
     keys = case.model.state_dict().keys()
     with case.on() as enabled:
@@ -311,7 +310,8 @@ def test_exits_with_heads_of_their_own(family):
     assert any(n.startswith(head) for n in gradients(case.model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("which", [MIXED, ALIKE])
 def test_own_outputs_stay_as_they_are(family, which):
     case = Case(family, which)
     with case.on() as enabled:
@@ -321,7 +321,7 @@ def test_own_outputs_stay_as_they_are(family, which):
         assert torch.equal(case.model(**case.call, return_dict=False)[0], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_gradient_checkpointing_changes_nothing(family):
     case, found = Case(family), []
     for checkpointing in (False, True):
@@ -382,7 +382,7 @@ def test_a_batch_that_cannot_narrow_is_tapped_in_several_passes(monkeypatch):
             close(output, expected[tap.depth][row])
 
 
-def test_the_shallowest_samples_pass_no_exit():
+def test_the_shallowest_samples_have_no_earlier_exit():
     case = Case(dit, [3, 3])
     with case.on() as enabled, Taps(enabled) as taps:
         case.model(**case.call)
@@ -397,7 +397,7 @@ def test_calls_without_gradients_are_not_tapped():
         assert taps.pop() == []
 
 
-def test_what_was_popped_is_gone():
+def test_a_prediction_is_popped_once():
     case = Case(dit)
     with case.on() as enabled, Taps(enabled) as taps:
         case.model(**case.call)
@@ -405,7 +405,7 @@ def test_what_was_popped_is_gone():
         assert taps.pop() == []
         with torch.no_grad():
             case.model(**case.call)
-        assert enabled._router.call is None  # nor is anything kept alive
+        assert enabled._router.running is None  # nothing is kept alive
 
 
 def test_a_call_that_fails_leaves_nothing_behind():
@@ -429,8 +429,8 @@ def traces(model):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_again_nothing_remains(family):
+@pytest.mark.parametrize("family", KINDS)
+def test_nothing_remains_after_the_taps(family):
     case = Case(family)
     bare = traces(case.model)
     with case.on() as enabled:
@@ -445,7 +445,7 @@ def test_left_again_nothing_remains(family):
     assert traces(case.model) == bare
 
 
-def test_disabling_takes_the_taps_off_too():
+def test_disabling_removes_the_taps_too():
     case = Case(dit)
     bare = traces(case.model)
     with case.on() as enabled:

@@ -1,4 +1,4 @@
-"""Token merging in the attention of real models: where, how, beside skipped blocks, and undone."""
+"""Token merging in the attention of real models, with skipped blocks, and taken off again."""
 
 import copy
 
@@ -43,7 +43,7 @@ def close(a, b):
 
 
 class Merging(nn.Module):
-    """An attention between merging and unmerging, put in its place by hand."""
+    """An attention between merging and unmerging, put into a network by hand."""
 
     def __init__(self, attention, grid, ratio, protected=0):
         super().__init__()
@@ -65,7 +65,7 @@ def merged_dit(model, ratio, blocks, depth=None):
 
 
 def merged_uvit(model, ratio, blocks):
-    """The U-ViT on 4 x 4 tokens behind label and time, the same."""
+    """The U-ViT on 4 x 4 tokens behind label and time, with merging attentions in these blocks."""
     twin = copy.deepcopy(model)
     every = [*twin.in_blocks, twin.mid_block, *twin.out_blocks]
     for index in blocks:
@@ -74,7 +74,7 @@ def merged_uvit(model, ratio, blocks):
 
 
 def tokens_seen(attentions):
-    """What each attention's first layer is given: a list that fills with its numbers of tokens."""
+    """Lists that fill with the numbers of tokens that each attention's first layer is given."""
     seen = [[] for _ in attentions]
     for index, attention in enumerate(attentions):
         layer = getattr(attention, "to_q", None) or attention.qkv
@@ -155,11 +155,9 @@ def test_the_more_is_merged_the_further_it_is(dit):
     ("where", "merging"),
     [
         ("", {0, 1, 2, 3, 4, 5}),
-        (":all", {0, 1, 2, 3, 4, 5}),
         (":F2", {0, 1}),
         (":R1", {5}),
         (":B4", {0, 1, 4, 5}),
-        (":F6", {0, 1, 2, 3, 4, 5}),
     ],
 )
 def test_placements(dit, where, merging):
@@ -182,7 +180,7 @@ def test_it_composes_with_depth(dit):
     seen = tokens_seen([block.attn1 for block in dit.transformer_blocks])
     with enable(dit, f"{LITERAL}+tome:0.5:B4"):
         output = run(dit, *call)
-    assert [len(calls) for calls in seen] == [1] * 6  # in one pass, which samples leave
+    assert [len(calls) for calls in seen] == [1] * 6  # one pass, which samples leave early
     rows = zip(*(part.split(1) for part in call), strict=True)
     expected = [
         run(merged_dit(dit, 0.5, {0, 1, 4, 5}, DEPTHS[int(t)]), x, t, y) for x, t, y in rows
@@ -193,7 +191,7 @@ def test_it_composes_with_depth(dit):
 def test_it_varies_with_the_noise_level(dit):
     expected = {
         100: dit,
-        500: merged_dit(dit, 0.25, {4, 5}, 4),  # the rear, of which nothing runs
+        500: merged_dit(dit, 0.25, {4, 5}, 4),  # the merging rear blocks are skipped
         900: merged_dit(dit, 0.5, range(6), 4),
     }
     call = inputs(MIXED)
@@ -252,7 +250,7 @@ def test_maps_that_are_not_square():
     assert seen == [[9], [9]]
 
 
-# --- a family that counts only some of its blocks, with tokens before the patches ---------------
+# --- a family that counts only some of its blocks and has tokens before the patches -------------
 
 
 @pytest.mark.parametrize(
@@ -362,12 +360,12 @@ def compiled(model):
 
 def test_one_whole_graph_for_each_merging(make_dit):
     dit = make_dit(1)
-    enable(dit, "1+tome:0.25@0.3,1@0.5,1+tome:0.5@0.7,1+tome:0.75@1")
+    enable(dit, "1+tome:0.25@0.3,1@0.5,1+tome:0.5@1")
     model, graphs = compiled(dit)
-    for timestep in (900, 600, 400, 200, 950, 650, 50):
+    for timestep in (900, 400, 200, 950, 50):
         call = inputs([timestep] * 2)
         assert torch.equal(run(model, *call), run(dit, *call))
-    assert len(graphs) == 4
+    assert len(graphs) == 3
     nodes = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
     shapes = [value.shape for value in nodes if isinstance(value, torch.Tensor)]
     assert shapes
@@ -401,7 +399,7 @@ def test_a_family_without_attentions_is_refused(dit, monkeypatch):
 def test_more_blocks_than_there_are_are_refused(dit, uvit):
     with pytest.raises(AccelkitError, match=r"tome:0\.3:F7 merges tokens in 7 blocks.*has 6"):
         enable(dit, "tome:0.3:F7")
-    with enable(uvit, "tome:0.3:F7"):  # of which three are counted by a depth
+    with enable(uvit, "tome:0.3:F7"):  # the schedule counts three of them
         assert enabled_on(uvit).schedule.layers == 3
 
 

@@ -236,7 +236,7 @@ class FusedForward(ABC):
         """Whether it is for a skipped block's own module to run what hangs on it."""
         counted = self.blocks[len(self.blocks) - self.backbone.depth :]
         return any(
-            block is None and plan.staying(index) is not None for index, block in enumerate(counted)
+            block is None and plan.rows_at(index) is not None for index, block in enumerate(counted)
         )
 
 

@@ -287,7 +287,7 @@ class _Pass(Pass):
         left: list[Tensor] = []  # samples that are through, those that left last at the end
         start = _LAST
         for number, block in enumerate(fused.blocks[: plan.depth]):
-            stay = plan.staying(number)
+            stay = plan.rows_at(number)
             if stay is not None and stay < x.shape[0]:
                 x, pending = ops.add(x, pending), None
                 left.append(x[stay:])

@@ -161,7 +161,7 @@ class _Pass(Pass):
         pending: ops.Pending | None = None
         left: list[Tensor] = []
         for number, block in enumerate(fused.blocks[: plan.depth]):
-            stay = plan.staying(number)
+            stay = plan.rows_at(number)
             if stay is not None and stay < x.shape[0]:
                 x, pending = ops.add(x, pending), None
                 left.append(x[stay:])

@@ -111,7 +111,7 @@ class _Pass(Pass):
                 x, pending = ops.add(x, pending), None
                 skips.append(x)
         for index, own in enumerate(model.out_blocks):
-            stay = plan.staying(index)
+            stay = plan.rows_at(index)
             if stay == 0:
                 break
             block, skip = fused.blocks[encoder + 1 + index], skips.pop()
