@@ -1,7 +1,7 @@
 """Fused operations of diffusion transformers: a Triton kernel and a PyTorch reference each.
 
-The package needs torch, and uses Triton if it is installed; without Triton or without a GPU the reference
-runs and nothing else changes.
+The package needs torch, and uses Triton if it is installed. Without Triton or without a GPU the
+reference runs and nothing else changes.
 """
 
 from accelkit_kernels._common import TRITON_PROBLEM

@@ -143,7 +143,7 @@ def present(
     dtype: torch.dtype, dx: Tensor, dbias: Tensor, dvalue: Tensor, dvalue_bias: Tensor,
     *inputs: Maybe,
 ) -> Grads:  # fmt: skip
-    """Return the gradients in `dtype`, empty for a missing input: a custom op cannot return None."""
+    """Return the gradients in `dtype`, empty for a missing input: a custom op returns no None."""
     bias, value, value_bias = (
         dx.new_empty(0, dtype=dtype) if t is None else grad.to(dtype)
         for grad, t in zip((dbias, dvalue, dvalue_bias), inputs, strict=True)

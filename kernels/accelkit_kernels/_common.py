@@ -9,7 +9,7 @@ the reason and the PyTorch reference runs.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -61,22 +61,21 @@ def check_tokens(x: Tensor, eps: float | None = None) -> None:
 
 def check_like(
     x: Tensor,
+    tensors: Mapping[str, Tensor | None],
     sizes: str,
     expected: Sequence[int],
-    *,
     of: str = "x",
     dtype: torch.dtype | None = None,
-    **tensors: Tensor | None,
 ) -> None:
     """Raise unless every tensor has the shape `expected`, and x's device and dtype.
 
     Args:
         x: the tensor to compare with.
+        tensors: by name; None stands for an optional one that is not given.
         sizes: the expected shape in letters, for the message.
         expected: the expected shape.
         of: the name of `x` in the message.
         dtype: the expected dtype, if it is not that of `x`.
-        tensors: by name; None for an optional one that is not given.
     """
     for name, t in tensors.items():
         if t is None:
@@ -222,10 +221,10 @@ else:
 
 
 def sum_chunks(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Sum float32 parts (B, chunks, 1 or 2, D) over the chunks, and return a (B, D) for each vector.
+    """Sum float32 parts (B, chunks, 1 or 2, D) over the chunks; return (B, D) for each vector.
 
-    This is the second stage of a sum over tokens. It always adds in the same order, as atomic
-    additions would not.
+    This is the second stage of a sum over tokens. It always adds in the same order, unlike atomic
+    additions.
     """
     B, chunks, count, D = partial.shape
     sums = [partial.new_empty(B, D, dtype=dtype) for _ in range(count)]

@@ -1,8 +1,8 @@
 """Vectors that depend on the noise level, for time_norm.py, which gives the formulas.
 
-A vector is given by four rows, (4, D): its values where a sigmoid is 1 and where it is 0, then slope
-and offset of the sigmoid's argument. A separate kernel interpolates once for each sample; otherwise
-every program of the norm would read all four rows.
+A vector is given by four rows, (4, D): its values where a sigmoid is 1 and where it is 0, then the
+slope and offset of the sigmoid's argument. A separate kernel interpolates once for each sample;
+otherwise every program of the norm would read all four rows.
 """
 # ruff: noqa: N803  (Triton's compile-time arguments keep their case)
 

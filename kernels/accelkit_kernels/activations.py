@@ -188,9 +188,9 @@ def _check(x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str) ->
         expected = "expected (..., F) of 2 dimensions or more, with F at least 1"
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {expected}")
     _common.check_dtype(name, x)
-    _common.check_like(x, "(..., F)", x.shape, of=name, value=value)
+    _common.check_like(x, {"value": value}, "(..., F)", x.shape, name)
     biases = {of_bias: bias, "value_bias": value_bias}
-    _common.check_like(x, "(F,)", (x.shape[-1],), of=name, **biases)
+    _common.check_like(x, biases, "(F,)", (x.shape[-1],), name)
 
 
 @torch.library.custom_op("accelkit::bias_act", mutates_args=())

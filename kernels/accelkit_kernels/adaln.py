@@ -33,8 +33,8 @@ def layernorm_modulate_reference(
 
 # ------------------------------------------------------------------------------- Triton kernel
 
-# A token's features stay in registers. Up to this width this kernel and that of seam.py, compiled for
-# sm_80 to sm_100, do not spill; at 16384 the latter does. Wider inputs run the reference.
+# A token's features stay in registers. Compiled for sm_80 to sm_100, neither this kernel nor that
+# of seam.py spills at this width; at 16384 the latter does. Wider inputs run the reference.
 MAX_WIDTH = 8192
 
 if HAS_TRITON:
@@ -106,7 +106,7 @@ def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
     _common.check_tensors(x=x, shift=shift, scale=scale)
     _common.check_tokens(x, eps)
     expected = (x.shape[0], x.shape[2])
-    _common.check_like(x, "(B, D)", expected, shift=shift, scale=scale)
+    _common.check_like(x, {"shift": shift, "scale": scale}, "(B, D)", expected)
     if _common.records_gradients(x, shift, scale):
         return layernorm_modulate_reference(x, shift, scale, eps).contiguous()
     return _layernorm_modulate(x, shift, scale, eps)

@@ -231,7 +231,7 @@ def _check(
 ) -> None:
     _common.check_tokens(x, eps)
     B, N, D = x.shape
-    _common.check_like(x, "(B, D)", (B, D), shift=shift, scale=scale)
+    _common.check_like(x, {"shift": shift, "scale": scale}, "(B, D)", (B, D))
     if rows < 1 or columns < 1 or rows * columns != N:
         raise ValueError(f"grid is {rows} x {columns}, expected a grid of the {N} tokens of x")
     if patch < 1:
@@ -240,8 +240,8 @@ def _check(
     if weight.ndim != 2 or weight.shape[1] != D or outputs == 0 or outputs % area:
         shape = f"weight has shape {tuple(weight.shape)}"
         raise ValueError(f"{shape}, expected ({area} C, {D}) for patches of {patch} x {patch}")
-    _common.check_like(x, "(p p C, D)", (outputs, D), weight=weight)
-    _common.check_like(weight, "(p p C,)", (outputs,), of="weight", bias=bias)
+    _common.check_like(x, {"weight": weight}, "(p p C, D)", (outputs, D))
+    _common.check_like(weight, {"bias": bias}, "(p p C,)", (outputs,), "weight")
     if not 1 <= channels <= outputs // area:
         raise ValueError(f"channels is {channels}, expected 1 to {outputs // area}")
 

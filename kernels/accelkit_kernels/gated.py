@@ -93,8 +93,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """
     _common.check_tensors(x=x, y=y, gate=gate)
     _common.check_tokens(x)
-    _common.check_like(x, "(B, N, D)", x.shape, y=y)
-    _common.check_like(x, "(B, D)", (x.shape[0], x.shape[2]), gate=gate)
+    _common.check_like(x, {"y": y}, "(B, N, D)", x.shape)
+    _common.check_like(x, {"gate": gate}, "(B, D)", (x.shape[0], x.shape[2]))
     if _common.records_gradients(x, y, gate):
         return gated_residual_reference(x, y, gate).contiguous()
     return _gated_residual(x, y, gate)

@@ -226,7 +226,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"eps is {eps}, expected a positive number such as 1e-6")
     B, N, _, d = q.shape
-    _common.check_like(q, "(B, N, H, d)", q.shape, of="q", k=k)
+    _common.check_like(q, {"k": k}, "(B, N, H, d)", q.shape, "q")
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape not in ((N, d // 2), (B, N, d // 2)):
             given = f"{name} has shape {tuple(t.shape)}"

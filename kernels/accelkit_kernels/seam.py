@@ -115,8 +115,8 @@ def gated_residual_layernorm_modulate(
     vectors = {"gate": gate, "shift": shift, "scale": scale}
     _common.check_tensors(x=x, y=y, **vectors)
     _common.check_tokens(x, eps)
-    _common.check_like(x, "(B, N, D)", x.shape, y=y)
-    _common.check_like(x, "(B, D)", (x.shape[0], x.shape[2]), **vectors)
+    _common.check_like(x, {"y": y}, "(B, N, D)", x.shape)
+    _common.check_like(x, vectors, "(B, D)", (x.shape[0], x.shape[2]))
     if _common.records_gradients(x, y, *vectors.values()):
         h, m = gated_residual_layernorm_modulate_reference(x, y, gate, shift, scale, eps)
         return h.contiguous(), m.contiguous()

@@ -163,13 +163,13 @@ def _check(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | None) 
     if not skips:
         raise ValueError("skip is an empty sequence, expected at least one (B, N, D)")
     named = {f"skip {i}" if len(skips) > 1 else "skip": s for i, s in enumerate(skips)}
-    _common.check_like(x, "(B, N, D)", x.shape, **named)
+    _common.check_like(x, named, "(B, N, D)", x.shape)
     columns = (len(skips) + 1) * x.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0:
         given = f"weight has shape {tuple(weight.shape)}, expected (OUT, {columns})"
         raise ValueError(f"{given} for x {tuple(x.shape)} and a skip count of {len(skips)}")
-    _common.check_like(x, "(OUT, (k + 1) D)", (weight.shape[0], columns), weight=weight)
-    _common.check_like(weight, "(OUT,)", weight.shape[:1], of="weight", bias=bias)
+    _common.check_like(x, {"weight": weight}, "(OUT, (k + 1) D)", (weight.shape[0], columns))
+    _common.check_like(weight, {"bias": bias}, "(OUT,)", weight.shape[:1], "weight")
 
 
 @torch.library.custom_op("accelkit::skip_linear", mutates_args=())

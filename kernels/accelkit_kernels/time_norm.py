@@ -236,11 +236,11 @@ def td_norm(
 def _check(x: Tensor, level: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> None:
     _common.check_tokens(x, eps)
     # Half precision would round a noise level to a different one.
-    _common.check_like(x, "(B,)", (x.shape[0],), dtype=torch.float32, level=level)
+    _common.check_like(x, {"level": level}, "(B,)", (x.shape[0],), dtype=torch.float32)
     if scale.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"scale is {scale.dtype}, expected {x.dtype} like x, or float32")
-    expected = (4, x.shape[2])
-    _common.check_like(x, "(4, D)", expected, dtype=scale.dtype, scale=scale, shift=shift)
+    vectors = {"scale": scale, "shift": shift}
+    _common.check_like(x, vectors, "(4, D)", (4, x.shape[2]), dtype=scale.dtype)
 
 
 @torch.library.custom_op("accelkit::td_norm", mutates_args=())

@@ -1,10 +1,10 @@
 """Cases, gradients, tolerances, interpretation and compilation, shared by the kernels' tests.
 
-Triton decides at its import whether kernels are interpreted. So a test file also runs as a script,
-by `main`: once under the interpreter, and once to compile for GPUs that this machine lacks.
+Triton decides at its import whether kernels are interpreted. So a test file also runs as a script
+under the interpreter, by `main`. Compilation for GPUs that this machine lacks needs no process of
+its own.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -29,6 +29,9 @@ BUILDS = [*(("bf16", target) for target in TARGETS), ("fp32", 86)]
 COMPILED = [*(("bf16", target) for target in TARGETS), ("fp32", 80)]
 
 needs_triton = pytest.mark.skipif(not _common.HAS_TRITON, reason="Triton is not installed")
+needs_compiler = pytest.mark.skipif(
+    not _common.HAS_TRITON or _common.INTERPRETED, reason="Triton is missing, or interprets"
+)
 
 
 def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +52,7 @@ def outputs(
 
 
 def check(actual: Sequence[Tensor], expected: Sequence[Tensor], names: str) -> None:
-    """Compare within 1e-5 in float32, and within the rounding of the last cast in half precision."""
+    """Compare within 1e-5 in float32, and within the rounding of the last cast in the halves."""
     for name, a, e in zip(names.split(), actual, expected, strict=True):
         assert a.shape == e.shape, name
         assert a.is_contiguous(), name
@@ -73,21 +76,16 @@ def run_python(*args: str, interpret: bool) -> None:
 
 
 def interpreted(script: str, folder: Path) -> Any:
-    """Return what the script's first function returns under Triton's interpreter."""
-    run_python(script, "interpret", str(folder / "outputs.pt"), interpret=True)
+    """Return what the script's `interpret` returns under Triton's interpreter."""
+    run_python(script, str(folder / "outputs.pt"), interpret=True)
     return torch.load(folder / "outputs.pt", weights_only=True)
 
 
-def compiled(script: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Return the registers, stack, shared memory and code size of the script's kernels.
-
-    All but the registers are in bytes. Triton uses the stack for spills only.
-    """
-    run_python(script, "compile", str(folder / "usage.json"), interpret=False)
-    return json.loads((folder / "usage.json").read_text())
-
-
 def check_spills(usage: dict[str, dict[str, int]], count: int, record_property: Any) -> None:
+    """Check that none of the compiled kernels, `count` in all, uses the stack.
+
+    Triton uses the stack for spills only.
+    """
     assert len(usage) == count
     for label, used in usage.items():
         record_property(label, used)
@@ -106,7 +104,8 @@ def compile_kernel(
 ) -> dict[str, int]:
     """Compile the kernel as launched for aligned tensors of `dtype`, but for those in `types`.
 
-    A tuple in `types` stands for an argument that is a tuple of tensors.
+    A tuple in `types` stands for an argument that is a tuple of tensors. Returns the registers, and
+    the bytes of stack, shared memory and code.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -157,10 +156,7 @@ def compile_all(
     }
 
 
-def main(interpret: Callable[[], Any], compile_: Callable[[], dict[str, dict[str, int]]]) -> None:
-    task, target = sys.argv[1:]
-    if task == "interpret":
-        assert _common.INTERPRETED
-        torch.save(interpret(), target)
-    else:
-        Path(target).write_text(json.dumps(compile_()))
+def main(interpret: Callable[[], Any]) -> None:
+    """Save the outputs of interpreted kernels to the path given on the command line."""
+    assert _common.INTERPRETED
+    torch.save(interpret(), sys.argv[1])

@@ -3,7 +3,7 @@
 import common
 import pytest
 import torch
-from common import DTYPES, needs_triton, on_cuda
+from common import DTYPES, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import (
@@ -178,9 +178,9 @@ def test_the_seam_is_its_parts(interpreted):
         assert torch.equal(h, seam_h)
 
 
-@needs_triton
-def test_compiles_without_spills(tmp_path, record_property):
-    usage = common.compiled(__file__, tmp_path)
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 3 * len(common.BUILDS) + 2 * len(EDGES), record_property)
 
 
@@ -285,4 +285,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

@@ -5,7 +5,7 @@ import itertools
 import common
 import pytest
 import torch
-from common import DTYPES, TARGETS, needs_triton, on_cuda
+from common import DTYPES, TARGETS, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import skip as operation
@@ -122,9 +122,9 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
     assert torch.equal(interpreted["alone"], interpreted[BATCH][1:2])
 
 
-@needs_triton
-def test_compiles_without_spills(tmp_path, record_property):
-    usage = common.compiled(__file__, tmp_path)
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 2 * len(TARGETS), record_property)
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
@@ -210,4 +210,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)
