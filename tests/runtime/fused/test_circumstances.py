@@ -390,10 +390,10 @@ def test_transforms_use_the_own_modules():
         assert relative(other, model(sample, **call).sample) < 1e-6
 
 
-def test_more_sizes_than_dynamo_keeps_graphs_of_one_code(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_sizes_than_dynamo_keeps_graphs_of_one_code():
     family = UViT()
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     model = family.make()
     state = enable(model, "0@1")
     accelkit.compile(model, "eager", limit=2)
