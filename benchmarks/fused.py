@@ -1,6 +1,6 @@
-"""A call by the fused forward against diffusers' own modules at the same depth.
+"""Time of a fused forward against that of diffusers' own modules at the same depth.
 
-Labels differ from row to row, and half of the rows have the null class, as under guidance.
+Labels differ between rows, and half of the rows have the null class, as under guidance.
 """
 
 import copy
@@ -14,11 +14,11 @@ from accelkit.runtime.switch import enable
 from benchmarks.common import interleaved, parser, ratio, record
 
 ROUNDS = {1: 60, 16: 20, 256: 7}
-"""Of a batch size, so that each takes about as long; multiplied by ``--rounds``."""
+"""Rounds for each batch size, times ``--rounds``, so that all take about as long."""
 
 
 def dit_small() -> torch.nn.Module:
-    """DiT-S/2 on the latents of 256 pixels, of random weights."""
+    """Return DiT-S/2 for the latents of 256 pixels, with random weights."""
     torch.manual_seed(0)
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, num_layers=12, out_channels=8

@@ -1,8 +1,8 @@
-"""What share of the bandwidth of a copy each kernel reaches, and torch.compile of its reference.
+"""Bandwidth of each kernel, against a copy of the same bytes and the compiled reference.
 
-Needs a GPU. The tokens are those of DiT-XL/2 at 256 pixels, 256 a sample of 1152 features. A copy
-that moves as many bytes as the operation has to, the kernel, and the compiled reference take turns;
-the figures are medians. `skip_linear` is bound by arithmetic and listed for the comparison alone.
+Needs a GPU. Sizes are those of DiT-XL/2 at 256 pixels: 256 tokens a sample, 1152 features. The
+kernel, torch.compile of its reference and a copy of as many bytes as the operation must move take
+turns; figures are medians. `skip_linear` is bound by arithmetic and listed only for comparison.
 """
 
 import statistics
@@ -21,15 +21,15 @@ SCRATCH = 2**30  # bytes
 
 
 class Case(NamedTuple):
-    """An operation, its inputs, and the bytes that it has to move.
+    """An operation, its inputs, and the bytes that it must move.
 
     Attributes:
-        operation: what runs the kernel.
+        operation: the public function, which runs the kernel.
         reference: the same in plain PyTorch.
-        inputs: of both; the vectors among them are left out of the bytes.
+        inputs: arguments of both. The bytes do not count the vectors among them.
         forward: bytes of the forward pass.
-        backward: bytes of the backward pass, 0 where there is no kernel for it.
-        leaves: how many of the inputs, the first ones, have a gradient.
+        backward: bytes of the backward pass, 0 if it has no kernel.
+        leaves: number of inputs, counted from the first, that have a gradient.
     """
 
     operation: Callable[..., Any]
@@ -52,28 +52,24 @@ def cases(batch: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
     qkv = normal(batch, TOKENS, 3, HEADS, WIDTH // HEADS)
     cos, sin = ak.rotary_2d(SIDE, SIDE, WIDTH // HEADS, device=device)
     last, joining = normal(2 * 2 * 8, WIDTH), normal(WIDTH, 2 * WIDTH)
-    cond, uncond, sample = normal(3, batch, 4, 2 * SIDE, 2 * SIDE)
-    step = ak.ddim_coefficients(0.3, 0.5, guidance=4.0).tensor(device)
+    image = batch * 4 * (2 * SIDE) ** 2 * x.element_size()
 
     def head(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *tensors: function(*tensors, (SIDE, SIDE), 2, 4)
-
-    def sampled(function: Callable[..., ak.GuidedStep]) -> Callable[..., Tensor]:
-        return lambda *tensors: function(*tensors).sample
 
     t, w = x.nbytes, wide.nbytes
     gates = (wide, value, bias, value_bias)
     return {
         "layernorm_modulate": Case(
             ak.layernorm_modulate, ak.layernorm_modulate_reference,
-            (x, shift, scale), 2 * t, 3 * t, 3,
+            (x, shift, scale), 2 * t,
         ),
         "gated_residual": Case(
-            ak.gated_residual, ak.gated_residual_reference, (x, y, gate), 3 * t, 3 * t, 3
+            ak.gated_residual, ak.gated_residual_reference, (x, y, gate), 3 * t
         ),
         "gated_residual_layernorm_modulate": Case(
             ak.gated_residual_layernorm_modulate, ak.gated_residual_layernorm_modulate_reference,
-            (x, y, gate, shift, scale), 4 * t, 6 * t, 5,
+            (x, y, gate, shift, scale), 4 * t,
         ),
         "bias_gelu_tanh": Case(
             ak.bias_gelu_tanh, ak.bias_gelu_tanh_reference, (wide, bias), 2 * w, 3 * w, 2
@@ -90,11 +86,7 @@ def cases(batch: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
         ),
         "exit_head": Case(
             head(ak.exit_head), head(ak.exit_head_reference),
-            (x, shift, scale, last, normal(len(last))), t + sample.nbytes,
-        ),
-        "guided_step": Case(
-            sampled(ak.guided_step), sampled(ak.guided_step_reference),
-            (cond, uncond, sample, step), 4 * sample.nbytes,
+            (x, shift, scale, last, normal(len(last))), t + image,
         ),
         "skip_linear": Case(
             ak.skip_linear, ak.skip_linear_reference,
@@ -104,7 +96,7 @@ def cases(batch: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
 
 
 def training(function: Callable[..., Any], case: Case) -> Callable[[], object]:
-    """Forward and backward."""
+    """Return a forward and backward pass of a case."""
     leaves = [t.detach().requires_grad_() for t in case.inputs[: case.leaves]]
     rest = case.inputs[case.leaves :]
     with torch.no_grad():
@@ -121,14 +113,14 @@ def training(function: Callable[..., Any], case: Case) -> Callable[[], object]:
 def interleaved(
     work: dict[str, Callable[[], object]], rounds: int, scratch: Tensor
 ) -> dict[str, list[float]]:
-    """Return the GPU's seconds of each piece of work, run A B C A B C after a round of warm-up."""
+    """Return the GPU's seconds of each piece of work, taking turns after a round of warm-up."""
     for run in work.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, run in work.items():
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in "12")
-            # Empties the L2 cache, and takes longer than Python does to queue the call behind it.
+            # This empties the L2 cache, and takes longer than Python needs to queue the call.
             scratch.zero_()
             began.record()
             run()
@@ -165,8 +157,8 @@ def main() -> None:
     options.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     given = options.parse_args()
     if not torch.cuda.is_available():
-        options.exit(2, "benchmarks.kernels needs a CUDA device, and there is none\n")
-    # A kernel that gives way to its reference would be measured as if it had run.
+        options.exit(2, "benchmarks.kernels needs a CUDA device, and none was found\n")
+    # If a reference ran in place of its kernel, its time would pass for the kernel's.
     warnings.filterwarnings("error", message="accelkit_kernels")
     torch.manual_seed(0)
     scratch = torch.empty(SCRATCH, dtype=torch.uint8, device="cuda")

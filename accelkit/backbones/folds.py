@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-# Time of the fold over that of the chain, runs of 1 to 6, on one core in float32 (D = 512, N = 257,
-# medians of interleaved calls): 0.96, 0.73, 0.66, 0.62, 0.55, 0.59 for one sample and 1.06, 0.76,
-# 0.75, 0.57, 0.52, 0.55 for eight. A run of one is the same product again, and not folded.
+from accelkit.backbones import stale
+
+# Time of the fold over that of the chain, for runs of 1 to 6 on one core in float32 (D = 512, N =
+# 257, medians of interleaved calls): 0.96, 0.73, 0.66, 0.62, 0.55, 0.59 for one sample and 1.06,
+# 0.76, 0.75, 0.57, 0.52, 0.55 for eight. A run of one is the same product and is not folded.
 LEAST_RUN = 2
 
 
@@ -46,7 +47,7 @@ class Fold:
         return (self.weight.dtype, self.weight.device) == like
 
     def __call__(self, hidden_states: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        """Return what the run makes of x and its k skips, each (B, N, D)."""
+        """Return the output of the run for x and its k skips, each (B, N, D)."""
         return F.linear(torch.cat([hidden_states, *skips], dim=-1), self.weight, self.bias)
 
 
@@ -58,7 +59,7 @@ def fold(linears: Sequence[nn.Linear]) -> Fold:
     """
     last = linears[-1].weight
     dtype, device = torch.promote_types(last.dtype, torch.float32), last.device.type
-    # made in inference mode, they could not enter a graph that torch.compile traces outside of it
+    # A graph that torch.compile traces outside inference mode could not use inference tensors.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         after = torch.eye(len(last), dtype=dtype, device=last.device)
         bias = torch.zeros(len(last), dtype=dtype, device=last.device)
@@ -72,7 +73,7 @@ def fold(linears: Sequence[nn.Linear]) -> Fold:
 
 
 class FoldedSkips:
-    """The folds of a decoder, one for each depth that was asked for, as long as they hold.
+    """The folds of a decoder, one for each depth asked for, for as long as they are valid.
 
     Args:
         blocks: the decoder's blocks, each with a ``skip_linear``.
@@ -80,30 +81,28 @@ class FoldedSkips:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self._blocks = blocks
-        # Lists of a fixed length: a graph of torch.compile's is for what it found at its own depth
-        # and would be made anew if a dictionary gained another.
-        self._states: list[object] = [None] * (len(blocks) + 1)
+        # Lists of a fixed length: torch.compile would retrace a graph if a dictionary gained a key.
         self._folds: list[Fold | None] = [None] * (len(blocks) + 1)
+        self._seen: list[stale.Seen | None] = [None] * (len(blocks) + 1)
         self._sums: list[list[Tensor]] = [[] for _ in self._folds]
-        self._compared: set[int] = set()  # depths whose fold was compared since the run began
+        self._compared: set[int] = set()  # depths whose sums were compared since the run began
         self._last = 0
         self._lock = threading.Lock()
 
     def at(self, depth: int) -> Fold | None:
-        """Return the fold of what follows the first ``depth`` blocks, made now or still valid.
+        """Return the fold of all that follows the first ``depth`` blocks.
 
-        It is made anew if a weight was written to or replaced since, as told by its ``_version``
-        and storage. Fused optimisers, and averages of weights swapped in through ``.data``, change
-        neither; so the sums of rows are compared, too: at every call on the CPU, where that takes
-        0.2 to 0.5 ms of a fold's 13 ms (a run of 5, D = 512, two cores), and once a sampling run
-        elsewhere, whose host would otherwise wait at each step. A run begins where less depth is
-        asked for than before; one of constant depth does not show, and needs :meth:`clear` after
-        such a change.
+        It is made again if a weight was written to or replaced (:mod:`accelkit.backbones.stale`).
+        Since fused optimisers and averages of weights write through ``.data``, the sums of rows are
+        compared, too. On the CPU that is done at every call and takes 0.2 to 0.5 ms of a fold's
+        13 ms (a run of 5, D = 512, two cores). On other devices, where the host would wait at each
+        step, it is done once a sampling run. A run begins where a smaller depth is asked for than
+        before; one of constant depth is not noticed, and needs :meth:`clear` after such a write.
 
         Returns:
-            None where the chain of projections is to be run: a run shorter than ``LEAST_RUN``;
-            projections that are more than plain linear layers (adapters, quantisation, hooks); or
-            weights made in inference mode, whose changes nothing tells.
+            None if the chain of projections has to run: the run is shorter than ``LEAST_RUN``, a
+            projection is more than a plain linear layer (adapters, quantisation, hooks), or its
+            weights were made in inference mode, so that writes to them cannot be noticed.
         """
         with self._lock:
             return self._at(depth)
@@ -113,16 +112,11 @@ class FoldedSkips:
             self._compared.clear()
         self._last = depth
         run: list[Any] = [block.skip_linear for block in list(self._blocks)[depth:]]
-        state = _state(run) if len(run) >= LEAST_RUN else None
-        if state is None:
+        if len(run) < LEAST_RUN or not all(map(_plain, run)):
             self._folds[depth] = None
-        elif (
-            self._folds[depth] is None
-            or self._states[depth] != state
-            or not self._still(depth, run)
-        ):
-            self._states[depth], self._folds[depth] = state, fold(run)
-            self._sums[depth] = _sums(run)
+        elif self._folds[depth] is None or not self._valid(depth, run):
+            self._seen[depth] = stale.contents(run, "weight", "bias")
+            self._folds[depth], self._sums[depth] = fold(run), _sums(run)
             self._compared.add(depth)
         return self._folds[depth]
 
@@ -135,28 +129,24 @@ class FoldedSkips:
         with self._lock:
             self._folds = [None] * len(self._folds)
 
-    def _still(self, depth: int, run: Sequence[nn.Linear]) -> bool:
-        """Whether the sums of rows are as they were when folded."""
+    def _valid(self, depth: int, run: Sequence[nn.Linear]) -> bool:
+        """Whether the weights, and their sums if it is time to compare them, are as folded."""
+        seen = self._seen[depth]
+        if seen is None or not seen.of(run) or not seen.same():
+            return False
         if depth in self._compared and not run[0].weight.is_cpu:
             return True
         self._compared.add(depth)
         return all(map(torch.equal, self._sums[depth], _sums(run)))
 
 
-def _state(run: Sequence[nn.Linear]) -> object | None:
-    """What changes whenever a weight of the run does; None if it cannot be folded."""
-    found = []
-    for linear in run:
-        if type(linear) is not nn.Linear or linear.bias is None or _hooked(linear):
-            return None
-        for tensor in (linear.weight, linear.bias):
-            if tensor.is_inference():
-                return None
-            # An address alone may be that of new weights where the old were freed; a storage that
-            # is weakly referred to keeps its identity, and not its memory.
-            storage = StorageWeakRef(tensor.untyped_storage())
-            found.append((storage, tensor.data_ptr(), tensor._version, tensor.dtype))
-    return found
+def _plain(linear: nn.Module) -> bool:
+    """Whether a projection is a linear layer without hooks, whose weights can be watched."""
+    if type(linear) is not nn.Linear or linear.bias is None:
+        return False
+    if "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    return not linear.weight.is_inference() and not linear.bias.is_inference()
 
 
 @torch.no_grad()
@@ -165,7 +155,3 @@ def _sums(run: Sequence[nn.Linear]) -> list[Tensor]:
     wide = torch.promote_types(run[0].weight.dtype, torch.float32)
     sums = [linear.weight.sum(1, dtype=wide) for linear in run]
     return [*sums, *(linear.bias.clone() for linear in run)]
-
-
-def _hooked(linear: nn.Module) -> bool:
-    return bool("forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks)

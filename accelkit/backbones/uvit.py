@@ -1,9 +1,9 @@
 """U-ViT: :class:`accelkit.models.UViTTransformer2DModel`.
 
-Only the decoder's blocks are counted. The encoder, the middle block and what follows the decoder
-always run, and a skipped block still joins its long skip: it runs its ``skip_linear`` and nothing
-else (Moon et al. 2024, section 3.2 and appendix). The last blocks are skipped first, so that a
-depth of 0 leaves the whole chain of these projections, which is folded into one (uvit_fold.py).
+Only the decoder's blocks are counted. The encoder, the middle block and the layers after the
+decoder always run, and a skipped block still joins its long skip: it runs its ``skip_linear`` and
+nothing else (Moon et al. 2024, section 3.2 and appendix). The last blocks are skipped first, so
+that at a depth of 0 the whole chain of these projections remains, folded into one (folds.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class UViT(Backbone):
 
     @property
     def num_classes(self) -> int | None:
-        """How many labels there are, the null class not counted; None without labels."""
+        """Number of labels without the null class; None without labels."""
         config: Any = self.model.config
         return config.num_classes if config.null_class is None else config.null_class
 
@@ -56,21 +56,21 @@ class UViT(Backbone):
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for none; None if the network never saw one missing."""
+        """The label for no class; None if the network was never trained without labels."""
         return self.model.config.null_class  # type: ignore[union-attr, return-value]
 
     @property
     def tokens_protected(self) -> int:  # type: ignore[override]
-        """Time and, with classes, label."""
+        """Tokens before the map: the time's and, with classes, the label's."""
         return self.model.extras  # type: ignore[return-value]
 
     @property
     def time_embedders(self) -> list[nn.Module]:
-        """The MLP behind the sinusoids, which no released model has."""
+        """The MLP after the sinusoids, which no released model has."""
         return [self.model.time_embed]  # type: ignore[list-item]
 
     def attentions(self) -> list[list[nn.Module]]:
-        """Return the self-attention of every block; positions were added to the tokens before."""
+        """Return the self-attention of every block, which takes positions as part of its tokens."""
         return [[block.attn] for block in self.all_blocks]  # type: ignore[list-item]
 
     def skipped(self, index: int, call: dict[str, Any], depth: int | None) -> Tensor:
@@ -82,31 +82,31 @@ class UViT(Backbone):
     def shortcut(
         self, depth: int, hidden: Tensor
     ) -> Callable[[list[dict[str, Any]]], Tensor] | None:
-        """Return what joins all long skips from ``depth`` on at once, without gradients."""
+        """Return a function that joins all long skips from ``depth`` on, without gradients."""
         fold = self._fold_for(depth, hidden)
         if fold is None:
             return None
         return lambda calls: fold(calls[0]["hidden_states"], [call["skip"] for call in calls])
 
     def prepare(self, depth: int) -> None:
-        """Fold the skips behind ``depth`` blocks."""
+        """Fold the skips after the first ``depth`` blocks."""
         self.folded.at(depth)
 
     def _fold_for(self, depth: int, hidden: Tensor) -> Fold | None:
         if torch.is_grad_enabled():
             return None
-        # a compiled graph cannot see whether weights changed: `prepare` did
+        # A compiled graph cannot check for changed weights; `prepare` did.
         fold = self.folded.made(depth) if torch.compiler.is_compiling() else self.folded.at(depth)
-        if fold is None or not fold.fits(hidden):  # weights may be cast or moved when they run
+        if fold is None or not fold.fits(hidden):  # weights may be cast or moved as they run
             return None
         return fold
 
     def model_timestep(self, timestep: Tensor) -> Tensor:
-        """Return the numbers that the network is given for indices 0..999."""
+        """Return the network's inputs for the indices 0..999."""
         return self.model.timestep_of(timestep)  # type: ignore[operator]
 
     def scheduler_timestep(self, timestep: float) -> float:
-        """Return the index 0..999 of the number that the network is given."""
+        """Return the index 0..999 of a number given to the network."""
         return self.model.index_of(timestep)  # type: ignore[operator]
 
     def initialize(self, seed: int) -> None:

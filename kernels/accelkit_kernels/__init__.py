@@ -1,7 +1,7 @@
 """Fused operations of diffusion transformers: a Triton kernel and a PyTorch reference each.
 
-Depends on torch, and on Triton where there is one; without Triton or without a GPU the reference
-runs and nothing else changes.
+The package needs torch, and uses Triton if it is installed. Without Triton or without a GPU the
+reference runs and nothing else changes.
 """
 
 from accelkit_kernels._common import TRITON_PROBLEM
@@ -15,16 +15,9 @@ from accelkit_kernels.activations import (
 )
 from accelkit_kernels.adaln import layernorm_modulate, layernorm_modulate_reference
 from accelkit_kernels.angles import rotary_2d
-from accelkit_kernels.coefficients import (
-    StepCoefficients,
-    ddim_coefficients,
-    ddpm_coefficients,
-    dpmpp_coefficients,
-)
 from accelkit_kernels.exit import exit_head, exit_head_reference
 from accelkit_kernels.gated import gated_residual, gated_residual_reference
 from accelkit_kernels.rotary import qk_norm_rope, qk_norm_rope_reference
-from accelkit_kernels.sampler import GuidedStep, guided_step, guided_step_reference
 from accelkit_kernels.seam import (
     gated_residual_layernorm_modulate,
     gated_residual_layernorm_modulate_reference,
@@ -34,25 +27,18 @@ from accelkit_kernels.time_norm import td_norm, td_norm_reference
 
 __all__ = [
     "TRITON_PROBLEM",
-    "GuidedStep",
-    "StepCoefficients",
     "bias_geglu",
     "bias_geglu_reference",
     "bias_gelu_tanh",
     "bias_gelu_tanh_reference",
     "bias_swiglu",
     "bias_swiglu_reference",
-    "ddim_coefficients",
-    "ddpm_coefficients",
-    "dpmpp_coefficients",
     "exit_head",
     "exit_head_reference",
     "gated_residual",
     "gated_residual_layernorm_modulate",
     "gated_residual_layernorm_modulate_reference",
     "gated_residual_reference",
-    "guided_step",
-    "guided_step_reference",
     "layernorm_modulate",
     "layernorm_modulate_reference",
     "qk_norm_rope",

@@ -1,4 +1,4 @@
-"""Triton kernels of activations.py, which has the formulas and the references."""
+"""Triton kernels for activations.py, which gives the formulas and the references."""
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
 from typing import Any
@@ -11,8 +11,8 @@ from accelkit_kernels._common import CHUNK, HAS_TRITON, unit
 Maybe = Tensor | None
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# Rows and features of a program's tile: 32 elements a thread, and whole lines of 256 bytes in
-# bfloat16. A program adds up its rows' share of the biases' gradients.
+# A program's tile has CHUNK rows of WIDTH features: 32 elements a thread, and whole lines of 256
+# bytes in bfloat16. The program sums the gradients of the biases over its rows.
 WIDTH = 128
 
 if HAS_TRITON:
@@ -34,7 +34,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _activate(z, ACT: tl.constexpr):
-        """act(z) and its derivative, which the compiler drops where it is not used."""
+        """Return act(z) and its derivative, which the compiler drops where it is not used."""
         if ACT == "gelu":
             cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
             out = z * cdf
@@ -70,7 +70,7 @@ if HAS_TRITON:
         ACT: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, VALUE_BIASED: tl.constexpr,
         WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """The same tile: its dx and dvalue, and its part of the biases' gradients."""
+        """One program per tile: its dx and dvalue, and its part of the biases' gradients."""
         row, col, mask = _tile_at(rows, D, CHUNK, WIDTH)
         to = row * D + col[None, :]
         out = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * D + col  # partial: (chunks, 2, D)
@@ -91,14 +91,17 @@ if HAS_TRITON:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(..., F) as (rows, F): of a half of a wider projection still a view."""
+    """Return (..., F) as (rows, F), without a copy for half of a wider projection."""
     return unit(t.reshape(-1, t.shape[-1]))
 
 
 def _launch(
     x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str
 ) -> tuple[tuple[int, int], tuple[Tensor, ...], dict[str, Any]]:
-    """The grid, the tensors that both kernels read (x itself where one is missing), constants."""
+    """Return the grid, the tensors that both kernels read, and the constants.
+
+    x stands in for a missing tensor.
+    """
     flat = _rows(x)
     gate = flat if value is None else _rows(value)
     biases = (flat if t is None else t.contiguous() for t in (bias, value_bias))
@@ -131,7 +134,7 @@ def backward(
     sizes = *flat.shape, dflat.stride(0), flat.stride(0), gate.stride(0)
     with torch.cuda.device_of(x):
         _backward_kernel[grid](dx, dvalue, partial, dflat, flat, gate, *biases, *sizes, **constants)
-        # Over thousands of chunks, which PyTorch's reduction spreads and adds in a fixed order.
+        # There are thousands of chunks: PyTorch spreads their sum, and adds in a fixed order.
         dbias, dvalue_bias = partial[:, 0].sum(0), partial[:, 1].sum(0)
     return present(x.dtype, dx, dbias, dvalue, dvalue_bias, bias, value, value_bias)
 
@@ -140,7 +143,7 @@ def present(
     dtype: torch.dtype, dx: Tensor, dbias: Tensor, dvalue: Tensor, dvalue_bias: Tensor,
     *inputs: Maybe,
 ) -> Grads:  # fmt: skip
-    """The gradients in `dtype`, empty where there is no such input: an operator returns no None."""
+    """Return the gradients in `dtype`, empty for a missing input: a custom op returns no None."""
     bias, value, value_bias = (
         dx.new_empty(0, dtype=dtype) if t is None else grad.to(dtype)
         for grad, t in zip((dbias, dvalue, dvalue_bias), inputs, strict=True)

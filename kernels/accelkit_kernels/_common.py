@@ -1,8 +1,8 @@
-"""What the operations share: checks of inputs, kernel or reference, tiles, sums.
+"""Checks of inputs, the choice of kernel or reference, tiles and sums, shared by the operations.
 
 An operation's kernel runs on CUDA tensors, and on CPU tensors under Triton's interpreter. Where it
-cannot (no Triton, a GPU too old for the dtype, a compilation that fails) one warning says why and
-the PyTorch reference runs.
+cannot (Triton is missing, the GPU is too old for the dtype, compilation fails), one warning gives
+the reason and the PyTorch reference runs.
 """
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
@@ -23,14 +23,14 @@ def _triton_problem() -> str | None:
         importlib.import_module("triton")
     except ModuleNotFoundError as error:
         return "Triton is not installed" if error.name == "triton" else f"Triton lacks {error.name}"
-    except Exception as error:  # a library of another system, say
+    except Exception as error:  # such as a library built for another system
         first = next(iter(str(error).strip().splitlines()), "no message")
         return f"Triton cannot be imported ({type(error).__name__}: {first})"
     return None
 
 
 TRITON_PROBLEM = _triton_problem()
-"""Why there is no Triton, None if there is."""
+"""Why Triton cannot be used; None if it can."""
 HAS_TRITON = TRITON_PROBLEM is None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,20 +38,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raises TypeError for what is no tensor, before torch's dispatcher does so less clearly."""
+    """Raise TypeError for anything but a tensor, more clearly than torch's dispatcher would."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}, expected a torch.Tensor")
 
 
 def check_dtype(name: str, x: Tensor) -> None:
-    """Raises TypeError for a dtype that the kernels do not take."""
+    """Raise TypeError for a dtype that the kernels do not support."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}, expected float32, bfloat16 or float16")
 
 
 def check_tokens(x: Tensor, eps: float | None = None) -> None:
-    """Raises for an x that is not (B, N, D) of a dtype the kernels take, and for an eps <= 0."""
+    """Raise unless x is (B, N, D) of a supported dtype and eps, if given, is positive."""
     if x.ndim != 3 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, N, D) with D at least 1")
     check_dtype("x", x)
@@ -59,18 +59,23 @@ def check_tokens(x: Tensor, eps: float | None = None) -> None:
         raise ValueError(f"eps is {eps}, expected a positive number such as 1e-6")
 
 
-def check_beside(
-    tensors: Mapping[str, Tensor | None],
+def check_like(
     x: Tensor,
+    tensors: Mapping[str, Tensor | None],
     sizes: str,
     expected: Sequence[int],
     of: str = "x",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Raises unless each tensor has shape `expected`, called `sizes`, and x's device and dtype.
+    """Raise unless every tensor has the shape `expected`, and x's device and dtype.
 
-    `of` is what x is called in a message. The dtype is that of x, unless `dtype` names another.
-    None stands for an optional tensor that is not given.
+    Args:
+        x: the tensor to compare with.
+        tensors: by name; None stands for an optional one that is not given.
+        sizes: the expected shape in letters, for the message.
+        expected: the expected shape.
+        of: the name of `x` in the message.
+        dtype: the expected dtype, if it is not that of `x`.
     """
     for name, t in tensors.items():
         if t is None:
@@ -101,13 +106,18 @@ def _warn_once(operation: str, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def records_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd records an operation on the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
 def kernel_serves(x: Tensor, max_width: int | None = None, operation: str = "") -> bool:
-    """Whether a kernel, whose tile is at most `max_width` features wide, runs on tensors like x."""
+    """Whether a kernel for at most `max_width` features can run on tensors like x."""
     if x.numel() == 0 or (max_width is not None and x.shape[-1] > max_width):
         return False
     if not x.is_cuda:
@@ -129,9 +139,9 @@ def run(
     *rest: object,
     max_width: int | None = None,
 ) -> T:
-    """`kernel(x, *rest)` where it serves; elsewhere, or where Triton fails, `reference(x, *rest)`.
+    """Return `kernel(x, *rest)` if it can run and Triton does not fail, else `reference(x, *rest)`.
 
-    Interpreted kernels raise instead: a test must not compare the reference with itself.
+    An interpreted kernel raises instead: a test must not compare the reference with itself.
     """
     key = (operation, kernel, x.device, x.dtype, x.shape[-1])
     if key in _failed or not kernel_serves(x, max_width, operation):
@@ -139,33 +149,35 @@ def run(
     try:
         return kernel(x, *rest)
     except torch.OutOfMemoryError:
-        raise  # the reference needs no less
-    except Exception as error:  # Triton, its compilers and the driver raise what they please
+        raise  # the reference needs as much memory
+    except Exception as error:  # Triton, its compilers and the driver share no class of errors
         if INTERPRETED:
             raise
-        _failed.add(key)  # a compilation that fails is slow, and would fail again
+        _failed.add(key)  # a failing compilation is slow, and would fail again
         first = next(iter(str(error).strip().splitlines()), "no message")
         _warn_once(operation, f"Triton failed with {type(error).__name__}: {first}")
     return reference(x, *rest)
 
 
 def unit(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous: the kernels take any other stride as it is."""
+    """Return `t` with its last dimension contiguous; the kernels take any other strides."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 # --------------------------------------------------------------------------------------- tiles
 
-# Tokens whose share of a vector's gradient one program adds up. Partial sums then move about 1/12
-# of the bytes of the pass in bfloat16. Fixed, so that a gradient does not depend on the batch size.
+# Tokens or rows of a program that sums a vector's gradient over them. Partial sums then add about
+# 1/12 to the bytes of the pass in bfloat16. A constant, so that a gradient does not depend on the
+# batch size.
 CHUNK = 32
 
 
 def tile(features: int) -> tuple[int, int, int]:
-    """(padded width, tokens, warps) of the tile that one program of a norm holds.
+    """Return the padded width, tokens and warps of the tile that one program of a norm holds.
 
-    Eight elements a thread, since eight bfloat16 are the 16 bytes of one vector load; sixteen at
-    the largest width, where 32 warps would leave a thread 64 registers and the backward spills.
+    A thread has eight elements, since eight bfloat16 are the 16 bytes of one vector load. At the
+    largest width it has sixteen: 32 warps would leave it 64 registers, and `td_norm`'s backward
+    kernel would spill.
     """
     width = 1 << (features - 1).bit_length()
     tokens = max(1, min(CHUNK, 2048 // width))
@@ -178,17 +190,16 @@ if HAS_TRITON:
 
     @triton.jit
     def normalise(x, mask, D, eps):
-        """The normalised tile (TOKENS, WIDTH), zero where masked, and 1 / sqrt(var + eps)."""
+        """Return the normalised tile (TOKENS, WIDTH), masked to zero, and 1 / sqrt(var + eps)."""
         centred = tl.where(mask, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
         return centred * rstd, rstd
 
     @triton.jit
     def _sum_kernel(
-        first_ptr, second_ptr, third_ptr, partial_ptr, chunks, D,
-        COUNT: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
-        """One program adds WIDTH features of one of COUNT vectors of one sample, by chunks."""
+        first_ptr, last_ptr, partial_ptr, chunks, D, COUNT: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        """One program sums WIDTH features of one of COUNT vectors of one sample over the chunks."""
         b = tl.program_id(0).to(tl.int64)
         vector = tl.program_id(2)
         col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -200,26 +211,24 @@ if HAS_TRITON:
         total = total.to(first_ptr.dtype.element_ty)
         if vector == 0:
             tl.store(first_ptr + b * D + col, total, kept)
-        elif vector == 1:
-            tl.store(second_ptr + b * D + col, total, kept)
         else:
-            tl.store(third_ptr + b * D + col, total, kept)
+            tl.store(last_ptr + b * D + col, total, kept)
 
-    # With TRITON_INTERPRET=1, which Triton reads as it decorates, a kernel runs on CPU tensors.
+    # Triton reads TRITON_INTERPRET=1 when it decorates a kernel, which then runs on CPU tensors.
     INTERPRETED = not isinstance(_sum_kernel, triton.JITFunction)
 else:
     INTERPRETED = False
 
 
 def sum_chunks(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Partial sums (B, chunks, 1 to 3, D) in float32, added over the chunks: a (B, D) for each.
+    """Sum float32 parts (B, chunks, 1 or 2, D) over the chunks; return (B, D) for each vector.
 
-    The second stage of a sum over tokens, always in the same order, which atomic additions are not.
+    This is the second stage of a sum over tokens. It always adds in the same order, unlike atomic
+    additions.
     """
     B, chunks, count, D = partial.shape
     sums = [partial.new_empty(B, D, dtype=dtype) for _ in range(count)]
     _sum_kernel[(B, triton.cdiv(D, 256), count)](
-        sums[0], sums[min(1, count - 1)], sums[-1], partial, chunks, D,
-        COUNT=count, WIDTH=256, enable_fp_fusion=True,
-    )  # fmt: skip
+        sums[0], sums[-1], partial, chunks, D, COUNT=count, WIDTH=256, enable_fp_fusion=True
+    )
     return sums

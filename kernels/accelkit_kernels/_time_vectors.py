@@ -1,7 +1,8 @@
-"""A vector that follows the noise level, for time_norm.py, which has the formulas.
+"""Vectors that depend on the noise level, for time_norm.py, which gives the formulas.
 
-Four rows give it, (4, D): the value it goes to, the value it comes from, a slope and an offset. A
-kernel of its own interpolates once for each sample: a token's program would read all four.
+A vector is given by four rows, (4, D): its values where a sigmoid is 1 and where it is 0, then the
+slope and offset of the sigmoid's argument. A separate kernel interpolates once for each sample;
+otherwise every program of the norm would read all four rows.
 """
 # ruff: noqa: N803  (Triton's compile-time arguments keep their case)
 
@@ -12,7 +13,7 @@ from accelkit_kernels._common import HAS_TRITON
 
 
 def vectors_at(level: Tensor, vectors: Tensor) -> Tensor:
-    """The vector at each sample's noise level, (B, D)."""
+    """Return the vector at each sample's noise level, (B, D)."""
     high, low, slope, offset = vectors
     return low + torch.sigmoid(slope * level[:, None] + offset) * (high - low)
 
@@ -20,7 +21,7 @@ def vectors_at(level: Tensor, vectors: Tensor) -> Tensor:
 def vector_grads(
     sums: list[Tensor], level: Tensor, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dscale, dshift (empty without a shift) and dlevel of dgamma and dbeta, both (B, D)."""
+    """Return dscale, dshift (empty without a shift) and dlevel from dgamma and dbeta (B, D)."""
     t = level.to(sums[0].dtype)
     dlevel = torch.zeros_like(t)
     grads = [scale, scale.new_empty(0)]
@@ -54,7 +55,7 @@ if HAS_TRITON:
 
 
 def vectors_at_triton(level: Tensor, vectors: Tensor) -> Tensor:
-    """The same by the kernel, in float32."""
+    """Return `vectors_at` by the kernel, in float32."""
     B, D = level.shape[0], vectors.shape[1]
     out = vectors.new_empty(B, D, dtype=torch.float32)
     _at_kernel[(B, triton.cdiv(D, 256))](

@@ -1,4 +1,4 @@
-"""What stands between an MLP's two matrix products: the first one's bias, activation, gate.
+"""Bias, activation and gate between the two matrix products of an MLP.
 
 With z = x + bias, over rows of F features:
 
@@ -6,7 +6,7 @@ With z = x + bias, over rows of F features:
     bias_geglu       out = gelu(z) * (value + value_bias)      Shazeer 2020, section 2: GEGLU
     bias_swiglu      out = silu(z) * (value + value_bias)      Shazeer 2020, section 2: SwiGLU
 
-where, Phi and phi being the normal distribution function and its density,
+where Phi and phi are the normal distribution function and its density:
 
     gelu(z)      = z * Phi(z)                                  Hendrycks & Gimpel 2016, eq. 1
     gelu_tanh(z) = z * sigmoid(2 * u),  u = sqrt(2 / pi) * (z + 0.044715 * z^3)
@@ -41,13 +41,13 @@ __all__ = [
     "bias_swiglu_reference",
 ]
 
-GELUS = {"tanh": "gelu_tanh", "none": "gelu"}  # by the names of torch.nn.functional.gelu
+GELUS = {"tanh": "gelu_tanh", "none": "gelu"}  # keyed by torch.nn.functional.gelu's names
 
 # ---------------------------------------------------------------------------- PyTorch reference
 
 
 def _widened(act: str, x: Tensor, *rest: Maybe) -> tuple[Tensor, Maybe]:
-    """act(x + bias) and value + value_bias, in float32 at least."""
+    """Return act(x + bias) and value + value_bias in float32, or in float64 if given."""
     wide = torch.promote_types(x.dtype, torch.float32)
     bias, value, value_bias = (None if t is None else t.to(wide) for t in rest)
     z = x.to(wide) if bias is None else x.to(wide) + bias
@@ -94,7 +94,7 @@ def _backward_reference(
     activated, gated = _widened(act, z, None, value, value_bias)
     dvalue = dout.to(wide) * activated
     dact = dout.to(wide) if gated is None else dout.to(wide) * gated
-    if act == "silu":  # an operator's own backward runs where autograd does not record
+    if act == "silu":  # autograd does not record here, so the backward operators are called
         dx = torch.ops.aten.silu_backward(dact, z)
     else:
         approximate = "tanh" if act == "gelu_tanh" else "none"
@@ -120,8 +120,8 @@ def bias_gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
         (..., F), contiguous, in the dtype of `x`; computed in float32.
 
     Raises:
-        ValueError: a shape or device does not fit.
-        TypeError: an input is no tensor, its dtype is not one of the three, or the dtypes differ.
+        ValueError: a shape or device does not match.
+        TypeError: an input is not a tensor, or its dtype is not supported or not that of `x`.
 
     Source: Hendrycks & Gimpel 2016; the MLP of DiT (Peebles & Xie 2023).
     """
@@ -138,13 +138,13 @@ def bias_geglu(
 ) -> Tensor:
     """`gelu(gate + gate_bias) * (value + value_bias)`.
 
-    Which half of a projection is the gate differs between models (diffusers takes the second, the
-    released DiMR the first), so the halves are given apart: `projection.chunk(2, -1)` copies
+    The halves are separate arguments because models differ in which half of a projection is the
+    gate: the second in diffusers, the first in the released DiMR. `projection.chunk(2, -1)` copies
     nothing.
 
     Args:
-        gate: what is activated (..., F), float32, bfloat16 or float16, of any strides.
-        value: what it multiplies, shape, dtype and device of `gate`.
+        gate: input of the activation (..., F), float32, bfloat16 or float16, of any strides.
+        value: multiplied by the activation; shape, dtype and device of `gate`.
         gate_bias: (F,), dtype and device of `gate`, or None.
         value_bias: (F,), dtype and device of `gate`, or None.
         approximate: "tanh", or "none" for the exact form with erf (diffusers' GEGLU, DiMR).
@@ -153,8 +153,8 @@ def bias_geglu(
         (..., F), contiguous, in the dtype of `gate`; computed in float32. Differentiable once.
 
     Raises:
-        ValueError: a shape or device does not fit, or `approximate` is neither of the two.
-        TypeError: an input is no tensor, its dtype is not one of the three, or the dtypes differ.
+        ValueError: a shape or device does not match, or `approximate` is not one of the two.
+        TypeError: an input is not a tensor, or its dtype is not supported or not that of `gate`.
 
     Source: Shazeer 2020, "GLU variants improve transformer".
     """
@@ -168,8 +168,9 @@ def bias_swiglu(
 ) -> Tensor:
     """`silu(gate + gate_bias) * (value + value_bias)`.
 
-    Arguments, result and errors are those of `bias_geglu`. Source: Shazeer 2020, section 2; the MLP
-    of FiT (Lu et al. 2024).
+    Arguments, result and errors are those of `bias_geglu`.
+
+    Source: Shazeer 2020, section 2; the MLP of FiT (Lu et al. 2024).
     """
     return _glu(gate, value, gate_bias, value_bias, "silu")
 
@@ -187,9 +188,9 @@ def _check(x: Tensor, bias: Maybe, value: Maybe, value_bias: Maybe, act: str) ->
         expected = "expected (..., F) of 2 dimensions or more, with F at least 1"
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {expected}")
     _common.check_dtype(name, x)
-    _common.check_beside({"value": value}, x, "(..., F)", x.shape, name)
+    _common.check_like(x, {"value": value}, "(..., F)", x.shape, name)
     biases = {of_bias: bias, "value_bias": value_bias}
-    _common.check_beside(biases, x, "(F,)", (x.shape[-1],), name)
+    _common.check_like(x, biases, "(F,)", (x.shape[-1],), name)
 
 
 @torch.library.custom_op("accelkit::bias_act", mutates_args=())

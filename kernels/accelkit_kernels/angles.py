@@ -1,6 +1,6 @@
-"""The angles of `qk_norm_rope` for a grid of tokens, as tables of cosines and sines.
+"""Angles for `qk_norm_rope` on a grid of tokens, as tables of cosines and sines.
 
-The first half of the d / 2 angles turns with the token's row and the second with its column:
+The first half of the d / 2 angles grows with the token's row, the second with its column:
 
     a_j = row * theta^(-4j / d)             for j < d / 4, Lu et al. 2024 (FiT), section 3.2
     a_{j + d / 4} = column * theta^(-4j / d)

@@ -7,11 +7,11 @@ For the D features of token (r, c) of sample b, patches of p x p and C output ch
     y[b, ch, r p + i, c p + j] = h . weight[(i p + j) C + ch] + bias[(i p + j) C + ch]
 
 for the pixels i, j of a patch, which is how DiT and U-ViT order the rows of their last layer. Only
-the first channels are computed where a sampler ignores the rest, as it does a learned variance that
-it does not use. A norm with weights w and v has scale = w - 1 and shift = v, the same for every
-sample, and may be given as `expand`ed vectors.
+the first channels need to be computed where a sampler ignores the rest, such as a learned variance.
+A norm with weight w and bias v has scale = w - 1 and shift = v, the same for every sample, which
+may be given as `expand`ed vectors.
 
-For inference: where gradients are recorded the PyTorch reference runs, which autograd knows.
+The kernel is for inference: where gradients are recorded, the PyTorch reference runs.
 """
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
@@ -54,8 +54,9 @@ def exit_head_reference(
 
 # ------------------------------------------------------------------------------- Triton kernel
 
-# A program reads TOKENS tokens STEP features at a time, twice: the second time from the cache, as
-# they are 72 KiB for DiT-XL in bfloat16. So no width spills. Fixed, whatever the batch.
+# A program reads TOKENS tokens twice, STEP features at a time, so that no width spills; the second
+# reading is meant for the cache, as they take 72 KiB for DiT-XL in bfloat16. Constants, so that a
+# sample does not depend on its batch.
 TOKENS, STEP, WARPS, STAGES = 32, 128, 4, 2
 
 if HAS_TRITON:
@@ -95,7 +96,7 @@ if HAS_TRITON:
             squares += tl.sum(centred * centred, axis=1) + delta * delta * (first * share)
         rstd = tl.rsqrt(squares / D + eps)
 
-        # Outputs in the order channel, pixel: those of one row of pixels then lie side by side.
+        # Outputs in the order channel, pixel: those of one row of pixels are then adjacent.
         output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
         channel, pixel = output // (PATCH * PATCH), output % (PATCH * PATCH)
         kept = channel < CHANNELS
@@ -125,10 +126,10 @@ if HAS_TRITON:
 
 
 def _outputs(count: int, dtype: torch.dtype) -> int:
-    """Outputs of a tile: a power of two, of which a matrix product takes 16 at least.
+    """Return how many outputs a tile has: a power of two, at least the 16 of a matrix product.
 
-    Further outputs are for further programs, which read x again. In float32, where the product is
-    made of scalar ones, 32 outputs spill on sm_86 and 64 on sm_80.
+    Other programs compute the other outputs and read x again. In float32, where the product is not
+    left to tensor cores, 32 outputs spill on sm_86 and 64 on sm_80.
     """
     most = 16 if dtype == torch.float32 else 64
     return min(most, max(16, 1 << (count - 1).bit_length()))
@@ -177,17 +178,17 @@ def exit_head(
     channels: int | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return the image that the tokens stand for: norm, modulation, last linear layer, un-patchify.
+    """Norm, modulation and last linear layer of the tokens, un-patchified into an image.
 
     Runs the Triton kernel on CUDA tensors, and the PyTorch reference elsewhere and where gradients
     are recorded. `torch.compile` keeps it whole.
 
     Args:
         x: tokens (B, N, D) of the patches, row by row, float32, bfloat16 or float16, of any
-            strides; leading tokens that are no patches are to be sliced off, which copies nothing.
+            strides. Slice off leading tokens that are not patches, which copies nothing.
         shift: (B, D), dtype and device of `x`.
         scale: (B, D), dtype and device of `x`.
-        weight: (patch^2 C, D), rows by pixel of the patch, row by row, then channel.
+        weight: (patch^2 C, D), its rows ordered by pixel of the patch, then channel.
         bias: (patch^2 C,) or None.
         grid: rows and columns of patches, whose product is N.
         patch: pixels along a side of a patch.
@@ -195,12 +196,12 @@ def exit_head(
         eps: added to the variance; DiT uses 1e-6, U-ViT 1e-5.
 
     Returns:
-        (B, channels, rows * patch, columns * patch), contiguous, in the dtype of `x`; normed and
-        summed in float32, between which the modulated tokens are rounded to the dtype of `x`.
+        (B, channels, rows * patch, columns * patch), contiguous, in the dtype of `x`. Norm and sums
+        are float32; the modulated tokens are rounded to the dtype of `x` in between.
 
     Raises:
-        ValueError: a shape, size or device does not fit, or `eps` is not positive.
-        TypeError: an input is no tensor, its dtype is not one of the three, or the dtypes differ.
+        ValueError: a shape, size or device does not match, or `eps` is not positive.
+        TypeError: an input is not a tensor, or its dtype is not supported or not that of `x`.
 
     Source: the final layer of DiT (Peebles & Xie 2023, section 3.2, "Transformer decoder").
     """
@@ -211,7 +212,7 @@ def exit_head(
     if channels is None:
         channels = len(weight) // max(1, patch * patch) if weight.ndim else 0
     _check(x, shift, scale, weight, bias, rows, columns, patch, channels, eps)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
+    if _common.records_gradients(*given.values()):
         return exit_head_reference(x, shift, scale, weight, bias, grid, patch, channels, eps)
     return _exit_head(x, shift, scale, weight, bias, rows, columns, patch, channels, eps)
 
@@ -230,17 +231,17 @@ def _check(
 ) -> None:
     _common.check_tokens(x, eps)
     B, N, D = x.shape
-    _common.check_beside({"shift": shift, "scale": scale}, x, "(B, D)", (B, D))
+    _common.check_like(x, {"shift": shift, "scale": scale}, "(B, D)", (B, D))
     if rows < 1 or columns < 1 or rows * columns != N:
-        raise ValueError(f"grid is {rows} x {columns}, expected one of the {N} tokens of x")
+        raise ValueError(f"grid is {rows} x {columns}, expected a grid of the {N} tokens of x")
     if patch < 1:
         raise ValueError(f"patch is {patch}, expected at least 1")
     outputs, area = weight.shape[0] if weight.ndim else 0, patch * patch
     if weight.ndim != 2 or weight.shape[1] != D or outputs == 0 or outputs % area:
         shape = f"weight has shape {tuple(weight.shape)}"
         raise ValueError(f"{shape}, expected ({area} C, {D}) for patches of {patch} x {patch}")
-    _common.check_beside({"weight": weight}, x, "(p p C, D)", (outputs, D))
-    _common.check_beside({"bias": bias}, weight, "(p p C,)", (outputs,), "weight")
+    _common.check_like(x, {"weight": weight}, "(p p C, D)", (outputs, D))
+    _common.check_like(weight, {"bias": bias}, "(p p C,)", (outputs,), "weight")
     if not 1 <= channels <= outputs // area:
         raise ValueError(f"channels is {channels}, expected 1 to {outputs // area}")
 
@@ -258,7 +259,6 @@ def _exit_head(
     channels: int,
     eps: float,
 ) -> Tensor:
-    _check(x, shift, scale, weight, bias, rows, columns, patch, channels, eps)
     return run(
         "exit_head", _forward_triton, exit_head_reference,
         x, shift, scale, weight, bias, (rows, columns), patch, channels, eps,
@@ -278,5 +278,4 @@ def _(
     channels: int,
     eps: float,
 ) -> Tensor:
-    _check(x, shift, scale, weight, bias, rows, columns, patch, channels, eps)
     return x.new_empty(x.shape[0], channels, rows * patch, columns * patch)

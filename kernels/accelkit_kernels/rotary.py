@@ -4,15 +4,15 @@ For each head of each token, over its d features:
 
     n = (x - mean(x)) / sqrt(var(x) + eps)                   Ba, Kiros & Hinton 2016, eq. 3
     y[2j]     = n[2j] cos(a_j) - n[2j + 1] sin(a_j)          Su et al. 2021, eq. 34,
-    y[2j + 1] = n[2j + 1] cos(a_j) + n[2j] sin(a_j)          on pairs that lie side by side
+    y[2j + 1] = n[2j + 1] cos(a_j) + n[2j] sin(a_j)          on adjacent pairs
 
 with the angles of angles.py; the norm, without affine, is FiTv2's (Wang et al. 2024). Backwards,
 with dy the gradient of y, g is dy turned back by the same angles and
 
     dx = (g - mean(g) - n * mean(g * n)) / sqrt(var(x) + eps)
 
-The angles come as tables of cosines and sines, shared by all heads and layers, which take part in
-no gradient.
+The angles are given as tables of cosines and sines, shared by all heads and layers and without
+gradients.
 """
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
@@ -43,8 +43,11 @@ def qk_norm_rope_reference(
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, N, H, d) with its pairs turned by the angles, (N, d / 2) or (B, N, d / 2)."""
-    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)  # one for all heads
+    """Return x (B, N, H, d) with its pairs turned by the angles, (N, d / 2) or (B, N, d / 2)."""
+    cos, sin = (
+        cos.to(x.dtype).unsqueeze(-2),
+        sin.to(x.dtype).unsqueeze(-2),
+    )  # the same for all heads
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
@@ -73,7 +76,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _pairs(ptr, offset, mask, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """The even and the odd features (ROWS, WIDTH / 2) of a tile that is read whole."""
+        """Return the even and the odd features (ROWS, WIDTH / 2) of a tile that is read whole."""
         x = tl.load(ptr + offset, mask, other=0.0).to(tl.float32)
         return tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
 
@@ -84,7 +87,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _norm(even, odd, kept, D, eps):
-        """Both halves of the normalised tile, zero where masked, and 1 / sqrt(var + eps)."""
+        """Return both halves of the normalised tile, masked to zero, and 1 / sqrt(var + eps)."""
         mean = (tl.sum(even + odd, axis=1) / D)[:, None]
         even, odd = tl.where(kept, even - mean, 0.0), tl.where(kept, odd - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(even * even + odd * odd, axis=1) / D + eps)[:, None]
@@ -98,11 +101,11 @@ if HAS_TRITON:
         q_h: tl.constexpr, k_h: tl.constexpr, dq_h: tl.constexpr, dk_h: tl.constexpr,
         BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """One program per ROWS heads of one sample, those of a token side by side.
+        """One program per ROWS heads of one sample; the heads of a token are adjacent.
 
-        Writes q and k normed and turned, or if BACKWARD their gradients. The sizes of a head are
-        compiled in: of arguments Triton notices only multiples of 16, and would load heads that
-        are 72 wide element by element.
+        Writes q and k normed and turned, or their gradients if BACKWARD. The sizes of a head are
+        compiled in: Triton specialises arguments on multiples of 16 only, and would load heads of
+        72 features element by element.
         """
         tiles = tl.cdiv(N * H, ROWS)
         b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -146,7 +149,7 @@ if HAS_TRITON:
 
 
 def _tile(head_dim: int) -> tuple[int, int]:
-    """(padded width, heads) of a tile: 16 elements a thread of q, and as many of k after it."""
+    """Return padded width and heads of a tile: 16 elements a thread of q, then as many of k."""
     width = max(2, 1 << (head_dim - 1).bit_length())
     return width, max(1, 2048 // width)
 
@@ -194,11 +197,11 @@ def qk_norm_rope(
     in `q` and `k`; `torch.compile` keeps it whole.
 
     Args:
-        q: queries (B, N, H, d), d even, float32, bfloat16 or float16, of any strides: those of one
+        q: queries (B, N, H, d), d even, float32, bfloat16 or float16, of any strides. Views of one
             projection to q, k and v are read in place.
         k: keys, like `q`.
-        cos: cosines of the angles of the pairs, float32 (N, d / 2), or (B, N, d / 2) where samples
-            differ in their positions; `rotary_2d` makes those of a grid.
+        cos: cosines of the angles of the pairs, float32 (N, d / 2), or (B, N, d / 2) if samples
+            differ in their positions. `rotary_2d` returns those of a grid.
         sin: sines, like `cos`.
         eps: added to the variance; FiT uses 1e-6.
 
@@ -206,9 +209,9 @@ def qk_norm_rope(
         q and k, each (B, N, H, d), contiguous, in the dtype of `q`; computed in float32.
 
     Raises:
-        ValueError: a shape or device does not fit, or `eps` is not positive.
-        TypeError: an input is no tensor, its dtype is not one of the three, the dtypes differ, or
-            the tables are not float32.
+        ValueError: a shape or device does not match, or `eps` is not positive.
+        TypeError: an input is not a tensor, its dtype is not supported, the dtypes of q and k
+            differ, or the tables are not float32.
 
     Source: FiTv2 (Wang et al. 2024) on the rotary embedding of RoFormer (Su et al. 2021).
     """
@@ -223,7 +226,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"eps is {eps}, expected a positive number such as 1e-6")
     B, N, _, d = q.shape
-    _common.check_beside({"k": k}, q, "(B, N, H, d)", q.shape, "q")
+    _common.check_like(q, {"k": k}, "(B, N, H, d)", q.shape, "q")
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape not in ((N, d // 2), (B, N, d // 2)):
             given = f"{name} has shape {tuple(t.shape)}"

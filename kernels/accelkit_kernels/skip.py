@@ -1,23 +1,18 @@
-"""The long skip of a U-ViT: one linear layer of tokens and skips side by side, never joined.
+"""The long skip of a U-ViT: a linear layer of tokens and skips, without their concatenation.
 
 For tokens x and skips s_1 ... s_k, each with D features, and a weight cut into k + 1 blocks of D
 columns, W = [W_0 | W_1 | ... | W_k]:
 
     y = x W_0^T + s_1 W_1^T + ... + s_k W_k^T + b       Bao et al. 2023, figure 1 and section 3.1
 
-k = 1 is the projection of one decoder block; k > 1 a run of them folded into one product, which the
-projections of dropped blocks are (each is linear in its tokens and its skip). Backwards, with dy
-the gradient of y and s_0 = x:
-
-    ds_i = dy W_i        dW_i = dy^T s_i        db = sum of dy over all tokens
-
-The kernel is a matrix product whose inner loop walks from one source to the next; what it spares is
-writing and reading the concatenation. The products backwards need none and are left to cuBLAS.
+k = 1 is the projection of one decoder block. k > 1 is a run of them folded into one product, as the
+projections of dropped blocks are: each is linear in its tokens and its skip. The kernel is a matrix
+product whose inner loop walks from one source to the next, which spares writing and reading the
+concatenation. It is for inference: where gradients are recorded, the PyTorch reference runs.
 """
 # ruff: noqa: N803  (the sizes of a formula, and Triton's compile-time arguments, keep their case)
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,8 +31,8 @@ def skip_linear_reference(
 ) -> Tensor:
     """What `skip_linear` computes, in plain PyTorch; float64 is taken too, and kept.
 
-    The concatenation is built after all: on a CPU one product of twice the length takes 0.93 to
-    1.04 of the time of two that add up in place, and less than that of two and a sum.
+    The concatenation is built: on a CPU one product of twice the length takes 0.93 to 1.04 of the
+    time of two that add up in place, and less than that of two and a sum.
     """
     return F.linear(torch.cat([x, *_listed(skip)], dim=-1), weight, bias)
 
@@ -46,7 +41,7 @@ def _listed(skip: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [skip] if isinstance(skip, Tensor) else list(skip)
 
 
-# ------------------------------------------------------------------------------- Triton kernels
+# ------------------------------------------------------------------------------- Triton kernel
 
 # One tile for all sizes, so that a sum over the features is taken in the same order whatever the
 # batch. Three stages of it are 96 KiB, which fits the 99 KiB of shared memory of sm_86.
@@ -127,40 +122,39 @@ def _forward_triton(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor
 def skip_linear(
     x: Tensor, skip: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Linear layer of [x; skip], or of [x; skip 1; ...; skip k], side by side along the features.
+    """Linear layer of [x; skip], or of [x; skip 1; ...; skip k], concatenated along the features.
 
-    Runs the Triton kernel on CUDA tensors in half precision and the PyTorch reference elsewhere.
-    Differentiable once in every tensor there, any number of times elsewhere; `torch.compile` keeps
-    it whole.
+    Runs the Triton kernel on CUDA tensors in half precision, and the PyTorch reference elsewhere
+    and where gradients are recorded. `torch.compile` keeps it whole.
 
     Args:
         x: tokens (B, N, D), float32, bfloat16 or float16, of any strides.
         skip: one tensor like `x`, or a sequence of one or more, each of any strides.
-        weight: (OUT, (k + 1) D) for k skips, the columns of `x` first, as `nn.Linear` holds it.
+        weight: (OUT, (k + 1) D) for k skips, the columns of `x` first, as `nn.Linear` stores it.
         bias: (OUT,) or None.
 
     Returns:
         (B, N, OUT), contiguous, in the dtype of `x`; summed in float32.
 
     Raises:
-        ValueError: a shape or device does not fit, or there is no skip.
-        TypeError: an input is no tensor, its dtype is not one of the three, or the dtypes differ.
+        ValueError: a shape or device does not match, or there is no skip.
+        TypeError: an input is not a tensor, or its dtype is not supported or not that of `x`.
 
     Source: the long skip connections of U-ViT (Bao et al. 2023, section 3.1).
     """
     skips = _listed(skip)
     tensors = {"x": x} | {f"skip {i}": s for i, s in enumerate(skips)} | {"weight": weight}
-    _common.check_tensors(**tensors, **({} if bias is None else {"bias": bias}))
+    tensors |= {} if bias is None else {"bias": bias}
+    _common.check_tensors(**tensors)
     _check(x, skips, weight, bias)
-    # Without a kernel the operation itself would only add its call to what autograd and
-    # torch.compile know already.
-    if _kernel_may_serve(x):
+    # Without a kernel, a custom op would only add the time of its call.
+    if _kernel_may_serve(x) and not _common.records_gradients(*tensors.values()):
         return _skip_linear(x, skips, weight, bias)
     return skip_linear_reference(x, skips, weight, bias)
 
 
 def _kernel_may_serve(x: Tensor) -> bool:
-    """In float32 a CUDA kernel would only stand in for cuBLAS, which then needs no tensor cores."""
+    """In float32 cuBLAS is used: without tensor cores the product outweighs the bytes spared."""
     return (x.is_cuda and x.dtype != torch.float32) or (HAS_TRITON and _common.INTERPRETED)
 
 
@@ -169,18 +163,17 @@ def _check(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | None) 
     if not skips:
         raise ValueError("skip is an empty sequence, expected at least one (B, N, D)")
     named = {f"skip {i}" if len(skips) > 1 else "skip": s for i, s in enumerate(skips)}
-    _common.check_beside(named, x, "(B, N, D)", x.shape)
+    _common.check_like(x, named, "(B, N, D)", x.shape)
     columns = (len(skips) + 1) * x.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0:
         given = f"weight has shape {tuple(weight.shape)}, expected (OUT, {columns})"
-        raise ValueError(f"{given} for x {tuple(x.shape)} and {len(skips)} of its like")
-    _common.check_beside({"weight": weight}, x, "(OUT, (k + 1) D)", (weight.shape[0], columns))
-    _common.check_beside({"bias": bias}, weight, "(OUT,)", weight.shape[:1], "weight")
+        raise ValueError(f"{given} for x {tuple(x.shape)} and a skip count of {len(skips)}")
+    _common.check_like(x, {"weight": weight}, "(OUT, (k + 1) D)", (weight.shape[0], columns))
+    _common.check_like(weight, {"bias": bias}, "(OUT,)", weight.shape[:1], "weight")
 
 
 @torch.library.custom_op("accelkit::skip_linear", mutates_args=())
 def _skip_linear(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, skips, weight, bias)
     return run(
         "skip_linear", _forward_triton, skip_linear_reference, x, skips, weight, bias
     ).contiguous()
@@ -188,34 +181,4 @@ def _skip_linear(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | 
 
 @_skip_linear.register_fake
 def _(x: Tensor, skips: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, skips, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, list[Tensor], Tensor, Tensor | None], output: Tensor
-) -> None:
-    x, skips, weight, _ = inputs
-    ctx.save_for_backward(weight, x, *skips)
-
-
-def _backward(
-    ctx: Any, dy: Tensor
-) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
-    weight, *sources = ctx.saved_tensors
-    needs_x, needs_skips, needs_weight, needs_bias = ctx.needs_input_grad
-    D = sources[0].shape[-1]
-    dsources = [
-        dy @ weight[:, i * D : (i + 1) * D] if needed else None
-        for i, needed in enumerate([needs_x, *needs_skips])
-    ]
-    dweight = dbias = None
-    rows = dy.reshape(-1, dy.shape[-1])  # (B N, OUT)
-    if needs_weight:
-        dweight = torch.cat([rows.T @ s.reshape(-1, D) for s in sources], dim=1)
-    if needs_bias:
-        dbias = rows.sum(0)  # torch adds halves in float32
-    return dsources[0], dsources[1:], dweight, dbias
-
-
-_skip_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,7 @@
-"""Time-dependent norm: its affine goes from one vector to another as the noise level changes.
+"""Time-dependent norm, whose affine moves from one vector to another with the noise level.
 
-For a token x of sample b at noise level t[b], over its D features, where each of the vectors scale
-and shift is given by four: two values, a slope and an offset,
+For a token x of sample b at noise level t[b], over its D features. Each of scale and shift is given
+by four vectors, which are two values, a slope and an offset:
 
     s[b]     = sigmoid(slope * t[b] + offset)           per feature
     gamma[b] = s[b] * high + (1 - s[b]) * low           Liu et al. 2024 (DiMR), section 3.3: TD-LN
@@ -10,8 +10,8 @@ and shift is given by four: two values, a slope and an offset,
     n = (x - mean(x)) / sqrt(var(x) + eps)              LayerNorm: Ba, Kiros & Hinton 2016, eq. 3
     n = x / (rms + eps),  rms = sqrt(mean(x^2))         RMS: Zhang & Sennrich 2019, eq. 4; no beta
 
-with eps beside the root in the RMS form, where the code released with DiMR has it. Backwards, with
-dy the gradient of y and g = dy * gamma[b]:
+with eps outside the root in the RMS form, as in the code released with DiMR. Backwards, with dy the
+gradient of y and g = dy * gamma[b]:
 
     dx = (g - mean(g) - n * mean(g * n)) / sqrt(var(x) + eps)                    LayerNorm
     dx = (g - n * mean(g * n) * (rms + eps) / rms) / (rms + eps)                 RMS, g / eps at 0
@@ -40,7 +40,7 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _normalised(x: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor, Tensor | float]:
-    """n, what it was multiplied by, and the factor of mean(g * n) in dx."""
+    """Return n, the factor that x was normalised by, and the factor of mean(g * n) in dx."""
     if rms:
         root = x.square().mean(-1, keepdim=True).sqrt()  # (B, N, 1)
         inverse = 1 / (root + eps)
@@ -78,8 +78,8 @@ def _backward_reference(
 
 # ------------------------------------------------------------------------------- Triton kernels
 
-# As in adaln.py: the widest power of two at which the backward kernel does not spill, compiled for
-# sm_80 to sm_100. Wider inputs run the reference.
+# A token's features stay in registers. This is the widest power of two at which the backward kernel
+# does not spill, compiled for sm_80 to sm_100. Wider inputs run the reference.
 MAX_WIDTH = 8192
 
 if HAS_TRITON:
@@ -90,7 +90,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _normalise(x, mask, D, eps, RMS: tl.constexpr):
-        """n, its inverse deviation, and the factor of mean(g * n) in dx."""
+        """Return n, its inverse deviation, and the factor of mean(g * n) in dx."""
         if RMS:
             root = tl.sqrt(tl.sum(x * x, axis=1) / D)[:, None]
             inverse = 1.0 / (root + eps)
@@ -210,19 +210,19 @@ def td_norm(
     Args:
         x: tokens (B, N, D), float32, bfloat16 or float16, of any strides.
         level: each sample's noise level (B,), float32, in the unit the model was trained with. The
-            released DiMR takes 2 * n / 1000 - 1 for its step n.
-        scale: (4, D) on the device of `x`, in its dtype or float32: the value towards which a
-            rising sigmoid goes, the value from which it comes, the slope and the offset of its
-            argument. DiMR stores the slope less 1.
-        shift: the same for what is added, in the dtype of `scale`; None for the RMS form.
+            released DiMR uses 2 * n / 1000 - 1 for its step n.
+        scale: (4, D) on the device of `x`, in its dtype or float32: the values where the sigmoid is
+            1 and where it is 0, then slope and offset of its argument. DiMR stores the slope
+            minus 1.
+        shift: the same for the summand, in the dtype of `scale`; None for the RMS form.
         eps: 1e-5 by default, added to the variance; in the RMS form 1e-8, added to the root.
 
     Returns:
         (B, N, D), contiguous, in the dtype of `x`; computed in float32.
 
     Raises:
-        ValueError: a shape or device does not fit, or `eps` is not positive.
-        TypeError: an input is no tensor, or its dtype is not the one expected.
+        ValueError: a shape or device does not match, or `eps` is not positive.
+        TypeError: an input is not a tensor, or its dtype is not the expected one.
 
     Source: TD-LN of DiMR (Liu et al. 2024, section 3.3).
     """
@@ -235,12 +235,12 @@ def td_norm(
 
 def _check(x: Tensor, level: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> None:
     _common.check_tokens(x, eps)
-    # A noise level in a half would be another noise level.
-    _common.check_beside({"level": level}, x, "(B,)", (x.shape[0],), dtype=torch.float32)
+    # Half precision would round a noise level to a different one.
+    _common.check_like(x, {"level": level}, "(B,)", (x.shape[0],), dtype=torch.float32)
     if scale.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"scale is {scale.dtype}, expected {x.dtype} like x, or float32")
     vectors = {"scale": scale, "shift": shift}
-    _common.check_beside(vectors, x, "(4, D)", (4, x.shape[2]), dtype=scale.dtype)
+    _common.check_like(x, vectors, "(4, D)", (4, x.shape[2]), dtype=scale.dtype)
 
 
 @torch.library.custom_op("accelkit::td_norm", mutates_args=())

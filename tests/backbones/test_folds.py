@@ -1,4 +1,4 @@
-"""Folded skips against the chain of projections that they stand for."""
+"""Folded skips against the chain of projections that they replace."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTH = 64
 
 
 def linears(count, seed=0, width=WIDTH, dtype=torch.float32):
-    """Projections that neither blow up nor shrink what runs through them."""
+    """Make projections that keep the scale of their inputs."""
     torch.manual_seed(seed)
     made = [torch.nn.Linear(2 * width, width) for _ in range(count)]
     for linear in made:
@@ -96,7 +96,7 @@ def folded_skips(count=4):
 
 
 def holds(blocks, folds, depth=1):
-    """Whether the fold there is now is that of the weights there are now."""
+    """Whether the current fold is that of the current weights."""
     run = [block.skip_linear for block in blocks[depth:]]
     return torch.equal(folds.at(depth).weight, fold(run).weight)
 
@@ -196,7 +196,7 @@ def test_new_weights_drop_it(change):
     assert holds(blocks, folds)
 
 
-def test_new_weights_where_the_old_ones_were_drop_it():
+def test_new_weights_at_the_old_address_drop_it():
     blocks, folds = folded_skips()
     weight = blocks[2].skip_linear.weight
     memory = weight.detach().numpy().copy()
@@ -209,14 +209,14 @@ def test_new_weights_where_the_old_ones_were_drop_it():
     assert holds(blocks, folds)
 
 
-@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
-def test_elsewhere_weights_are_compared_once_a_run(device, monkeypatch):
-    """So that the host does not wait for a GPU at every step."""
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_off_the_cpu_weights_are_compared_once_a_run(device, monkeypatch):
+    """The host must not wait for a GPU at every step."""
     blocks, folds = folded_skips()
     compared = []
     same = torch.equal
     monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or same(a, b))
-    if device == "elsewhere":
+    if device == "other":
         monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     runs = []
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_elsewhere_weights_are_compared_once_a_run(device, monkeypatch):
             folds.at(depth)
         runs.append(len(compared))
     once, twice = 2 * (4 + 3 + 2), 2 * (4 + 3)  # weights and biases behind depths 0, 1, 2 and 0, 1
-    if device == "cpu":  # but not as they are folded
+    if device == "cpu":  # except when they are folded
         assert runs == [twice, 2 * twice + once, 3 * twice + 2 * once]
     else:
         assert runs == [0, once, 2 * once]
@@ -234,7 +234,7 @@ def test_elsewhere_weights_are_compared_once_a_run(device, monkeypatch):
         assert holds(blocks, folds, depth)
 
 
-def test_weights_of_other_depths_do_not():
+def test_weights_of_other_depths_do_not_drop_it():
     blocks, folds = folded_skips()
     first = folds.at(2)
     in_place(blocks[1].skip_linear)
@@ -251,7 +251,7 @@ def test_weights_of_other_depths_do_not():
         lambda block: torch.nn.utils.parametrizations.weight_norm(block.skip_linear),
     ],
 )
-def test_what_is_more_than_a_linear_layer_is_not_folded(spoil):
+def test_only_plain_linear_layers_are_folded(spoil):
     blocks, folds = folded_skips()
     assert folds.at(1) is not None
     spoil(blocks[3])
@@ -265,7 +265,7 @@ def test_weights_made_in_inference_mode_cannot_be_watched():
     assert folds.at(1) is None
 
 
-def test_made_in_inference_mode_it_serves_outside_of_it():
+def test_a_fold_made_in_inference_mode_can_be_used_outside():
     blocks, folds = folded_skips()
     with torch.inference_mode():
         made = folds.at(1)
@@ -292,7 +292,7 @@ def call(seed=1):
 
 
 def chained(model, *args):
-    """With gradients recorded the chain runs."""
+    """Run the chain, as every call does that records gradients."""
     return model(*args).sample.detach()
 
 
@@ -320,13 +320,13 @@ def test_it_saves_about_half_the_multiplications(uvit, depth):
     enable(uvit, f"uniform:{depth}")
     chain_of = macs(uvit)
     with torch.no_grad():
-        uvit(*call())  # folding has its cost, once
+        uvit(*call())  # folding costs something once
         saved = chain_of - macs(uvit)
     run, unit = 6 - depth, 2 * 17 * 32**2  # samples, tokens, width squared
     assert saved == max(0, run - 1) * unit  # 2 run products of D x D become run + 1
 
 
-def test_training_in_between_is_seen_even_where_weights_are_written_through_data(uvit):
+def test_training_drops_folds_even_if_weights_are_written_through_data(uvit):
     enable(uvit, "uniform:2")
     with torch.no_grad():
         uvit(*call())
@@ -340,7 +340,7 @@ def test_training_in_between_is_seen_even_where_weights_are_written_through_data
         assert error(uvit(*call()).sample, expected.double()) < 1e-5
 
 
-def test_weights_that_are_elsewhere_until_they_run_are_not_folded(uvit):
+def test_offloaded_weights_are_not_folded(uvit):
     enable(uvit, "uniform:2")
     expected = chained(uvit, *call())
     away = {block: block.skip_linear.weight for block in uvit.out_blocks}
@@ -358,7 +358,7 @@ def test_weights_that_are_elsewhere_until_they_run_are_not_folded(uvit):
         assert torch.equal(uvit(*call()).sample, expected)
 
 
-def test_a_call_that_fails_leaves_nothing_for_the_next_one(uvit):
+def test_a_call_that_fails_has_no_effect_on_the_next(uvit):
     enable(uvit, "uniform:2")
     expected = chained(uvit, *call())
     handle = uvit.out_blocks[4].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -369,7 +369,7 @@ def test_a_call_that_fails_leaves_nothing_for_the_next_one(uvit):
         assert error(uvit(*call()).sample, expected.double()) < 1e-5
 
 
-def test_what_others_do_to_the_tokens_between_the_blocks_is_not_lost(uvit):
+def test_hooks_between_the_blocks_still_change_the_tokens(uvit):
     enable(uvit, "uniform:2")
     with torch.no_grad():
         plain = uvit(*call()).sample

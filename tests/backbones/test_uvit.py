@@ -1,4 +1,4 @@
-"""Schedules on U-ViT: which blocks run, what a skipped one still does, and that nothing stays."""
+"""Schedules on U-ViT: which blocks run, what a skipped one still runs, and that no trace stays."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ MIXED = [900, 100, 500, 100]  # depths 0, 4, 2, 4
 
 
 def make(layers=8, seed=0, **changes):
-    """A class-conditional U-ViT of 2x2 patches on (4, 8, 8) latents, no weight zero."""
+    """Make a class-conditional U-ViT of 2x2 patches on (4, 8, 8) latents, with no zero weight."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = UViTTransformer2DModel(
@@ -49,7 +49,7 @@ def uvit():
 
 
 def inputs(timesteps, seed=1):
-    """Latents, timesteps and labels, one row for each timestep."""
+    """Return latents, timesteps and labels, with a row for each timestep."""
     draw = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(timesteps), 4, 8, 8, generator=draw)
     labels = torch.randint(11, (len(timesteps),), generator=draw)
@@ -62,7 +62,7 @@ def run(model, latents, timesteps, labels):
 
 
 class OnlySkip(torch.nn.Module):
-    """What is left of a dropped decoder block."""
+    """The part of a dropped decoder block that still runs."""
 
     def __init__(self, block):
         super().__init__()
@@ -74,7 +74,7 @@ class OnlySkip(torch.nn.Module):
 
 
 def truncated(model, depth):
-    """The network with all decoder blocks behind the first ``depth`` cut down by hand."""
+    """Return the network with all decoder blocks after the first ``depth`` cut down by hand."""
     short = copy.deepcopy(model)
     for index in range(depth, len(short.out_blocks)):
         short.out_blocks[index] = OnlySkip(short.out_blocks[index])
@@ -82,7 +82,7 @@ def truncated(model, depth):
 
 
 def by_hand(model, latents, timesteps, labels):
-    """Every row alone through the network cut to its depth."""
+    """Run every row alone through the network cut to its depth."""
     cut = {depth: truncated(model, depth) for depth in set(DEPTH_OF.values())}
     rows = zip(latents.split(1), timesteps.split(1), labels.split(1), strict=True)
     return torch.cat([run(cut[DEPTH_OF[int(t)]], x, t, y) for x, t, y in rows])
@@ -100,7 +100,7 @@ def traces(model):
 
 
 def calls_of(model):
-    """Counts the rows that every block's attention runs on."""
+    """Record the number of rows that every block's attention runs on."""
     ran = {}
     blocks = [*model.in_blocks, model.mid_block, *model.out_blocks]
     for index, block in enumerate(blocks):
@@ -228,17 +228,18 @@ def test_one_timestep_or_label_for_all(uvit):
             close(run(uvit, latents, shared, labels), run(truncated(uvit, 0), latents, 900, labels))
 
 
-def test_the_scheduler_tells_the_noise_of_the_networks_own_time():
+def test_the_noise_level_of_the_networks_own_time():
     for name in ("celeba64-s4", "imagenet256-h2"):
         config = {k: v for k, v in PUBLISHED[name].items() if k.startswith("timestep_")}
         model = make(**config)
         backbone = backbone_of(model)
         index = torch.tensor([0, 299, 300, 599, 600, 999])
-        told = backbone.model_timestep(index)
-        assert not torch.equal(told, index.float())
+        given = backbone.model_timestep(index)
+        assert not torch.equal(given, index.float())
         with enable(model, SCHEDULE, scheduler=DDIMScheduler()):
             ran = calls_of(model)
-            run(model, *(part for part in (inputs([0] * 6)[0], told, inputs([0] * 6)[2])))
+            latents, _, labels = inputs([0] * 6)
+            run(model, latents, given, labels)
         assert [ran[i] for i in range(5, 9)] == [[4], [4], [2], [2]]
         assert ran[0] == [6]
 
@@ -281,7 +282,7 @@ def test_checkpointing_changes_no_gradient(uvit, batches):
     same_gradients(backward(uvit, *calls), expected)
 
 
-def test_what_embeds_the_time_can_be_left_out_of_training():
+def test_the_time_embedder_can_be_frozen():
     model = make(mlp_time_embed=True)
     with backbone_of(model).training(freeze_time=True):
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -348,7 +349,7 @@ SMALL = "2@0.3,1@0.6,0@1"  # of two decoder blocks
 
 
 class Graphs(list):
-    """A backend that keeps what it is given to compile."""
+    """A backend that records the graphs it compiles."""
 
     def __call__(self, graph, _):
         self.append(graph)
@@ -361,7 +362,7 @@ class Graphs(list):
 
 @pytest.fixture
 def compiled():
-    """A small U-ViT, the same compiled whole, and its graphs."""
+    """Return a small U-ViT, the same compiled whole, and its graphs."""
     torch._dynamo.reset()
     model, graphs = make(4), Graphs()
     enable(model, SMALL)

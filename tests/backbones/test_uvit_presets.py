@@ -1,4 +1,4 @@
-"""The presets of U-ViT, and schedules that count other blocks."""
+"""The presets of U-ViT, and schedules of other families."""
 
 import json
 

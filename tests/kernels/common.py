@@ -1,10 +1,10 @@
-"""What the kernels' tests share: cases, gradients, tolerances, the interpreter, compilation.
+"""Cases, gradients, tolerances, interpretation and compilation, shared by the kernels' tests.
 
-Triton decides when it is imported whether kernels are interpreted, so a test file also runs as a
-script, `main`: once under the interpreter, once to compile for GPUs that are not there.
+Triton decides at its import whether kernels are interpreted. So a test file also runs as a script
+under the interpreter, by `main`. Compilation for GPUs that this machine lacks needs no process of
+its own.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -22,17 +22,20 @@ from accelkit_kernels import _common
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ["contiguous", "strided"]
 TARGETS = [80, 86, 90, 100]
-# Compiled for: bfloat16 everywhere; float32, whose tiles are no larger in registers, where kernels
-# have been seen to spill first.
+# Kernels are compiled in bfloat16 for all targets, and in float32, whose tiles take no more
+# registers, for the target on which kernels have spilled first.
 BUILDS = [*(("bf16", target) for target in TARGETS), ("fp32", 86)]
-# For kernels whose registers hold float32 whatever the dtype: there one target tells of the loads.
+# For kernels whose registers hold float32 whatever the dtype: one target shows how they load it.
 COMPILED = [*(("bf16", target) for target in TARGETS), ("fp32", 80)]
 
 needs_triton = pytest.mark.skipif(not _common.HAS_TRITON, reason="Triton is not installed")
+needs_compiler = pytest.mark.skipif(
+    not _common.HAS_TRITON or _common.INTERPRETED, reason="Triton is missing, or interprets"
+)
 
 
 def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that runs a kernel on a GPU, where falling back to the reference fails it."""
+    """Mark a test that runs a kernel on a GPU; it fails if the reference runs instead."""
     test = pytest.mark.filterwarnings("error::RuntimeWarning")(test)
     test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
     return pytest.mark.gpu(test)
@@ -41,7 +44,7 @@ def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
 def outputs(
     function: Callable[..., Any], leaves: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What `function` returns for the leaves, then the leaves' gradients."""
+    """Return the outputs of `function`, then the gradients of the leaves."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = function(*leaves)
     out = [out] if isinstance(out, Tensor) else list(out)
@@ -49,11 +52,11 @@ def outputs(
 
 
 def check(actual: Sequence[Tensor], expected: Sequence[Tensor], names: str) -> None:
-    """Within 1e-5 in float32, and within the rounding of the last cast in the halves."""
+    """Compare within 1e-5 in float32, and within the rounding of the last cast in the halves."""
     for name, a, e in zip(names.split(), actual, expected, strict=True):
         assert a.shape == e.shape, name
         assert a.is_contiguous(), name
-        # A row of one feature normalises to zero: its dx is zero and has no scale of its own.
+        # A row of one feature normalises to zero, so that its dx is zero and sets no scale.
         atol = 1e-5 * max(1.0, float(e.abs().max()) if e.numel() else 0.0)
         rtol = max(1e-5, torch.finfo(a.dtype).eps)
         torch.testing.assert_close(
@@ -73,21 +76,16 @@ def run_python(*args: str, interpret: bool) -> None:
 
 
 def interpreted(script: str, folder: Path) -> Any:
-    """What the script's first function returns under Triton's interpreter."""
-    run_python(script, "interpret", str(folder / "outputs.pt"), interpret=True)
+    """Return what the script's `interpret` returns under Triton's interpreter."""
+    run_python(script, str(folder / "outputs.pt"), interpret=True)
     return torch.load(folder / "outputs.pt", weights_only=True)
 
 
-def compiled(script: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Registers, stack, shared memory and code size by kernel, as the script's second lists them.
-
-    In bytes but for the registers. Triton has no stack but for spills.
-    """
-    run_python(script, "compile", str(folder / "usage.json"), interpret=False)
-    return json.loads((folder / "usage.json").read_text())
-
-
 def check_spills(usage: dict[str, dict[str, int]], count: int, record_property: Any) -> None:
+    """Check that none of the compiled kernels, `count` in all, uses the stack.
+
+    Triton uses the stack for spills only.
+    """
     assert len(usage) == count
     for label, used in usage.items():
         record_property(label, used)
@@ -104,9 +102,10 @@ def compile_kernel(
     types: dict[str, Any],
     stages: int = 3,
 ) -> dict[str, int]:
-    """The kernel as it is launched for aligned tensors of `dtype`, but for those in `types`.
+    """Compile the kernel as launched for aligned tensors of `dtype`, but for those in `types`.
 
-    A tuple in `types` is for an argument that is one, as tensors that are summed over may be.
+    A tuple in `types` stands for an argument that is a tuple of tensors. Returns the registers, and
+    the bytes of stack, shared memory and code.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -136,7 +135,7 @@ def compile_kernel(
         usage = subprocess.check_output([dump, "-res-usage", file.name], text=True)
     words = (word.partition(":") for word in usage.split())
     found = {name: int(value) for name, _, value in words if name in ("REG", "STACK")}
-    # Shared memory is asked for at launch, so that the binary itself does not say how much.
+    # Shared memory is requested at launch, so the binary does not state its size.
     return found | {"SHARED": built.metadata.shared, "CODE": len(binary)}
 
 
@@ -146,7 +145,7 @@ def compile_all(
     types: dict[str, Any] | None = None,
     stages: int = 3,
 ) -> dict[str, dict[str, int]]:
-    """Every launch (label, kernel, constants, warps) for every (dtype, target)."""
+    """Compile every launch (label, kernel, constants, warps) for every (dtype, target)."""
     builds = list(dtypes)
     return {
         f"{label} {dtype} sm_{target}": compile_kernel(
@@ -157,10 +156,7 @@ def compile_all(
     }
 
 
-def main(interpret: Callable[[], Any], compile_: Callable[[], dict[str, dict[str, int]]]) -> None:
-    task, target = sys.argv[1:]
-    if task == "interpret":
-        assert _common.INTERPRETED
-        torch.save(interpret(), target)
-    else:
-        Path(target).write_text(json.dumps(compile_()))
+def main(interpret: Callable[[], Any]) -> None:
+    """Save the outputs of interpreted kernels to the path given on the command line."""
+    assert _common.INTERPRETED
+    torch.save(interpret(), sys.argv[1])

@@ -4,7 +4,7 @@ import common
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from common import DTYPES, needs_triton, on_cuda
+from common import DTYPES, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import (
@@ -24,7 +24,7 @@ def geglu_erf(*inputs: Tensor) -> Tensor:
     return bias_geglu(*inputs, approximate="none")
 
 
-# By form: the function, its formula in PyTorch's words, its inputs.
+# For each form: the function, its formula in PyTorch, its inputs.
 FORMS = {
     "gelu": (bias_gelu_tanh, lambda x, b: F.gelu(x + b, approximate="tanh"), "x bias"),
     "geglu": (
@@ -52,7 +52,7 @@ CASES = {
 
 
 def make(form: str, dtype: str, shape: tuple[int, int, int], layout: str) -> list[Tensor]:
-    """The form's inputs and the gradient of the output, from a fixed seed."""
+    """Return the form's inputs and the gradient of the output, from a fixed seed."""
     b, n, f = shape
     gen = torch.Generator().manual_seed(b * 10_000 + n * 100 + f)
 
@@ -128,7 +128,7 @@ def test_a_row_does_not_depend_on_its_batch(interpreted):
 
 @needs_triton
 def test_large_inputs_stay_finite(interpreted):
-    """Both tails, where the sigmoid has saturated and its derivative is 0 times something large."""
+    """Check both tails, where the derivative is a saturated sigmoid's 0 times a large number."""
     for act in ("gelu", "geglu_erf", "swiglu_plain"):
         out, dx = interpreted[f"{act} large"][:2]
         sign = torch.tensor([[1e4, 0.0, 100.0, 0.0]])
@@ -136,13 +136,9 @@ def test_large_inputs_stay_finite(interpreted):
         torch.testing.assert_close(dx, sign.sign())
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory) -> dict[str, dict[str, int]]:
-    return common.compiled(__file__, tmp_path_factory.mktemp("compiled"))
-
-
-@needs_triton
-def test_compiles_without_spills(usage, record_property):
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 4 * len(common.BUILDS), record_property)
 
 
@@ -229,7 +225,7 @@ def compile_all() -> dict[str, dict[str, int]]:
         (f"{act} {kernel.__name__}", kernel, block | gated | {"ACT": act}, 4)
         for act, gated in [
             ("gelu_tanh", {"GATED": False, "VALUE_BIASED": False}),
-            ("gelu", {"GATED": True, "VALUE_BIASED": True}),  # of the gated forms the largest
+            ("gelu", {"GATED": True, "VALUE_BIASED": True}),  # the largest gated form
         ]
         for kernel in (_activation_kernels._forward_kernel, _activation_kernels._backward_kernel)
     ]
@@ -237,4 +233,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

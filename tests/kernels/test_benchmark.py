@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: its cases are valid, and it says what it needs."""
+"""The cases of benchmarks/kernels.py, and its error without a GPU."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_without_a_gpu(script, monkeypatch, capsys):
         script.main()
     assert left.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        "benchmarks.kernels needs a CUDA device, and there is none"
+        "benchmarks.kernels needs a CUDA device, and none was found"
     ]
 
 

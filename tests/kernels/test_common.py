@@ -1,8 +1,7 @@
-"""Where a kernel cannot run, one warning says why and the reference runs; sums of chunks."""
+"""The reference runs with one warning where a kernel cannot."""
 
 import warnings
 
-import common
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def test_what_is_not_the_compilers_fault_is_raised(monkeypatch, interpreted, err
 
 
 class OnOldGPU:
-    """As much of a tensor as is asked before a kernel is chosen."""
+    """The attributes of a tensor that decide whether a kernel runs."""
 
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda:0")
 
@@ -81,19 +80,3 @@ def test_what_a_kernel_serves(monkeypatch):
     assert not _common.kernel_serves(torch.empty(1, 1, 65), 64)
     assert _common.kernel_serves(torch.empty(1, 1, 65))
     assert not _common.kernel_serves(torch.empty(2, 0, 64))
-
-
-@common.needs_triton
-def test_sums_of_chunks(tmp_path):
-    for partial, *sums in common.interpreted(__file__, tmp_path):
-        for i, total in enumerate(sums):
-            torch.testing.assert_close(total, partial[:, :, i].sum(1))
-
-
-def interpret() -> list[list[Tensor]]:
-    partials = [torch.randn(2, 5, count, 300) for count in (1, 2, 3)]
-    return [[p, *_common.sum_chunks(p, torch.float32)] for p in partials]
-
-
-if __name__ == "__main__":
-    common.main(interpret, dict)

@@ -3,7 +3,7 @@
 import common
 import pytest
 import torch
-from common import DTYPES, TARGETS, needs_triton, on_cuda
+from common import DTYPES, TARGETS, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import exit as operation
@@ -23,7 +23,7 @@ CASES = {
 
 
 def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
-    """x, shift, scale, weight and bias, from a fixed seed."""
+    """Return x, shift, scale, weight and bias, from a fixed seed."""
     b, rows, columns, d, patch, every, _ = size
     n, outputs = rows * columns, patch * patch * every
     gen = torch.Generator().manual_seed(sum(size))
@@ -33,10 +33,10 @@ def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
 
     if layout == "contiguous":
         x, shift, scale = normal(b, n, d), normal(b, d), normal(b, d)
-    else:  # patches behind extra tokens, one projection to both vectors
+    else:  # patches after extra tokens, one projection to both vectors
         x = normal(b, n + 2, d)[:, 2:]
         shift, scale = normal(b, 2 * d).chunk(2, dim=1)
-    # an offset shows a variance that cancels
+    # the offset exposes a variance that cancels
     return [x + 3, shift, scale, normal(outputs, d) / d**0.5, normal(outputs)]
 
 
@@ -60,7 +60,7 @@ def check(actual: Tensor, case: str) -> None:
 
 
 def test_end_of_a_dit():
-    """The last lines of diffusers' model, whose blocks hand over their tokens by a hook."""
+    """Compare with the last lines of diffusers' model; a hook records the tokens of its blocks."""
     dit = pytest.importorskip("diffusers").DiTTransformer2DModel
     torch.manual_seed(0)
     model = dit(2, 8, in_channels=3, out_channels=5, num_layers=1, sample_size=8, patch_size=2)
@@ -95,7 +95,7 @@ def test_affine_norm_of_a_uvit():
     torch.testing.assert_close(y, expected)
 
 
-def test_gradients_are_the_reference_s():
+def test_gradients_are_those_of_the_reference():
     gen = torch.Generator().manual_seed(0)
     sizes = [(2, 4, 3), (2, 3), (2, 3), (8, 3), (8,)]
     inputs = [torch.randn(s, generator=gen, dtype=torch.float64, requires_grad=True) for s in sizes]
@@ -124,7 +124,7 @@ def test_no_samples():
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, Tensor]:
-    """What the kernel gives for every case, and for one sample of a batch on its own."""
+    """What the kernel returns for every case, and for one sample of a batch alone."""
     return common.interpreted(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
@@ -139,9 +139,9 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
     assert torch.equal(interpreted["alone"][0], interpreted[BATCH][1])
 
 
-@needs_triton
-def test_compiles_without_spills(tmp_path, record_property):
-    usage = common.compiled(__file__, tmp_path)
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 3 * len(TARGETS), record_property)
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
@@ -184,7 +184,7 @@ GOOD = {
         ({"x": torch.zeros(6, 4)}, ValueError, r"x has shape \(6, 4\), expected \(B, N, D\)"),
         ({"x": torch.zeros(2, 6, 4).double()}, TypeError, "float64, expected float32"),
         ({"scale": torch.zeros(2, 5)}, ValueError, r"scale has shape \(2, 5\)"),
-        ({"grid": (2, 2)}, ValueError, "grid is 2 x 2, expected one of the 6 tokens of x"),
+        ({"grid": (2, 2)}, ValueError, "grid is 2 x 2, expected a grid of the 6 tokens of x"),
         ({"patch": 0}, ValueError, "patch is 0"),
         ({"weight": torch.zeros(10, 4)}, ValueError, r"weight has shape \(10, 4\), expected \(4 C"),
         ({"weight": torch.zeros(12, 4).half()}, TypeError, "weight is torch.float16 and x is"),
@@ -232,4 +232,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

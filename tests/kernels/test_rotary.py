@@ -5,13 +5,13 @@ import itertools
 import common
 import pytest
 import torch
-from common import COMPILED, DTYPES, needs_triton, on_cuda
+from common import COMPILED, DTYPES, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import _common, qk_norm_rope, qk_norm_rope_reference, rotary, rotary_2d
 
 # (B, rows, columns, H, d), dtype, layout: one token of one pair of pairs; the odd head width of
-# DiT-XL over more than one tile; few heads, with positions of their own for each sample.
+# DiT-XL over more than one tile; few heads, with different positions for each sample.
 CASES = {
     "-".join([dtype, "x".join(map(str, size)), layout]): (dtype, size, layout)
     for dtype, size, layout in [
@@ -24,7 +24,7 @@ CASES = {
 
 
 def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
-    """q, k, the gradients of both, cos and sin, from a fixed seed."""
+    """Return q, k, the gradients of both, cos and sin, from a fixed seed."""
     b, rows, columns, h, d = size
     n = rows * columns
     gen = torch.Generator().manual_seed(sum(size))
@@ -35,7 +35,7 @@ def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
     cos, sin = rotary_2d(rows, columns, d)
     if layout == "contiguous":
         q, k, dq, dk = (normal(b, n, h, d) for _ in range(4))
-    else:  # one projection to q, k and v; gradients as attention has them; other positions
+    else:  # one projection to q, k and v; gradients as from attention; other positions
         q, k, _ = normal(b, n, 3, h, d).unbind(2)
         dq, dk = normal(2, b, h, n, d).transpose(2, 3)
         turns = torch.arange(b)[:, None]
@@ -44,7 +44,7 @@ def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
 
 
 def outputs(inputs: list[Tensor], function=qk_norm_rope) -> list[Tensor]:
-    """q, k, dq, dk."""
+    """Return q, k, dq, dk."""
     *tensors, cos, sin = inputs
     return common.outputs(lambda q, k: function(q, k, cos, sin), tensors[:2], tensors[2:])
 
@@ -59,7 +59,7 @@ def check(actual: list[Tensor], inputs: list[Tensor]) -> None:
 
 
 def test_rotation_by_complex_numbers():
-    """A pair is a complex number, and its turn a product; the row's half comes first."""
+    """Turn pairs as complex numbers, by products; the row's half comes first."""
     rows, columns, d = 3, 2, 8
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, rows * columns, 3, d, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_no_tokens():
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, list[Tensor]]:
-    """What the kernels give for every case, and for one sample of a batch on its own."""
+    """What the kernels return for every case, and for one sample of a batch alone."""
     return common.interpreted(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
@@ -130,9 +130,9 @@ def test_a_sample_does_not_depend_on_its_batch(interpreted):
         assert torch.equal(alone[0], batch[1])
 
 
-@needs_triton
-def test_compiles_without_spills(tmp_path, record_property):
-    usage = common.compiled(__file__, tmp_path)
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 2 * len(COMPILED), record_property)
 
 
@@ -216,4 +216,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

@@ -1,11 +1,11 @@
-"""skip_linear against float64: reference, interpreted kernel, gradients, registration."""
+"""skip_linear against float64: reference, interpreted kernel, registration."""
 
 import itertools
 
 import common
 import pytest
 import torch
-from common import DTYPES, TARGETS, needs_triton, on_cuda
+from common import DTYPES, TARGETS, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import skip as operation
@@ -27,7 +27,7 @@ CASES = {
 
 
 def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
-    """x, weight, bias, the skips and the gradient of the output, from a fixed seed."""
+    """Return x, weight, bias and the skips, from a fixed seed."""
     b, n, d, out, k = size
     gen = torch.Generator().manual_seed(sum(size))
 
@@ -36,36 +36,24 @@ def make(dtype: str, size: tuple[int, ...], layout: str) -> list[Tensor]:
 
     if layout == "contiguous":
         x, *skips = (normal(b, n, d) for _ in range(k + 1))
-        weight, dy = normal(out, (k + 1) * d), normal(b, n, out)
-    else:  # features that are far apart, patches behind the extra tokens, a part of a wider weight
+        weight = normal(out, (k + 1) * d)
+    else:  # strided features, patches after extra tokens, a part of a wider weight
         x = normal(b, d, n).transpose(1, 2)
         skips = [normal(b, n + 2, d)[:, 2:] for _ in range(k)]
-        weight, dy = normal(out, (k + 2) * d)[:, d:], normal(b, n + 1, out)[:, 1:]
-    return [x, weight / d**0.5, normal(out), *skips, dy]
+        weight = normal(out, (k + 2) * d)[:, d:]
+    return [x, weight / d**0.5, normal(out), *skips]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, *skips: Tensor) -> Tensor:
     skip = skips[0] if len(skips) == 1 else skips
-    return skip_linear(x, skip, weight, None if len(bias) == 1 else bias) + 0 * bias.sum()
+    return skip_linear(x, skip, weight, None if len(bias) == 1 else bias)
 
 
-def outputs(inputs: list[Tensor], function=forward) -> list[Tensor]:
-    """y, dx, dweight, dbias and the skips' gradients."""
-    return common.outputs(function, inputs[:-1], inputs[-1:])
-
-
-def check(actual: list[Tensor], inputs: list[Tensor]) -> None:
-    def reference(x: Tensor, weight: Tensor, bias: Tensor, *skips: Tensor) -> Tensor:
-        y = skip_linear_reference(x, skips, weight)
-        return y + (0 if len(bias) == 1 else 1) * bias
-
-    expected = outputs([t.double() for t in inputs], reference)
-    assert all(t.dtype == inputs[0].dtype for t in actual)
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        rounding = torch.finfo(a.dtype).eps
-        atol = 1e-5 * max(1.0, float(e.abs().max()))
-        torch.testing.assert_close(a.double(), e, rtol=max(1e-5, rounding), atol=atol)
+def check(actual: Tensor, inputs: list[Tensor]) -> None:
+    x, weight, bias, *skips = (t.double() for t in inputs)
+    expected = skip_linear_reference(x, skips, weight, None if len(bias) == 1 else bias)
+    assert actual.dtype == inputs[0].dtype
+    common.check([actual], [expected], "y")
 
 
 # ----------------------------------------------------------------------------------- reference
@@ -90,41 +78,36 @@ def test_two_folded_projections():
     torch.testing.assert_close(folded, chain)
 
 
-def test_reference_passes_gradcheck():
-    gen = torch.Generator().manual_seed(0)
-    sizes = [(2, 3, 4), (5, 12), (5,), (2, 3, 4), (2, 3, 4)]
-    inputs = [torch.randn(s, generator=gen, dtype=torch.float64, requires_grad=True) for s in sizes]
+def test_gradients_are_those_of_the_reference():
+    inputs = [t.double().requires_grad_() for t in make("float32", (2, 3, 4, 5, 2), "contiguous")]
     assert torch.autograd.gradcheck(
         lambda x, weight, bias, *skips: skip_linear_reference(x, skips, weight, bias), inputs
     )
+    leaves = [t.detach().float().requires_grad_() for t in inputs]
+    y = forward(*leaves)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert torch.equal(y, forward(*leaves))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_operation(case: str):
+@pytest.mark.parametrize("operation_runs", [False, True], ids=["reference", "operation"])
+def test_operation(case: str, operation_runs: bool, monkeypatch):
+    monkeypatch.setattr(operation, "_kernel_may_serve", lambda x: operation_runs)
     inputs = make(*CASES[case])
-    check(outputs(inputs), inputs)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_of_the_operation(case: str, monkeypatch):
-    """Those that accompany the kernel, over a reference in its place."""
-    monkeypatch.setattr(operation, "_kernel_may_serve", lambda x: True)
-    inputs = make(*CASES[case])
-    check(outputs(inputs), inputs)
+    check(forward(*inputs), inputs)
 
 
 def test_no_tokens():
-    y, *grads = outputs(make("float32", (2, 0, 8, 4, 1), "contiguous"))
-    assert y.shape == (2, 0, 4)
-    assert not any(grad.any() for grad in grads)
+    assert forward(*make("float32", (2, 0, 8, 4, 1), "contiguous")).shape == (2, 0, 4)
 
 
 # -------------------------------------------------------------------------------------- kernel
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> dict[str, list[Tensor]]:
-    """What the kernels give for every case, and for one sample of a batch on its own."""
+def interpreted(tmp_path_factory) -> dict[str, Tensor]:
+    """What the kernel returns for every case, and for one sample of a batch alone."""
     return common.interpreted(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
@@ -136,16 +119,12 @@ def test_interpreted_kernel(case: str, interpreted):
 
 @needs_triton
 def test_a_sample_does_not_depend_on_its_batch(interpreted):
-    assert torch.equal(interpreted["alone"][0], interpreted[BATCH][0][1:2])
+    assert torch.equal(interpreted["alone"], interpreted[BATCH][1:2])
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory) -> dict[str, dict[str, int]]:
-    return common.compiled(__file__, tmp_path_factory.mktemp("compiled"))
-
-
-@needs_triton
-def test_compiles_without_spills(usage, record_property):
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
     common.check_spills(usage, 2 * len(TARGETS), record_property)
     assert all(used["SHARED"] <= 99 * 1024 for used in usage.values())
 
@@ -156,24 +135,22 @@ def test_compiles_without_spills(usage, record_property):
 )
 def test_kernel_on_cuda(case: tuple[str, tuple[int, ...], str]):
     inputs = [t.cuda() for t in make(*case)]
-    check(outputs(inputs), inputs)
+    check(forward(*inputs), inputs)
 
 
 # -------------------------------------------------------------------------------- registration
 
 
 def test_opcheck():
-    x, weight, bias, *skips, _ = make("float32", FOLDED, "strided")
-    leaves = [t.detach().requires_grad_() for t in (x, *skips, weight, bias)]
-    torch.library.opcheck(operation._skip_linear, (leaves[0], leaves[1:-2], *leaves[-2:]))
+    x, weight, bias, *skips = make("float32", FOLDED, "strided")
+    torch.library.opcheck(operation._skip_linear, (x, skips, weight, bias))
 
 
 def test_compiles_into_one_graph(monkeypatch):
     monkeypatch.setattr(operation, "_kernel_may_serve", lambda x: True)
     inputs = make("float32", FOLDED, "contiguous")
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
-    for actual, eager in zip(outputs(inputs, compiled), outputs(inputs), strict=True):
-        torch.testing.assert_close(actual, eager)
+    torch.testing.assert_close(compiled(*inputs), forward(*inputs))
 
 
 GOOD = {
@@ -211,11 +188,10 @@ def test_bad_input(bad: dict, error: type[Exception], says: str):
 BATCH = "bfloat16-2x9x16x24x3-strided"
 
 
-def interpret() -> dict[str, list[Tensor]]:
-    found = {case: outputs(make(*spec)) for case, spec in CASES.items()}
-    x, weight, bias, *skips, _ = make(*CASES[BATCH])
-    found["alone"] = [skip_linear(x[1:], [s[1:] for s in skips], weight, bias)]
-    return found
+def interpret() -> dict[str, Tensor]:
+    found = {case: forward(*make(*spec)) for case, spec in CASES.items()}
+    x, weight, bias, *skips = make(*CASES[BATCH])
+    return found | {"alone": skip_linear(x[1:], [s[1:] for s in skips], weight, bias)}
 
 
 def compile_all() -> dict[str, dict[str, int]]:
@@ -234,4 +210,4 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

@@ -4,13 +4,13 @@ import common
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from common import DTYPES, needs_triton, on_cuda
+from common import DTYPES, needs_compiler, needs_triton, on_cuda
 from torch import Tensor
 
 from accelkit_kernels import _common, _time_vectors, td_norm, td_norm_reference, time_norm
 
 FORMS = {"layer": "y dx dlevel dscale dshift", "rms": "y dx dlevel dscale"}
-# One token of one feature, odd sizes, three chunks of tokens, vectors of float32 beside halves.
+# One token of one feature, odd sizes, three chunks of tokens, float32 vectors for a bfloat16 x.
 CASES = {
     "one": ("float32", (1, 1, 1), "contiguous"),
     "odd": ("float32", (3, 5, 7), "strided"),
@@ -22,7 +22,7 @@ CASES = {
 
 
 def make(dtype: str, shape: tuple[int, int, int], layout: str) -> list[Tensor]:
-    """x, level, scale, shift and the gradient of y, from a fixed seed."""
+    """Return x, level, scale, shift and the gradient of y, from a fixed seed."""
     b, n, d = shape
     gen = torch.Generator().manual_seed(b * 10_000 + n * 100 + d)
 
@@ -32,10 +32,10 @@ def make(dtype: str, shape: tuple[int, int, int], layout: str) -> list[Tensor]:
     level = torch.rand(b, generator=gen) * 2 - 1
     if layout == "contiguous":
         x, dy, scale, shift = normal(b, n, d), normal(b, n, d), normal(4, d), normal(4, d)
-    else:  # features that are far apart, a slice of tokens, a transposed table, its own dtype
+    else:  # strided features, a slice of tokens, a transposed table, its own dtype
         x, dy = normal(b, d, n).transpose(1, 2), normal(b, n + 2, d)[:, 1:-1]
         scale, shift = (normal(d, 4).float().T for _ in "12")
-    return [x + 3, level, scale, shift, dy]  # an offset shows a variance that cancels
+    return [x + 3, level, scale, shift, dy]  # the offset exposes a variance that cancels
 
 
 def outputs(form: str, inputs: list[Tensor], function=td_norm) -> list[Tensor]:
@@ -99,7 +99,7 @@ def test_no_tokens(form: str):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, list[Tensor]]:
-    """What the kernels give for every case, and for one sample of a batch on its own."""
+    """What the kernels return for every case, and for one sample of a batch alone."""
     return common.interpreted(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
@@ -123,19 +123,22 @@ def test_a_sample_does_not_depend_on_its_batch(form: str, interpreted):
 def test_a_token_of_zeros(interpreted):
     y, dx, *_ = interpreted["rms zero"]
     assert not y.any()
-    torch.testing.assert_close(
-        dx, torch.full_like(dx, 1e8)
-    )  # what 1 / eps makes of a gradient of 1
-
-
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory) -> dict[str, dict[str, int]]:
-    return common.compiled(__file__, tmp_path_factory.mktemp("compiled"))
+    torch.testing.assert_close(dx, torch.full_like(dx, 1e8))  # a gradient of 1, over eps
 
 
 @needs_triton
-def test_compiles_without_spills(usage, record_property):
-    common.check_spills(usage, 5 * len(common.BUILDS), record_property)
+@pytest.mark.parametrize("count", [1, 2])
+def test_sums_of_chunks(count: int, interpreted):
+    partial, *sums = interpreted[f"sums {count}"]
+    assert len(sums) == count
+    for i, total in enumerate(sums):
+        torch.testing.assert_close(total, partial[:, :, i].sum(1))
+
+
+@needs_compiler
+def test_compiles_without_spills(record_property):
+    usage = compile_all()
+    common.check_spills(usage, 6 * len(common.BUILDS), record_property)
 
 
 @on_cuda
@@ -203,22 +206,28 @@ def interpret() -> dict[str, list[Tensor]]:
     found = {f"{form} {case}": outputs(form, t) for form in FORMS for case, t in inputs.items()}
     zero, level, scale = torch.zeros(1, 2, 8), torch.zeros(1), torch.ones(4, 8)
     found["rms zero"] = outputs("rms", [zero, level, scale, scale, zero + 1])
+    for count in (1, 2):
+        partial = torch.randn(2, 5, count, 300)
+        found[f"sums {count}"] = [partial, *_common.sum_chunks(partial, torch.float32)]
     return found
 
 
 def compile_all() -> dict[str, dict[str, int]]:
     width, tokens, warps = _common.tile(1152)
     size = {"WIDTH": width, "TOKENS": tokens}
-    launches = [("at", _time_vectors._at_kernel, {"WIDTH": 256}, 4)]
+    launches = [
+        ("at", _time_vectors._at_kernel, {"WIDTH": 256}, 4),
+        ("sum", _common._sum_kernel, {"WIDTH": 256, "COUNT": 2}, 4),
+    ]
     for form, rms in (("layer", {"RMS": False}), ("rms", {"RMS": True})):
         backward = size | rms | {"CHUNK": _common.CHUNK}
         launches += [
             (f"{form} forward", time_norm._forward_kernel, size | rms, warps),
             (f"{form} backward", time_norm._backward_kernel, backward, warps),
         ]
-    types = dict.fromkeys(["level_ptr", "gamma_ptr", "beta_ptr"], "*fp32")
-    return common.compile_all(launches, common.BUILDS, types | {"out_ptr": "*fp32"})
+    wide = ["level_ptr", "gamma_ptr", "beta_ptr", "out_ptr", "first_ptr", "last_ptr"]
+    return common.compile_all(launches, common.BUILDS, dict.fromkeys(wide, "*fp32"))
 
 
 if __name__ == "__main__":
-    common.main(interpret, compile_all)
+    common.main(interpret)

@@ -1,9 +1,9 @@
 """Whole forward passes of few, large operations: one file per family, found by class.
 
-A fused forward computes what the model's own does, from the model's own parameters: queries, keys
-and values in one product, what conditions all blocks in another, norm, modulation and residual in
-the kernels of ``accelkit_kernels`` on a CUDA GPU and in as few of PyTorch's operators elsewhere. A
-block with something unusual on it runs as it is.
+A fused forward computes what the model's own does, from the model's own parameters. Queries, keys
+and values are one product, the modulations of all blocks another; norm, modulation and residual are
+kernels of ``accelkit_kernels`` on a CUDA GPU, and as few of PyTorch's operators as possible
+elsewhere. A block with a hook or an unusual part runs as its own module.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FAMILIES: dict[str, type[FusedForward]] = {
 
 
 def fused_forward(backbone: Backbone) -> FusedForward | None:
-    """Return the fused forward of a model, None for a family that has none."""
+    """Return the fused forward of a model, None if its family has none."""
     kind = _FAMILIES.get(backbone.family)
     return None if kind is None else kind(backbone)
 
 
 def paths(backbone: Backbone) -> list[str]:
-    """Return for each of a model's blocks by which path it runs without gradients, and why."""
+    """Return for each block which path it runs by without gradients, and why."""
     fused = fused_forward(backbone)
     if fused is None:
         own = f"own modules: a {backbone.family} has no fused forward"

@@ -1,4 +1,4 @@
-"""What fused forwards have in common: when one serves, and noticing that a model changed."""
+"""The base of fused forwards: which calls they run, and what they do when a model changes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from accelkit.backbones import Backbone
+from accelkit.backbones import Backbone, stale
 from accelkit.runtime import conflicts, recording
 from accelkit.runtime.fused.gate import Gate
-from accelkit.runtime.fused.stale import Joined, Watch, unfit, unusual
+from accelkit.runtime.fused.joined import Joined
+from accelkit.runtime.fused.odd import unfit, unusual
 from accelkit.runtime.routing import Plan
 
 Block = Callable[..., Any]
 Step = tuple[Tensor, int]
-"""All timesteps of a sampling run, and which of them a call is for."""
+"""All timesteps of a sampling run, and the index of a call's timestep among them."""
 
 
 class Pass(ABC):
     """One pass over a model's blocks as a function of its tensors alone.
 
-    Everything that needs a look at numbers, such as which labels a batch has, was decided when it
-    was made. So a pass can be captured as a graph, and another's tensors be put into it.
+    Every decision that depends on numbers, such as the labels of a batch, was made before. So a
+    pass can be captured as a graph, and the graph can run on the tensors of another pass.
 
     Attributes:
-        tensors: what it reads beside the weights, by name.
-        key: what decides, beside the sizes of its tensors, which operations it runs.
-        repeats: whether others of the same key are to be expected, of which one graph is worth it.
+        tensors: its inputs other than the weights, by name.
+        key: decides, with the sizes of the tensors, which operations it runs.
+        repeats: whether more passes with this key are likely, which makes a graph worthwhile.
     """
 
     tensors: dict[str, Tensor]
@@ -42,19 +43,20 @@ class Pass(ABC):
 
     @abstractmethod
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Return the model's prediction for ``tensors``, named and sized as its own."""
+        """Return the model's prediction for ``tensors``, which match its own in name and size."""
 
 
 class FusedForward(ABC):
     """A model's forward pass in few, large operations.
 
-    A family gives :meth:`outside`, :meth:`odd`, :meth:`build` and :meth:`begin`.
+    A family defines :meth:`outside`, :meth:`odd`, :meth:`build` and :meth:`begin`.
 
     Attributes:
-        blocks: what runs each of the backbone's ``all_blocks``, None for one that runs as it is.
+        blocks: the fused form of each of the backbone's ``all_blocks``; None for one that runs as
+            its own module.
         refusal: why no call is fused, None if calls are.
-        looks: how often the model was looked at, after each of which its weights lie elsewhere.
-        graphs: what runs passes, by a graph each (:mod:`accelkit.runtime.fused.graphs`), if any.
+        looks: how often the model was read. Each time its weights move.
+        graphs: runs passes as graphs (:class:`accelkit.runtime.graphs.Graphs`); None if not used.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -66,51 +68,50 @@ class FusedForward(ABC):
         self.graphs: Callable[[Pass], Tensor] | None = None
         self._names = list(inspect.signature(type(backbone.model).forward).parameters)[1:]
         self._joined: list[Joined] = []
-        self._watch: Watch | None = None
-        self._handle: Any = None  # of its hook on the model, while it is open
-        self._gate = Gate()  # calls run at the same time, and while none does weights are joined
+        self._seen: list[stale.Seen] = []  # the model as it was read; empty if it has to be
+        self._handle: Any = None  # of the hook on the model, while open
+        self._gate = Gate()  # weights are joined and separated while no call runs
 
     @abstractmethod
     def outside(self) -> list[nn.Module]:
-        """Return the modules beside the blocks that are not called but replaced."""
+        """Return the modules other than the blocks that are replaced rather than called."""
 
     @abstractmethod
     def odd(self, block: nn.Module) -> str | None:
-        """Return why a block has to run as it is, None if it can be fused."""
+        """Return why a block has to run as its own module, None if it can be fused."""
 
     def joins(self, block: nn.Module) -> list[Tensor]:
-        """Return the weights of a block, not an odd one, that are joined with others."""
+        """Return the weights of a block that are joined with others, if the block is not odd."""
         return []
 
     @abstractmethod
     def build(self, block: nn.Module) -> Block:
-        """Return what runs a block that is not odd, its weights joined."""
+        """Join the weights of a block that is not odd, and return its fused form."""
 
     @abstractmethod
     def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
-        """Return the pass of a call, None if it is to run as it is.
+        """Return the pass of a call, None if the model's own forward has to run.
 
         Args:
-            plan: what it runs of the blocks.
+            plan: which blocks it runs.
             call: the arguments of the model's call by name.
-            step: which of its sampling run it is; None if it is not known to be of one.
+            step: its place in a sampling run, None if unknown.
         """
 
     def odd_outside(self) -> str | None:
-        """Return why what is outside the blocks cannot be replaced, None if it can."""
+        """Return why the modules of :meth:`outside` cannot be replaced, None if they can."""
         return None
 
-    def built(self) -> None:  # noqa: B027 - some have nothing more
-        """Read what the fused blocks share, after them."""
+    def built(self) -> None:  # noqa: B027 - optional
+        """Read what the fused blocks share, once all are built."""
 
     def __call__(
         self, plan: Plan, step: Step | None, forward: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Return what the model's call returns, by its own ``forward`` where that is to run.
+        """Return the model's output, by its own ``forward`` where that has to run.
 
-        So it is for gradients, in a graph or transform that is being traced, under autocast, where
-        tokens are merged, where hooks are on all modules there are, and if ``forward`` is more than
-        that of the model's class.
+        It has to for gradients, while a graph or transform is traced, under autocast, if tokens are
+        merged, if there are global hooks on modules, and if ``forward`` is not that of the class.
         """
         if _traced():
             return forward(*args, **kwargs)
@@ -130,29 +131,29 @@ class FusedForward(ABC):
         return (sample,)
 
     def pass_of(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
-        """Return the fused pass of a model's call, None where the model's own forward is to run."""
+        """Return the fused pass of a call, None if the model's own forward has to run."""
         if self.refusal is not None or self._something_on_a_skipped_block(plan):
             return None
         return self.begin(plan, call, step)
 
     def _call(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments of a model's call by name, None if it cannot be fused."""
+        """Return the arguments of a call by name, None if it cannot be fused."""
         call = dict(zip(self._names, args, strict=False)) | kwargs
         known = len(call) == len(args) + len(kwargs) and call.keys() <= set(self._names)
         sample = call.get(self._names[0])
         if not known or not isinstance(sample, Tensor):
-            return None  # for the model to refuse
+            return None  # the model raises its own error
         if sample.is_meta or torch.is_autocast_enabled(sample.device.type):
             return None
         return call
 
     def _stale(self) -> bool:
-        """Whether the model has to be looked at, for the first time or because it changed."""
-        watch = self._watch
-        return watch is None or not watch.same() or not all(j.holds() for j in self._joined)
+        """Whether the model has to be read, for the first time or because it changed."""
+        seen = self._seen
+        return not seen or not all(map(stale.Seen.same, seen))
 
     def survey(self) -> list[str | None]:
-        """Return for each block why it runs as it is, None for one that is fused."""
+        """Return for each block why it runs as its own module, None for one that is fused."""
         replaced, blocks = self.outside(), list(self.backbone.all_blocks)
         like = next(self.model.parameters())
         whole = self._changed() or unusual(replaced) or unfit(replaced, like)
@@ -168,8 +169,8 @@ class FusedForward(ABC):
         return reasons
 
     def look(self) -> None:
-        """See which blocks are as their classes made them, and join their weights."""
-        self.part()
+        """Read the model: build the blocks that can be fused, and join their weights."""
+        self.separate()
         self.looks += 1
         reasons = self.survey()
         self.refusal = reasons[0] if all(reasons) else None
@@ -179,44 +180,44 @@ class FusedForward(ABC):
         ]
         if self.refusal is None:
             self.built()
-        self._watch = Watch([self.model])
+        self._seen = [*stale.structure([self.model]), *(each.seen for each in self._joined)]
 
     def joined(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Return parameters as one tensor that they are parts of from now on."""
+        """Join parameters, and return the tensor of which they are views."""
         self._joined.append(Joined(parameters))
         return self._joined[-1].whole
 
-    def part(self) -> None:
-        """Give all parameters their own storage again; the next call joins them anew."""
+    def separate(self) -> None:
+        """Give all parameters their own storage again; the next call joins them again."""
         with self._gate.change():
-            self._watch = None
+            self._seen = []
             while self._joined:
-                self._joined.pop().part()
+                self._joined.pop().separate()
 
     def open(self) -> None:
-        """Be there for the model's calls, again if it was closed."""
-        # what saves a model may take weights in one storage for copies of each other
-        self._handle = self.model.register_state_dict_pre_hook(lambda *_: self.part())
+        """Attach to the model's calls, also after :meth:`close`."""
+        # A saver may take weights in one storage for copies of each other.
+        self._handle = self.model.register_state_dict_pre_hook(lambda *_: self.separate())
 
     @contextmanager
     def bare(self, model: dict[str, Any]) -> Iterator[None]:
-        """Take its hook out of a model's attributes, and keep weights in place while entered."""
+        """Remove the hook from a copy's attributes, and keep the weights in place while entered."""
         name = "_state_dict_pre_hooks"
         model[name] = OrderedDict((k, v) for k, v in model[name].items() if k != self._handle.id)
         with self._gate.call():
             yield
 
     def close(self) -> None:
-        """Leave the model as it was."""
-        self.part()
+        """Restore the model."""
+        self.separate()
         self._handle.remove()
 
     def _own(self, forward: Any) -> bool:
-        """Whether nothing but the class's own forward would run, inside of accelkit's hook."""
+        """Whether ``forward``, inside accelkit's hook, is that of the model's class."""
         return getattr(forward, "__func__", None) is type(self.model).forward
 
     def _changed(self) -> str | None:
-        """Return what is on the model itself, or was put into its class, that has to run."""
+        """Return what on the model, or in its class, replaces the library's forward, or None."""
         owner: Any = next(kind for kind in type(self.model).__mro__ if "forward" in kind.__dict__)
         written = (owner.forward.__module__, owner.forward.__qualname__)
         own = written == (owner.__module__, f"{owner.__qualname__}.forward")
@@ -233,7 +234,7 @@ class FusedForward(ABC):
         return None
 
     def _something_on_a_skipped_block(self, plan: Plan) -> bool:
-        """Whether it is for a skipped block's own module to run what hangs on it."""
+        """Whether a skipped block has hooks, which its own module has to run."""
         counted = self.blocks[len(self.blocks) - self.backbone.depth :]
         return any(
             block is None and plan.rows_at(index) is not None for index, block in enumerate(counted)
@@ -241,7 +242,7 @@ class FusedForward(ABC):
 
 
 def _traced() -> bool:
-    """Whether a call is being turned into something else, or modules are to run as modules."""
+    """Whether a call is being traced or transformed, or there are global hooks on modules."""
     if nn.modules.module._has_any_global_hook():
         return True
     if torch.compiler.is_compiling() or recording.by() is not None:

@@ -1,8 +1,8 @@
 """DiT in diffusers, ``DiTTransformer2DModel``, with its conditioning computed once.
 
-diffusers embeds timestep and label anew in each block, by embedders that hold equal weights in
-every published model. Where they do, bit for bit, they are asked once; and the modulations of all
-blocks are one matrix product over the distinct pairs of timestep and label.
+diffusers embeds timestep and label in each block, with embedders whose weights are equal in every
+published model. If they are equal bit for bit, one of them is run for all; and the modulations of
+all blocks are one matrix product over the distinct pairs of timestep and label.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from accelkit.backbones import DiT
+from accelkit.backbones import DiT, stale
 from accelkit.runtime.fused import ops, parts, threads
 from accelkit.runtime.fused.base import Block, FusedForward, Pass, Step
-from accelkit.runtime.fused.modulation import Distinct, Modulations
-from accelkit.runtime.fused.stale import mismatch, unfit, unusual
-from accelkit.runtime.fused.table import StepTable
+from accelkit.runtime.fused.modulation import Distinct, Modulations, StepTable
+from accelkit.runtime.fused.odd import mismatch, unfit, unusual
 from accelkit.runtime.routing import Plan
 
-_VECTORS = 6  # of a block: shift, scale and gate of its attention, then of its MLP
-_LAST = 2  # of the final norm, which stand first in the table: shift and scale
+_VECTORS = 6  # vectors of a block: shift, scale and gate of its attention, then of its MLP
+_LAST = 2  # vectors of the final norm, which come first in a table: shift and scale
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,11 @@ class _Block:
     def __call__(
         self, x: Tensor, pending: ops.Pending | None, vectors: tuple[Tensor, ...]
     ) -> tuple[Tensor, ops.Pending]:
-        """Return the residual stream (B, N, D) and what the MLP has still to add to it."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors  # (B, D) each
-        x, normal = ops.add_layernorm_modulate(x, pending, shift, scale, self.eps[0])
-        gathered = self.attention(normal)
-        x, normal = ops.add_layernorm_modulate(
-            x, (gathered, gate), shift_mlp, scale_mlp, self.eps[1]
-        )
+        """Return the residual stream (B, N, D) and the MLP's output, still to be added to it."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors  # (B, D) or (1, D) each
+        x, normal = ops.add_layernorm_modulate(x, pending, shift, scale, self.eps[0])  # (B, N, D)
+        attended = self.attention(normal), gate  # (B, N, D), (B, D)
+        x, normal = ops.add_layernorm_modulate(x, attended, shift_mlp, scale_mlp, self.eps[1])
         return x, (self.mlp(normal), gate_mlp)
 
 
@@ -60,16 +57,16 @@ class FusedDiT(FusedForward):
         super().__init__(backbone)
         self.run = _Run()
         self._embedders: list[Any] = []
-        self._embedding: list[Tensor] = []  # all of their parameters
-        self._weights: list[Tensor] = []  # of all that makes vectors
-        self.indivisible = False  # whether something on the patches' embedder may look at a batch
+        self._embedding: list[Tensor] = []  # parameters of the embedders in use
+        self._weights: list[Tensor] = []  # all parameters that the vectors depend on
+        self.indivisible = False  # whether a hook on the patch embedder may depend on the batch
 
     def outside(self) -> list[nn.Module]:
         """Return the final norm, its modulation and the projection."""
         return [self.model.norm_out, self.model.proj_out_1, self.model.proj_out_2]
 
     def odd(self, block: Any) -> str | None:
-        """Return what a block is that is no adaLN-Zero block, or has beside it."""
+        """Return how a block differs from a plain adaLN-Zero block, or None."""
         if reason := mismatch({"it": (block, BasicTransformerBlock)}):
             return reason
         if reason := mismatch({"its first norm": (block.norm1, AdaLayerNormZero)}):
@@ -84,18 +81,18 @@ class FusedDiT(FusedForward):
         if reason is not None:
             return reason
         if block.norm1.norm.weight is not None or block.norm3.weight is not None:
-            return "its norms have weights of their own"
+            return "its norms have weights"
         if block.norm1.linear.bias is None:
             return "its modulation has no bias"
         return _odd(block.norm1.emb)
 
     def joins(self, block: Any) -> list[Tensor]:
-        """Return the weights of queries, keys and values, and of the modulation."""
+        """Return the weights of queries, keys and values, and those of the modulation."""
         own = parts.joined_weights(block.attn1)
         return [*own, block.norm1.linear.weight, block.norm1.linear.bias]
 
     def build(self, block: Any) -> Block:
-        """Return what runs an adaLN-Zero block."""
+        """Return the fused form of an adaLN-Zero block."""
         return _Block(
             parts.self_attention(block.attn1, self.joined),
             parts.mlp(block.ff),
@@ -103,7 +100,7 @@ class FusedDiT(FusedForward):
         )
 
     def odd_outside(self) -> str | None:
-        """Return what is odd in the final norm, its modulation or the projection."""
+        """Return what is unusual in the final norm, its modulation or the projection, or None."""
         model = self.model
         ends: dict[str, tuple[Any, type | None]] = {
             "its last norm": (model.norm_out, nn.LayerNorm),
@@ -120,7 +117,7 @@ class FusedDiT(FusedForward):
         return unusual([embedder]) or unfit([embedder], model.proj_out_1.weight) or _odd(embedder)
 
     def built(self) -> None:
-        """Join the layers that make the modulations of all fused blocks, and of the final norm."""
+        """Join the layers that compute the modulations of the final norm and all fused blocks."""
         blocks: Any = self.backbone.blocks
         self.fused = [number for number, block in enumerate(self.blocks) if block is not None]
         self._layers = [
@@ -147,27 +144,23 @@ class FusedDiT(FusedForward):
         if timestep.ndim != 1 or labels.ndim != 1 or call.get("cross_attention_kwargs") is not None:
             return None
         if labels.dtype not in (torch.int64, torch.int32):
-            return None  # for the model to refuse
+            return None  # the model raises its own error
         if self.model.training or sample.shape[-1] != sample.shape[-2]:
-            return None  # labels are dropped at random; diffusers takes a map for a square one
+            return None  # labels are dropped at random; diffusers treats any map as square
         if not {len(timestep), len(labels)} <= {1, len(sample)} or not sample.numel():
-            return None  # for the model to refuse
+            return None  # the model raises its own error
         patches = self.model.pos_embed.proj.weight  # (D, C, P, P)
         if (sample.shape[1], sample.dtype) != (patches.shape[1], patches.dtype):
-            return None  # too
+            return None  # here as well
         modulations = self.modulations(plan.depth, timestep, labels, sample.dtype, step)
-        if self.graphs is not None:  # whose sizes are not to depend on how many labels differ
+        if self.graphs is not None:  # the sizes of a graph must not depend on the labels
             modulations = modulations.of_each(len(sample))
         return _Pass(self, plan, sample, timestep, labels, modulations)
 
     def modulations(
         self, depth: int, timestep: Tensor, labels: Tensor, dtype: torch.dtype, step: Step | None
     ) -> Modulations:
-        """Return the vectors for a batch of pairs.
-
-        Returns:
-            Two for the final norm, then six for each fused block among the first ``depth``.
-        """
+        """Return the vectors of a batch for the final norm and the first ``depth`` blocks."""
         run = self.run
         times, classes, index = run.distinct(timestep, labels)
         if not run.distinct.repeated:
@@ -181,9 +174,9 @@ class FusedDiT(FusedForward):
     def _tabulated(
         self, step: Step, timestep: Tensor, classes: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
-        """Return all vectors of the step under way from a table of its run, if there is one."""
+        """Return the vectors of a step from the table of its run, None without a table."""
         steps, place = step
-        if timestep.dtype in (torch.bfloat16, torch.float16):  # of several steps
+        if timestep.dtype in (torch.bfloat16, torch.float16):  # several steps may be rounded to it
             return None
         if len(steps) < 2 or steps.is_inference():
             return None
@@ -195,8 +188,8 @@ class FusedDiT(FusedForward):
             return pairs.view(shape)
 
         size = math.prod(shape) * self.weight.element_size()
-        versions = [steps._version, *(p._version for p in self._weights)]
-        return self.run.steps.at((steps, classes, timestep.dtype), versions, place, size, make)
+        run, sources = (steps, classes, timestep.dtype), [steps, *self._weights]
+        return self.run.steps.at(run, sources, place, size, make)
 
     def _table(self, times: Tensor, classes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Return the vectors of pairs of timestep and label, (P, 2 + 6 count, D)."""
@@ -204,32 +197,31 @@ class FusedDiT(FusedForward):
         embedders = self._embedders
         if self._embedders_equal():
             hidden = F.silu(embedders[0](times, classes, hidden_dtype=dtype))  # (P, D)
-            table = F.linear(hidden, self.weight[:rows], self.bias[:rows])
-        else:  # trained apart: each block has its own embedding, the final norm the first block's
+            table = F.linear(hidden, self.weight[:rows], self.bias[:rows])  # (P, rows)
+        else:  # trained separately; the final norm uses the first block's embedder
             embedders = [embedders[number] for number in (0, *self.fused[:count])]
             rows_of = [
                 F.linear(F.silu(e(times, classes, hidden_dtype=dtype)), layer.weight, layer.bias)
                 for e, layer in zip(embedders, self._layers, strict=False)
             ]
-            table = torch.cat(rows_of, dim=1)
-        table = table.unflatten(1, (-1, self.model.inner_dim))
+            table = torch.cat(rows_of, dim=1)  # (P, rows)
+        table = table.unflatten(1, (-1, self.model.inner_dim))  # (P, 2 + 6 count, D)
         return ops.with_factors(table, self._scales[: 1 + 2 * count])
 
     def _embedders_equal(self) -> bool:
-        """Whether all embedders hold the same weights.
+        """Whether all embedders have the same weights.
 
-        Compared again where one was written to, and for other labels than the last call's: a write
-        through ``.data``, as of an EMA's weights before a run, leaves no other trace.
+        Compared again if one was written to (:mod:`accelkit.backbones.stale`), and whenever labels
+        change, since an EMA's weights may be swapped in through ``.data`` before a run.
         """
-        versions = [p._version for p in self._embedding]
         known = self.run.equal
-        if known is None or known[0] != versions:
-            known = self.run.equal = (versions, self.backbone.embedders_equal)
+        if known is None or not known[0].same():
+            known = self.run.equal = (stale.writes(self._embedding), self.backbone.embedders_equal)
         return known[1]
 
 
 def _odd(embedder: Any) -> str | None:
-    """Return why an embedder's labels are not what it embeds, or None."""
+    """Return why an embedder cannot be run for a table, or None."""
     if reason := mismatch({"its embedder": (embedder, CombinedTimestepLabelEmbeddings)}):
         return reason
     label = embedder.class_embedder
@@ -237,11 +229,11 @@ def _odd(embedder: Any) -> str | None:
 
 
 class _Run(threading.local):
-    """What is known of the sampling run of a thread. Another's may have other labels or steps."""
+    """A thread's sampling run. Other threads may have other labels or steps."""
 
     def __init__(self) -> None:
         self.distinct = Distinct()
-        self.equal: tuple[list[int], bool] | None = None  # versions of all embedders' weights
+        self.equal: tuple[stale.Seen, bool] | None = None  # the embedders as they were compared
         self.steps = StepTable()
 
 
@@ -266,7 +258,7 @@ class _Pass(Pass):
 
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C or 2C, H, W)."""
-        sample, model = tensors["sample"], self._fused.model
+        sample, model = tensors["sample"], self._fused.model  # (B, C, H, H)
         tokens = (sample.shape[-1] // model.patch_size) ** 2
         count, workers = threads.share(sample, tokens, 4 * model.inner_dim)
         if self._fused.indivisible or not self.repeats or len(sample) <= count:
@@ -280,35 +272,35 @@ class _Pass(Pass):
 
     def _run(self, tensors: dict[str, Tensor]) -> Tensor:
         fused, plan, model = self._fused, self._plan, self._fused.model
-        modulations = Modulations(tensors["table"], tensors.get("index"))
-        x = model.pos_embed(tensors["sample"]).contiguous()  # (B, N, D)
-        grid = (tensors["sample"].shape[-1] // model.patch_size,) * 2
-        pending: ops.Pending | None = None
-        left: list[Tensor] = []  # samples that are through, those that left last at the end
+        modulations = Modulations(tensors["table"], tensors.get("index"))  # (P, 2 + 6 L, D), (B,)
+        x = model.pos_embed(tensors["sample"]).contiguous()  # (B, C, H, H) -> (B, N, D)
+        grid = (tensors["sample"].shape[-1] // model.patch_size,) * 2  # N = grid[0] grid[1]
+        pending: ops.Pending | None = None  # the last branch and its gate, (B, N, D) and (B, D)
+        left: list[Tensor] = []  # (b, N, D) each: samples that finished, the last ones last
         start = _LAST
         for number, block in enumerate(fused.blocks[: plan.depth]):
             stay = plan.rows_at(number)
             if stay is not None and stay < x.shape[0]:
-                x, pending = ops.add(x, pending), None
-                left.append(x[stay:])
-                x = x[:stay]
+                x, pending = ops.add(x, pending), None  # (B, N, D)
+                left.append(x[stay:])  # (B - stay, N, D)
+                x = x[:stay]  # from here on B is smaller
             if block is not None:
-                vectors = modulations.take(start, start + _VECTORS, x.shape[0])
-                x, pending = block(x, pending, vectors)
+                vectors = modulations.take(start, start + _VECTORS, x.shape[0])  # 6 of (B, D)
+                x, pending = block(x, pending, vectors)  # (B, N, D)
                 start += _VECTORS
             else:
-                x, pending = ops.add(x, pending), None
+                x, pending = ops.add(x, pending), None  # (B, N, D)
                 own = fused.backbone.blocks[number]
                 rows = {name: _rows(tensors[name], x.shape[0]) for name in ("timestep", "labels")}
-                x = own(x, timestep=rows["timestep"], class_labels=rows["labels"])
-        x = ops.add(x, pending)
+                x = own(x, timestep=rows["timestep"], class_labels=rows["labels"])  # (B, N, D)
+        x = ops.add(x, pending)  # (B, N, D)
         if left:
-            x = torch.cat([x, *reversed(left)])  # in the order of the batch again
-        shift, scale = modulations.take(0, _LAST, x.shape[0])
+            x = torch.cat([x, *reversed(left)])  # the whole batch in its order
+        shift, scale = modulations.take(0, _LAST, x.shape[0])  # (B, D) or (1, D) each
         last = model.proj_out_2
         return ops.exit_head(
             x, shift, scale, last.weight, last.bias, grid, model.patch_size, model.norm_out.eps
-        )
+        )  # (B, C or 2C, H, H)
 
 
 def _rows(values: Tensor, count: int) -> Tensor:

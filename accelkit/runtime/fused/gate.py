@@ -1,4 +1,4 @@
-"""Lets calls of one model run at the same time, and what moves its weights only without them."""
+"""Lets calls of a model run at the same time, and changes to its weights only without them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Any number of calls go through together; a change waits until they have left.
+    """Any number of calls pass together; a change waits until they have finished.
 
     A thread may make a change within its own call, as a hook that saves the model does. Such a
-    change is made at once, with calls of other threads under way: two that waited for each other
-    would never end. A call that waits for another thread's change, by joining that thread, does
-    not end either.
+    change is made at once, even if other threads are in a call: two that waited for each other
+    would never end. A call that joins another thread, which waits to make a change, never ends
+    either.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Gate:
         _gates.add(self)
 
     def reset(self) -> None:
-        """Forget the calls under way, as in a forked child, which has none of their threads."""
+        """Forget the calls under way, as in a forked child, which lacks their threads."""
         self._moved = threading.Condition(threading.RLock())
         self._inside: Counter[int] = Counter()  # calls under way, by thread
         self._waiting = 0  # changes, before which no other call may begin
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Keep calls out for as long as it is entered, once those under way have left."""
+        """Wait for the calls under way, and keep new ones out while entered."""
         with self._moved:
             self._waiting += 1
             try:
@@ -46,7 +46,7 @@ class Gate:
     def call(
         self, stale: Callable[[], bool] = lambda: False, change: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Keep changes out for as long as it is entered.
+        """Keep changes out while entered.
 
         Args:
             stale: whether a change has to come first.
@@ -66,7 +66,7 @@ class Gate:
         finally:
             with self._moved:
                 self._inside[own] -= 1
-                if self._inside[own] <= 0:  # below in a child that was forked within the call
+                if self._inside[own] <= 0:  # negative in a child that was forked within the call
                     del self._inside[own]
                     self._moved.notify_all()
 

@@ -1,11 +1,11 @@
-"""The operations between a block's matrix products, by the kernels or by PyTorch's operators.
+"""The operations between a block's matrix products, by kernels or by PyTorch's operators.
 
-Kernels of ``accelkit_kernels`` serve CUDA tensors. Elsewhere the same is computed by as few
-operators as there are, out of place but for tensors made here. No gradients are recorded.
+CUDA tensors run the kernels of ``accelkit_kernels``, others as few of PyTorch's operators as
+possible, in place only on tensors made here. No gradients are recorded.
 
-Tokens are x (B, N, D); shift, factor and gate are (B, D), or (1, D) where all samples share them. A
-norm is multiplied by 1 + scale: the kernels take the scale for a factor, and PyTorch's operators
-the sum, made once for a whole table of vectors (:func:`with_factors`).
+Tokens are x (B, N, D); shift, factor and gate are (B, D), or (1, D) if all samples share them. A
+norm is multiplied by 1 + scale: the factor is the scale for the kernels, and the sum for PyTorch's
+operators, computed once for a whole table of vectors (:func:`with_factors`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from accelkit.errors import AccelkitWarning
 
 Pending = tuple[Tensor, Tensor | None]
-"""What a branch made, (B, N, D), and its gate if it has one: still to be added to the stream."""
+"""A branch's output (B, N, D) and its gate, if any, still to be added to the residual stream."""
 
 
 def kernels_for(x: Tensor) -> Any:
-    """Return the package of kernels if they serve ``x``, else None."""
+    """Return the package of kernels if they run on ``x``, None otherwise."""
     if not x.is_cuda or x.dtype == torch.float64:
         return None
     import accelkit_kernels
@@ -44,11 +44,11 @@ def _warn(problem: str) -> None:
 
 
 def with_factors(table: Tensor, scales: Tensor) -> Tensor:
-    """Return vectors (P, R, D) with factors for scales; ``table`` itself may be overwritten.
+    """Return vectors (P, R, D) with factors in place of scales; ``table`` may be overwritten.
 
     Args:
         table: vectors of width D.
-        scales: which of the R are scales, int64.
+        scales: indices of the scales among the R, int64.
     """
     if kernels_for(table):
         return table
@@ -57,7 +57,7 @@ def with_factors(table: Tensor, scales: Tensor) -> Tensor:
 
 
 def layernorm_modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """Return the norm without affine of x, times (1 + scale), plus shift."""
+    """Return the norm of x without affine, times (1 + scale), plus shift."""
     if kernels := kernels_for(x):
         return kernels.layernorm_modulate(x, _each(shift, x), _each(factor, x), eps)
     width = (x.shape[-1],)
@@ -68,7 +68,7 @@ def layernorm_modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> 
 
 
 def add(x: Tensor, pending: Pending | None) -> Tensor:
-    """Return the residual stream with what is pending."""
+    """Return the residual stream with the pending branch added."""
     if pending is None:
         return x
     y, gate = pending
@@ -82,7 +82,7 @@ def add(x: Tensor, pending: Pending | None) -> Tensor:
 def add_layernorm_modulate(
     x: Tensor, pending: Pending | None, shift: Tensor, factor: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the residual stream with what is pending, and its modulated norm."""
+    """Return the residual stream with the pending branch added, and its modulated norm."""
     if pending is not None and (kernels := kernels_for(x)):
         y, gate = pending
         gate = x.new_ones(1, x.shape[-1]) if gate is None else gate
@@ -94,7 +94,7 @@ def add_layernorm_modulate(
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the tanh approximation of GELU of a linear layer."""
+    """Return a linear layer followed by the tanh approximation of GELU."""
     kernels = kernels_for(x)
     if kernels is not None and bias is not None:
         return kernels.bias_gelu_tanh(F.linear(x, weight), bias)
@@ -120,23 +120,23 @@ def exit_head(
     patch: int,
     eps: float,
 ) -> Tensor:
-    """Return the sample (B, C, H, W): norm, modulation, projection, patches put in their places."""
+    """Return the sample (B, C, H, W): norm, modulation, projection, un-patchify."""
     if kernels := kernels_for(x):
         shift, scale = _each(shift, x), _each(factor, x)
         return kernels.exit_head(x, shift, scale, weight, bias, grid, patch, eps=eps)
-    y = F.linear(layernorm_modulate(x, shift, factor, eps), weight, bias)
+    y = F.linear(layernorm_modulate(x, shift, factor, eps), weight, bias)  # (B, N, p p C)
     rows, cols = grid
     y = y.view(y.shape[0], rows, cols, patch, patch, -1)
     return y.permute(0, 5, 1, 3, 2, 4).reshape(y.shape[0], -1, rows * patch, cols * patch)
 
 
 def skip_linear(x: Tensor, skips: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the projection of x and the skips side by side, each (B, N, D)."""
+    """Return the projection of x and the skips, each (B, N, D), concatenated."""
     if kernels := kernels_for(x):
         return kernels.skip_linear(x, list(skips), weight, bias)
     return F.linear(torch.cat([x, *skips], dim=-1), weight, bias)
 
 
 def _each(vector: Tensor, x: Tensor) -> Tensor:
-    """A row for every sample, without a copy."""
+    """Return a row for every sample, without a copy."""
     return vector.expand(x.shape[0], -1)

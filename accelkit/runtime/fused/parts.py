@@ -1,4 +1,4 @@
-"""What diffusers builds its transformers of, read for a fused forward."""
+"""Attention and MLP of diffusers' transformers in fused form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from accelkit.runtime.fused import ops
-from accelkit.runtime.fused.stale import mismatch
+from accelkit.runtime.fused.odd import mismatch
 
 Join = Callable[[Sequence[Tensor]], Tensor]
 
@@ -30,11 +30,10 @@ class SelfAttention:
     heads: int
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return what every token gathers from all of them."""
+        """Return the attention of all tokens to each other."""
         qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D / H) each
-        gathered = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return F.linear(gathered.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
+        return _attended(q, k, v, mask, self.out)
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,12 @@ class CrossAttention:
     heads: int
 
     def __call__(self, x: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return what every token gathers from the others."""
+        """Return the attention of the tokens to the other sequence."""
         q = F.linear(x, self.query.weight, self.query.bias)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
         kv = F.linear(others, self.weight, self.bias).unflatten(-1, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D / H) each
-        gathered = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return F.linear(gathered.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
+        return _attended(q, k, v, mask, self.out)
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,18 @@ class MLP:
     second: nn.Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return each token's own transform."""
-        y = ops.linear_gelu_tanh(x, self.first.weight, self.first.bias)
+        """Return the transformed tokens."""
+        y = ops.linear_gelu_tanh(x, self.first.weight, self.first.bias)  # (B, N, hidden)
         return F.linear(y, self.second.weight, self.second.bias)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: nn.Linear) -> Tensor:
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
+    return F.linear(x.transpose(1, 2).flatten(2), out.weight, out.bias)  # (B, N, D)
+
+
 def odd_attention(attention: Any) -> str | None:
-    """Return what an attention module of diffusers has that the fused ones lack, or None."""
+    """Return what of an attention module of diffusers its fused forms lack, or None."""
     if reason := mismatch({"its attention": (attention, Attention)}):
         return reason
     linears = {"to_q": attention.to_q, "to_k": attention.to_k, "to_v": attention.to_v}
@@ -84,12 +87,12 @@ def odd_attention(attention: Any) -> str | None:
     if reason := mismatch(expected):
         return reason
     if attention.residual_connection or attention.rescale_output_factor != 1:
-        return "its attention adds its input, or rescales what it returns"
+        return "its attention adds its input, or rescales its output"
     return None
 
 
 def odd_mlp(mlp: Any) -> str | None:
-    """Return what a feed-forward module of diffusers has that the fused one lacks, or None."""
+    """Return what of a feed-forward module of diffusers its fused form lacks, or None."""
     if reason := mismatch({"its feed-forward": (mlp, FeedForward)}):
         return reason
     first, _, second = list(mlp.net)[:3]
@@ -101,7 +104,7 @@ def odd_mlp(mlp: Any) -> str | None:
 
 
 def joined_weights(attention: Any) -> list[Tensor]:
-    """Return the weights of an attention module that are joined with others."""
+    """Return the weights of an attention module that are joined."""
     return [
         p
         for linear in (attention.to_q, attention.to_k, attention.to_v)
@@ -110,19 +113,19 @@ def joined_weights(attention: Any) -> list[Tensor]:
 
 
 def self_attention(attention: Any, join: Join) -> SelfAttention:
-    """Read an attention module that is not :func:`odd_attention`."""
+    """Return the fused form of an attention module without :func:`odd_attention`."""
     weight, bias = _joined([attention.to_q, attention.to_k, attention.to_v], join)
     return SelfAttention(weight, bias, attention.to_out[0], attention.heads)
 
 
 def cross_attention(attention: Any, join: Join) -> CrossAttention:
-    """Read an attention module that is not :func:`odd_attention`."""
+    """Return the fused form of an attention module without :func:`odd_attention`."""
     weight, bias = _joined([attention.to_k, attention.to_v], join)
     return CrossAttention(attention.to_q, weight, bias, attention.to_out[0], attention.heads)
 
 
 def mlp(module: Any) -> MLP:
-    """Read a feed-forward module that is not :func:`odd_mlp`."""
+    """Return the fused form of a feed-forward module without :func:`odd_mlp`."""
     return MLP(module.net[0].proj, module.net[2])
 
 

@@ -1,8 +1,8 @@
 """PixArt-alpha and -Sigma in diffusers, ``PixArtTransformer2DModel``.
 
-The six vectors of every block are its own table plus what the timestep gives all of them, so that
-there is one sum for all blocks; what differs from a DiT's block is the attention to the caption,
-which has neither norm nor gate.
+The six vectors of a block are its own table plus vectors of the timestep that all blocks share, so
+that one sum serves all blocks. A block differs from a DiT's in its attention to the caption, which
+has neither norm nor gate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from accelkit.runtime.fused import ops, parts
 from accelkit.runtime.fused.base import Block, FusedForward, Pass, Step
 from accelkit.runtime.fused.modulation import Modulations
-from accelkit.runtime.fused.stale import mismatch
+from accelkit.runtime.fused.odd import mismatch
 from accelkit.runtime.routing import Plan
 
 _VECTORS = 6
@@ -45,12 +45,12 @@ class _Block:
         caption: Tensor,
         masks: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, ops.Pending]:
-        """Return the residual stream (B, N, D) and what the MLP has still to add to it."""
+        """Return the residual stream (B, N, D) and the MLP's output, still to be added to it."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors  # (B, D) each
-        of_tokens, of_caption = masks
-        x, normal = ops.add_layernorm_modulate(x, pending, shift, scale, self.eps[0])
-        x = ops.add(x, (self.attention(normal, of_tokens), gate))
-        seen = self.caption(x, caption, of_caption)
+        of_tokens, of_caption = masks  # (B, 1, 1, N), (B, 1, 1, L)
+        x, normal = ops.add_layernorm_modulate(x, pending, shift, scale, self.eps[0])  # (B, N, D)
+        x = ops.add(x, (self.attention(normal, of_tokens), gate))  # (B, N, D)
+        seen = self.caption(x, caption, of_caption)  # (B, N, D)
         x, normal = ops.add_layernorm_modulate(x, (seen, None), shift_mlp, scale_mlp, self.eps[1])
         return x, (self.mlp(normal), gate_mlp)
 
@@ -63,7 +63,7 @@ class FusedPixArt(FusedForward):
         return [self.model.norm_out, self.model.proj_out]
 
     def odd(self, block: Any) -> str | None:
-        """Return what a block is that is no adaLN-single block, or has beside it."""
+        """Return how a block differs from a plain adaLN-single block, or None."""
         if reason := mismatch({"it": (block, BasicTransformerBlock)}):
             return reason
         if block.norm_type != "ada_norm_single" or block.attn2 is None:
@@ -79,16 +79,16 @@ class FusedPixArt(FusedForward):
         if reason is not None:
             return reason
         if block.norm1.weight is not None or block.norm2.weight is not None:
-            return "its norms have weights of their own"
+            return "its norms have weights"
         return None
 
     def joins(self, block: Any) -> list[Tensor]:
-        """Return the weights of queries, keys and values, and the block's own vectors."""
+        """Return the weights of queries, keys and values, and the block's vectors."""
         own = parts.joined_weights(block.attn1) + parts.joined_weights(block.attn2)
         return [*own, block.scale_shift_table]
 
     def build(self, block: Any) -> Block:
-        """Return what runs an adaLN-single block."""
+        """Return the fused form of an adaLN-single block."""
         return _Block(
             parts.self_attention(block.attn1, self.joined),
             parts.cross_attention(block.attn2, self.joined),
@@ -97,7 +97,7 @@ class FusedPixArt(FusedForward):
         )
 
     def odd_outside(self) -> str | None:
-        """Return what is odd in the final norm or the projection."""
+        """Return what is unusual in the final norm or the projection, or None."""
         ends: dict[str, tuple[Any, type | None]] = {
             "its last norm": (self.model.norm_out, nn.LayerNorm),
             "its last norm's weight": (getattr(self.model.norm_out, "weight", None), None),
@@ -113,7 +113,7 @@ class FusedPixArt(FusedForward):
         self.scales = torch.tensor(scales, device=self.tables.device)
 
     def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
-        """Return the pass, unless the call is one that the model refuses or does more for."""
+        """Return the pass; None for a call that the model refuses or has to run itself."""
         if call.get("cross_attention_kwargs") is not None:
             return None
         if self.model.config.use_additional_conditions and not call.get("added_cond_kwargs"):
@@ -124,7 +124,7 @@ class FusedPixArt(FusedForward):
         if any(
             isinstance(v, Tensor) and v.shape[:1] != call[_OF_SAMPLES[0]].shape[:1] for v in given
         ):
-            return None  # for the model to refuse
+            return None  # the model raises its own error
         return _Pass(self, plan, call)
 
 
@@ -140,7 +140,7 @@ class _Pass(Pass):
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C or 2C, H, W)."""
         fused, plan, model = self._fused, self._plan, self._fused.model
-        sample, caption = tensors["hidden_states"], tensors["encoder_hidden_states"]
+        sample, caption = tensors["hidden_states"], tensors["encoder_hidden_states"]  # (B, L, E)
         count, patch = len(sample), model.config.patch_size
         grid = (sample.shape[-2] // patch, sample.shape[-1] // patch)
         x = model.pos_embed(sample).contiguous()  # (B, N, D)
@@ -152,26 +152,26 @@ class _Pass(Pass):
             caption = model.caption_projection(caption).view(count, -1, x.shape[-1])  # (B, L, D)
         biases = tuple(
             _bias(tensors.get(name), x) for name in ("attention_mask", "encoder_attention_mask")
-        )
+        )  # (B, 1, N), (B, 1, L)
         tables = fused.tables[: _VECTORS * plan.depth].unflatten(0, (plan.depth, _VECTORS))
-        table = tables[None] + time.unflatten(1, (1, _VECTORS, -1))  # (B, L, 6, D)
+        table = tables[None] + time.unflatten(1, (1, _VECTORS, -1))  # (B, depth, 6, D)
         modulations = Modulations(
             ops.with_factors(table.flatten(1, 2), fused.scales[: 2 * plan.depth])
         )
-        pending: ops.Pending | None = None
-        left: list[Tensor] = []
+        pending: ops.Pending | None = None  # the last branch and its gate, (B, N, D) and (B, D)
+        left: list[Tensor] = []  # (b, N, D) each: samples that finished, the last ones last
         for number, block in enumerate(fused.blocks[: plan.depth]):
             stay = plan.rows_at(number)
             if stay is not None and stay < x.shape[0]:
-                x, pending = ops.add(x, pending), None
-                left.append(x[stay:])
-                x, caption, time = x[:stay], caption[:stay], time[:stay]
+                x, pending = ops.add(x, pending), None  # (B, N, D)
+                left.append(x[stay:])  # (B - stay, N, D)
+                x, caption, time = x[:stay], caption[:stay], time[:stay]  # B is smaller from here
                 biases = tuple(None if b is None else b[:stay] for b in biases)
             if block is not None:
                 start = _VECTORS * number
-                vectors = modulations.take(start, start + _VECTORS, x.shape[0])
-                masks = tuple(None if b is None else b[:, None] for b in biases)  # over the heads
-                x, pending = block(x, pending, vectors, caption, masks)
+                vectors = modulations.take(start, start + _VECTORS, x.shape[0])  # 6 of (B, D)
+                masks = tuple(None if b is None else b[:, None] for b in biases)  # for all heads
+                x, pending = block(x, pending, vectors, caption, masks)  # (B, N, D)
             else:
                 x, pending = ops.add(x, pending), None
                 x = fused.backbone.blocks[number](
@@ -180,20 +180,20 @@ class _Pass(Pass):
                     encoder_hidden_states=caption,
                     encoder_attention_mask=biases[1],
                     timestep=time,
-                )
-        x = ops.add(x, pending)
+                )  # (B, N, D)
+        x = ops.add(x, pending)  # (B, N, D)
         if left:
-            x = torch.cat([x, *reversed(left)])
+            x = torch.cat([x, *reversed(left)])  # the whole batch in its order
         ends = model.scale_shift_table[None] + embedded[:, None]  # (B, 2, D)
-        shift, scale = ops.with_factors(ends, fused.scales[:1]).unbind(1)
+        shift, scale = ops.with_factors(ends, fused.scales[:1]).unbind(1)  # (B, D) each
         last = model.proj_out
         return ops.exit_head(
             x, shift, scale, last.weight, last.bias, grid, patch, model.norm_out.eps
-        )
+        )  # (B, C or 2C, H, W)
 
 
 def _bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return what is added to attention scores, (B, 1, keys), of a mask of ones or of that."""
+    """Return the bias of attention scores (B, 1, keys) for a mask of ones, or for such a bias."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(x.dtype)) * -10000.0)[:, None]

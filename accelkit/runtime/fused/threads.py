@@ -1,9 +1,10 @@
-"""A batch in shares on the CPU, a thread each, for what stays in a core's own caches.
+"""Splits a batch on the CPU into shares, one a thread, that stay in each core's own caches.
 
-PyTorch gives every operator to all threads and waits for all of them after each; what one of them
-wrote, another reads next. A thread that takes its samples through all blocks finds them where it
-left them. Time of two halves on a thread each, of that of the whole on two (two cores, float32):
-0.61 for 64 samples of the built-in DiT and 0.74 for 256, 0.89 for 2 and for 16 of DiT-S/2.
+PyTorch splits every operator among all threads and waits for all of them after each, so that one
+thread reads what another wrote. A thread that takes its samples through all blocks finds them in
+its own caches. Two halves on a thread each took this share of the time of the whole batch on two
+threads (two cores, float32): 0.61 for 64 samples of the built-in DiT and 0.74 for 256, 0.89 for 2
+and for 16 of DiT-S/2.
 """
 
 from __future__ import annotations
@@ -17,35 +18,35 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-# Elements of the largest tensor, an MLP's hidden one. A share of more does not stay in the caches:
-# 256 samples of 16 tokens by 256 features take 0.90 of the time in two halves one after the other,
-# and no less in more; of large samples a part of any size took as long as all (16 of 256 by 1536).
-# One of less is not worth a thread: 16 samples of those features took as long in two halves.
+# Elements of the largest tensor, which is an MLP's hidden one. More than _MOST do not stay in the
+# caches: 256 samples of 16 tokens by 256 features take 0.90 of the time in two halves one after the
+# other, and no less in more parts. Batches of large samples gain nothing from parts (16 of 256 by
+# 1536). Less than _LEAST is not worth a thread: 16 samples of those features take as long in two.
 _MOST, _FEW, _LEAST = 1 << 19, 32, 1 << 17
 
 T = TypeVar("T")
 
-_pools: dict[int, ThreadPoolExecutor] = {}  # by the number of threads: one, the last that was used
+_pools: dict[int, ThreadPoolExecutor] = {}  # the pool used last, by its number of threads
 _lock, _beginning = Lock(), Lock()
 
 
 def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
-    """Return how many samples a pass had better take at a time, and on how many threads.
+    """Return how many samples a pass should take at a time, and on how many threads.
 
-    That is all of them on a GPU, and one thread, whose operators use all there are, where a graph
-    is traced, a profiler or a mode of PyTorch's looks at the operators of this thread, or there are
-    too few samples for every thread to have as many.
+    On a GPU that is all samples on one thread. On the CPU it is one thread, whose operators use all
+    cores, while a graph is traced, while a profiler or a mode of PyTorch records the operators of
+    this thread, and if there are too few samples for equal shares.
 
     Args:
         sample: (B, ...).
-        tokens: of each sample.
+        tokens: number of tokens of a sample.
         hidden: features of the largest tensor.
     """
     batch, size = len(sample), tokens * hidden
     if not sample.is_cpu or not batch * size:
         return batch, 1
-    threads = 1 if torch.compiler.is_compiling() or _looked_at() else torch.get_num_threads()
-    # fewer shares than threads would leave some with nothing to do
+    threads = 1 if torch.compiler.is_compiling() or _recorded() else torch.get_num_threads()
+    # With fewer shares than threads, some threads would be idle.
     busy = batch * size >= threads * _LEAST and (batch % threads == 0 or batch >= 4 * threads)
     threads = threads if busy else 1
     most = _MOST // size if _MOST // size >= _FEW else batch
@@ -53,16 +54,17 @@ def share(sample: Tensor, tokens: int, hidden: int) -> tuple[int, int]:
     return -(-batch // (threads * rounds)), threads
 
 
-def _looked_at() -> bool:
-    """Whether something looks at this thread's operators, and would miss those of others."""
+def _recorded() -> bool:
+    """Whether something records this thread's operators, and would miss those of other threads."""
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     return modes > 0 or torch.autograd._profiler_enabled()
 
 
 def each(run: Callable[[T], Tensor], parts: Iterable[T], threads: int) -> list[Tensor]:
-    """Return what ``run`` makes of each part, so many at a time, without gradients.
+    """Return ``run(part)`` for each part, computed by a number of threads without gradients.
 
-    One after the other where no thread can be had: there are too many, or the interpreter ends.
+    They run one after the other if no thread can be started: there are too many, or the interpreter
+    is ending.
     """
     parts = list(parts)
     if threads == 1:
@@ -82,7 +84,7 @@ def each(run: Callable[[T], Tensor], parts: Iterable[T], threads: int) -> list[T
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return threads whose operators run on nothing but themselves."""
+    """Return a pool of threads, each of which runs its operators alone."""
     with _lock:
         if threads not in _pools:
             for other in _pools.values():
@@ -93,20 +95,24 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _begin() -> None:
-    """Give this thread's operators one thread, and leave the number of all others as it is."""
+    """Limit this thread's operators to one thread, without a change for other threads.
+
+    Setting the number also sets the default of threads that have not run an operator yet, so that
+    another thread sets it back.
+    """
     with _beginning:
-        of_process = torch.get_num_threads()  # without asking, its first operator would take them
-        torch.set_num_threads(1)  # of this thread, and of those whose first operator is to come
+        of_process = torch.get_num_threads()  # this initialises the thread before it is limited
+        torch.set_num_threads(1)
         restore = Thread(target=torch.set_num_threads, args=(of_process,))
         try:
             restore.start()
             restore.join()
-        except RuntimeError:  # one thread more cannot be had: then this one is like the others
+        except RuntimeError:  # no thread can be started, so this one is not limited either
             torch.set_num_threads(of_process)
 
 
 def _forget() -> None:
-    """Begin anew in a forked child, which has none of the threads."""
+    """Start without pools in a forked child, which has none of the threads."""
     global _lock, _beginning
     _pools.clear()
     _lock, _beginning = Lock(), Lock()

@@ -1,8 +1,8 @@
 """U-ViT, :class:`accelkit.models.UViTTransformer2DModel`.
 
-The skips of dropped blocks are joined at once (:mod:`accelkit.backbones.folds`). The kernels
-join them without putting tokens and skips side by side first, and take a norm's weight and bias for
-a modulation, LayerNorm(x) (1 + (w - 1)) + b; PyTorch's operators do as the model's own modules.
+The skips of dropped blocks are joined in one product (:mod:`accelkit.backbones.folds`). The kernels
+join them without a concatenation, and take a norm's weight w and bias b as a modulation,
+LayerNorm(x) (1 + (w - 1)) + b. PyTorch's operators compute what the model's modules do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accelkit.backbones.uvit import UViT
 from accelkit.models.uvit import UViTAttention, UViTBlock, UViTMLP
 from accelkit.runtime.fused import ops
 from accelkit.runtime.fused.base import Block, FusedForward, Pass, Step
-from accelkit.runtime.fused.stale import mismatch
+from accelkit.runtime.fused.odd import mismatch
 from accelkit.runtime.routing import Plan
 
 
@@ -30,27 +30,27 @@ class _Block:
     def __call__(
         self, x: Tensor, pending: ops.Pending | None, skip: Tensor | None
     ) -> tuple[Tensor, ops.Pending]:
-        """Return the tokens (B, N, D) and what the MLP has still to add to them."""
+        """Return the tokens (B, N, D) and the MLP's output, still to be added to them."""
         own = self.own
         if skip is not None:
-            x, pending = _join(own, ops.add(x, pending), skip), None
-        x, normal = _normed(own.norm1, x, pending)
-        gathered = UViTAttention.forward(own.attn, normal)  # without the hook that merges tokens
-        x, normal = _normed(own.norm2, x, (gathered, None))
+            x, pending = _join(own, ops.add(x, pending), skip), None  # (B, N, D)
+        x, normal = _normed(own.norm1, x, pending)  # (B, N, D) each
+        attended = UViTAttention.forward(own.attn, normal)  # bypasses the hook that merges tokens
+        x, normal = _normed(own.norm2, x, (attended, None))  # (B, N, D) each
         return x, (own.mlp(normal), None)
 
 
 class FusedUViT(FusedForward):
-    """A U-ViT's forward with the kernels between its products."""
+    """A U-ViT's forward with kernels between its matrix products."""
 
     backbone: UViT
 
     def outside(self) -> list[nn.Module]:
-        """Return nothing: what is not a block is called."""
+        """Return nothing: all modules other than the blocks are called."""
         return []
 
     def odd(self, block: Any) -> str | None:
-        """Return what a block of encoder, middle or decoder has that is not its class's."""
+        """Return how a block of encoder, middle or decoder differs from its class, or None."""
         if reason := mismatch({"it": (block, UViTBlock)}):
             return reason
         expected: dict[str, tuple[Any, type | None]] = {
@@ -64,15 +64,15 @@ class FusedUViT(FusedForward):
         if reason := mismatch(expected):
             return reason
         if any(p is None for norm in (block.norm1, block.norm2) for p in (norm.weight, norm.bias)):
-            return "its norms have no weights of their own"
+            return "its norms have no weights"
         return None
 
     def build(self, block: Any) -> Block:
-        """Return what runs a block."""
+        """Return the fused form of a block."""
         return _Block(block)
 
     def begin(self, plan: Plan, call: dict[str, Any], step: Step | None) -> Pass | None:
-        """Embed the call as the model does, fold what its depth skips, and return the pass."""
+        """Return the pass, with the skips of all dropped blocks folded if possible."""
         fold = None
         if plan.active is None:
             fold = self.backbone.folded.at(plan.depth)
@@ -87,7 +87,7 @@ class _Pass(Pass):
     ) -> None:
         self._fused, self._plan, self._fold = fused, plan, fold
         sample = call["sample"]
-        time = torch.as_tensor(call["timestep"], device=sample.device)  # which may be a number
+        time = torch.as_tensor(call["timestep"], device=sample.device)  # a tensor or a number
         self.tensors = {"sample": sample, "timestep": time}
         if call.get("class_labels") is not None:
             self.tensors["class_labels"] = call["class_labels"]
@@ -97,16 +97,15 @@ class _Pass(Pass):
     def __call__(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the prediction (B, C, S, S)."""
         fused, plan, model = self._fused, self._plan, self._fused.model
-        x = model.embed(tensors["sample"], tensors["timestep"], tensors.get("class_labels"))
-        pending: ops.Pending | None = None
-        skips: list[Tensor] = []
+        x = model.embed(
+            tensors["sample"], tensors["timestep"], tensors.get("class_labels")
+        )  # (B, C, S, S) -> (B, N, D)
+        pending: ops.Pending | None = None  # the last MLP's output (B, N, D)
+        skips: list[Tensor] = []  # (B, N, D) each
         encoder = len(model.in_blocks)
-        for number, (own, block) in enumerate(
-            zip(fused.backbone.all_blocks, fused.blocks, strict=True)
-        ):
-            if number > encoder:
-                break
-            x, pending = _run(own, block, x, pending, None)
+        upto_middle = zip(fused.backbone.all_blocks[: encoder + 1], fused.blocks, strict=False)
+        for number, (own, block) in enumerate(upto_middle):
+            x, pending = _run(own, block, x, pending, None)  # (B, N, D)
             if number < encoder:
                 x, pending = ops.add(x, pending), None
                 skips.append(x)
@@ -116,18 +115,18 @@ class _Pass(Pass):
                 break
             block, skip = fused.blocks[encoder + 1 + index], skips.pop()
             if stay is None or stay == x.shape[0]:
-                x, pending = _run(own, block, x, pending, skip)
+                x, pending = _run(own, block, x, pending, skip)  # (B, N, D)
                 continue
-            x = ops.add(x, pending)
-            ran = ops.add(*_run(own, block, x[:stay], None, skip[:stay]))
-            x, pending = torch.cat([ran, _join(own, x[stay:], skip[stay:])]), None
-        x = ops.add(x, pending)
+            x = ops.add(x, pending)  # (B, N, D)
+            ran = ops.add(*_run(own, block, x[:stay], None, skip[:stay]))  # (stay, N, D)
+            x, pending = torch.cat([ran, _join(own, x[stay:], skip[stay:])]), None  # (B, N, D)
+        x = ops.add(x, pending)  # (B, N, D)
         if skips and self._fold is not None:
             x = ops.skip_linear(x, list(reversed(skips)), self._fold.weight, self._fold.bias)
         else:
             for own in list(model.out_blocks)[len(model.out_blocks) - len(skips) :]:
-                x = _join(own, x, skips.pop())
-        return model.unembed(x)
+                x = _join(own, x, skips.pop())  # (B, N, D)
+        return model.unembed(x)  # (B, C, S, S)
 
 
 def _run(
@@ -141,13 +140,13 @@ def _run(
 
 def _join(own: Any, x: Tensor, skip: Tensor) -> Tensor:
     linear = own.skip_linear
-    if type(linear) is not nn.Linear:  # an adapter's, say
+    if type(linear) is not nn.Linear:  # such as an adapter's
         return own.join(x, skip)
     return ops.skip_linear(x, [skip], linear.weight, linear.bias)
 
 
 def _normed(norm: Any, x: Tensor, pending: ops.Pending | None) -> tuple[Tensor, Tensor]:
-    """Return the residual stream with what is pending, and its norm."""
+    """Return the residual stream with the pending branch added, and its norm."""
     if ops.kernels_for(x) is None:
         x = ops.add(x, pending)
         return x, F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,4 +1,4 @@
-"""The helpers of the tests beside this folder."""
+"""Lets these tests import the helpers of the folder above."""
 
 import sys
 from pathlib import Path

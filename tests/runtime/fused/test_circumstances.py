@@ -1,4 +1,4 @@
-"""What may be on a model, or come to a call, beside what fused forwards know."""
+"""Fused forwards with unusual models, weights and calls."""
 
 import threading
 
@@ -16,14 +16,14 @@ from accelkit.runtime.switch import disable, enable
 
 
 def equal(model):
-    """Equal embedders, as every published model has."""
+    """Make all embedders equal, as in every published model."""
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
     return model
 
 
 def agree(model, call, schedule=DiT.schedule):
-    """Whether the enabled model gives what its own modules do; return it."""
+    """Check that the enabled model agrees with its own modules, and return its output."""
     with torch.no_grad():
         output = model(**call).sample
     if model.__dict__.get("_accelkit"):
@@ -51,7 +51,7 @@ def wrapped(model):
 
 
 @pytest.mark.parametrize("change", [registered, wrapped])
-def test_what_is_on_the_model_before(change):
+def test_something_on_the_model_before(change):
     family = DiT()
     model = family.make()
     call = family.call(500) | {"return_dict": False}
@@ -83,7 +83,7 @@ def test_a_forward_put_into_the_class(monkeypatch):
         assert "patched" in state.paths()[0]
 
 
-def test_a_class_of_ones_own():
+def test_a_subclass():
     class Mine(DiTTransformer2DModel):
         def forward(self, hidden_states, timestep=None, class_labels=None, return_dict=True):
             made = super().forward(hidden_states, timestep, class_labels, return_dict=False)
@@ -100,10 +100,10 @@ def test_a_class_of_ones_own():
 # --- weights ---------------------------------------------------------------------------------
 
 
-def test_an_emas_weights_put_in_before_a_run():
+def test_ema_weights_swapped_in_before_a_run():
     family = DiT()
     model, call = equal(family.make()), family.call(500)
-    other = family.make()  # whose embedders drifted apart
+    other = family.make()  # its embedders differ
     ema = EMAModel(other.parameters())
     enable(model, family.schedule)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_weights_that_two_blocks_share():
     agree(model, call)
 
 
-def test_attention_of_ones_own():
+def test_a_custom_attention():
     class Mine(torch.nn.Module):
         def forward(self, hidden_states, **kwargs):
             return hidden_states * 0.5
@@ -170,7 +170,7 @@ def test_a_last_norm_with_weights():
     agree(model, family.call(500))
 
 
-def test_looking_at_the_paths_moves_nothing():
+def test_listing_the_paths_moves_no_weights():
     family = DiT()
     model, call = family.make(), family.call(500)
     state = enable(model, family.schedule)
@@ -295,7 +295,7 @@ def test_two_threads_at_different_steps():
     assert not wrong
 
 
-def test_a_refused_call_leaves_nothing_behind():
+def test_a_refused_call_has_no_effect_on_the_next():
     family = DiT()
     model, call = family.make(), family.call(500)
     enable(model, family.schedule)
@@ -316,7 +316,7 @@ def test_a_block_made_in_inference_mode():
 
 
 @pytest.mark.parametrize("given", [904.0, 804.0, 301.0])
-def test_a_coarse_timestep_beside_a_step(given):
+def test_a_coarse_timestep_next_to_a_step(given):
     family = DiT()
     model, call = family.make(), family.call(500)
     scheduler = DDIMScheduler()
@@ -344,7 +344,7 @@ def test_steps_written_to_in_place():
         assert relative(output, run(model, call | {"timestep": t.expand(2)}, "full", "off")) < 1e-6
 
 
-def test_hooks_on_all_modules_there_are():
+def test_global_hooks_on_modules():
     family = DiT()
     model, call = family.make(), family.call(500)
     seen = []
@@ -366,14 +366,14 @@ def test_one_block_in_training_draws_its_labels():
     assert state.paths()[2] == "own modules: label dropout in training"
 
 
-def test_the_meta_device_is_left_to_the_modules():
+def test_the_meta_device_uses_the_own_modules():
     family = DiT()
     model = family.make().to("meta")
     call = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in family.call(500).items()}
     assert run(model, call, "full").shape == (2, 8, 8, 8)
 
 
-def test_transforms_are_left_to_the_modules():
+def test_transforms_use_the_own_modules():
     family = DiT()
     model, call = family.make().requires_grad_(False), family.call(500)
     sample = call.pop("hidden_states")
@@ -390,18 +390,18 @@ def test_transforms_are_left_to_the_modules():
         assert relative(other, model(sample, **call).sample) < 1e-6
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_more_sizes_than_dynamo_keeps_graphs_of_one_code():
     family = UViT()
     torch._dynamo.reset()
     model = family.make()
-    state = enable(model, "full")
-    accelkit.compile(model, "eager", limit=4)
-    for size in range(1, 12):
-        call = mixed(family, [100] * size)
+    state = enable(model, "0@1")
+    accelkit.compile(model, "eager", limit=2)
+    for size in range(1, 5):
         with torch.no_grad():
-            output = model(**call).sample
+            output = model(**mixed(family, [100] * size)).sample
         assert output.shape[0] == size
-    assert len(state.fused.graphs) == 4
+    assert len(state.fused.graphs) == 2
 
 
 def test_one_label_or_many_is_one_graph():

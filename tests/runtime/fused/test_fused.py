@@ -26,7 +26,7 @@ def relative(a, b):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The plans of the fused passes there were."""
+    """Record the plans of fused passes."""
     seen = []
     real = base.FusedForward.pass_of
 
@@ -48,7 +48,7 @@ def run(model, call, schedule="full", kernels="auto"):
 
 @FAMILIES
 @pytest.mark.parametrize("timestep", [100, 500, 900])
-def test_as_the_own_modules_at_every_depth(family, passes, timestep):
+def test_agrees_with_the_own_modules_at_every_depth(family, passes, timestep):
     model, call = family.make(), family.call(timestep)
     expected = run(model, call, family.schedule, "off")
     assert not passes
@@ -82,7 +82,7 @@ def test_a_sample_does_not_depend_on_its_batch(family):
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(family, passes, dtype):
-    # against float64: bfloat16 rounds at other places than the own modules do
+    # Compare with float64, since bfloat16 is rounded in other places than by the own modules.
     call = mixed(family, [100, 900, 500])
     wide = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
@@ -112,7 +112,7 @@ def test_both_call_styles(family):
 
 
 @FAMILIES
-def test_gradients_go_through_the_own_modules(family, passes):
+def test_gradients_use_the_own_modules(family, passes):
     model, call = family.make(), family.call(500)
 
     def gradients(kernels):
@@ -223,10 +223,10 @@ def test_copies_run_their_own_weights(way, tmp_path):
         assert not twin(**call).sample.any()
 
 
-def test_embedders_that_differ_are_each_asked():
+def test_embedders_that_differ_all_run():
     family = DiT()
     model, call = family.make(), mixed(family, [100, 900, 100, 500])
-    assert enable(model, "full").backbone.embedders_equal is False  # as `filled` draws them
+    assert enable(model, "full").backbone.embedders_equal is False  # `filled` draws them so
     disable(model)
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
@@ -253,7 +253,7 @@ def test_embedders_are_compared_once_for_the_same_labels_and_one_timestep(monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
-def test_labels_of_a_type_that_is_refused_leave_no_trace(dtype):
+def test_labels_of_a_refused_type_have_no_effect_on_the_next_call(dtype):
     model, call = DiT().make(), mixed(DiT(), [500, 500])
     with enable(model, "full"), torch.no_grad():
         expected = model(**call).sample
@@ -273,14 +273,14 @@ def test_an_input_that_does_not_fit_is_refused_as_by_the_own_modules(odd):
     model, call = DiT().make(), mixed(DiT(), [500, 500]) | odd
     said = []
     for kernels in ("off", "auto"):
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the model says
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - any error of the model
             run(model, call, "full", kernels)
         said.append(str(caught.value))
     assert said[0] == said[1]
 
 
 def run_own(model, call, schedule):
-    """What a copy of an enabled model gives by its own modules."""
+    """Return the output of a copy of an enabled model by its own modules."""
     twin = copy.deepcopy(model)
     disable(twin)
     return run(twin, call, schedule, "off")
@@ -335,11 +335,12 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.parametrize("place", [0, 1, 5])
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("place", "before"), [(0, False), (1, True), (5, False)], ids=["0-after", "1-before", "5-after"]
+)
 @pytest.mark.parametrize("change", UNUSUAL, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("family", [DiT(), PixArt()], ids=["DiT", "PixArt"])
-def test_an_unusual_block_runs_as_it_is(family, passes, change, before, place):
+def test_an_unusual_block_runs_as_its_own_module(family, passes, change, place, before):
     model, call = family.make(), mixed(family, [100, 900, 100])
     block = model.transformer_blocks[place]
     if before:
@@ -371,7 +372,7 @@ def test_something_on_a_skipped_block_is_run():
 
 
 @pytest.mark.parametrize("part", ["norm_out", "proj_out_1", "proj_out_2"])
-def test_something_on_the_exit_leaves_the_whole_model_as_it_is(passes, part):
+def test_something_on_the_exit_keeps_the_whole_model_unfused(passes, part):
     family = DiT()
     model, call = family.make(), family.call(500)
     getattr(model, part).register_forward_hook(lambda module, args, output: output * 2)
@@ -382,7 +383,7 @@ def test_something_on_the_exit_leaves_the_whole_model_as_it_is(passes, part):
         assert {p.split(": ")[0] for p in state.paths()} == {"own modules"}
 
 
-def test_dropout_in_training_and_label_dropout_are_left_to_the_modules(passes):
+def test_dropout_and_label_dropout_use_the_own_modules(passes):
     family = DiT()
     model, call = family.make(), family.call(500)
     model.train()
@@ -393,7 +394,7 @@ def test_dropout_in_training_and_label_dropout_are_left_to_the_modules(passes):
     assert passes
 
 
-def test_autocast_and_merged_tokens_are_left_to_the_modules(passes):
+def test_autocast_and_merged_tokens_use_the_own_modules(passes):
     family = DiT()
     model, call = family.make(), family.call(500)
     with torch.autocast("cpu", torch.bfloat16):
@@ -404,7 +405,7 @@ def test_autocast_and_merged_tokens_are_left_to_the_modules(passes):
 
 
 @pytest.mark.parametrize("timestep", [100, torch.tensor(100)])
-def test_a_call_that_the_model_refuses_is_refused_as_by_it(timestep):
+def test_a_call_that_the_model_refuses_raises_its_error(timestep):
     family = DiT()
     model = family.make()
     call = family.call(100) | {"timestep": timestep}
@@ -442,7 +443,7 @@ def test_a_large_batch_is_run_in_parts(monkeypatch, labels, whole):
     family = DiT()
     model = family.make()
     call = mixed(family, [500] * 5) | {"class_labels": torch.tensor(labels)}
-    if whole:  # for what hangs on a block may look across the batch
+    if whole:  # a hook on a block may depend on the whole batch
         block = model.transformer_blocks[1]
         block.register_forward_hook(lambda module, args, output: output - output.mean(0))
     expected = run(model, call, family.schedule, "off")

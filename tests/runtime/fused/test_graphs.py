@@ -10,14 +10,14 @@ from test_fused import relative, run
 
 import accelkit
 from accelkit.errors import AccelkitError
-from accelkit.runtime.fused.graphs import Graphs
+from accelkit.runtime.graphs import Graphs
 from accelkit.runtime.switch import disable, enable
 
 FAMILIES = pytest.mark.parametrize("family", [DiT, UViT, PixArt])
 
 
 class Captures(list):
-    """Captures as CUDA does: tensors have a place of their own, and what is run is fixed."""
+    """Captures as CUDA does: inputs are copied to fixed tensors, and the operations are fixed."""
 
     def __call__(self, each):
         given = {name: tensor.clone() for name, tensor in each.tensors.items()}
@@ -41,7 +41,7 @@ def with_graphs(model, schedule, limit=16):
 
 @torch.no_grad()
 def check(family, model, calls):
-    """Compare with another model of the same weights: copying this one would move them."""
+    """Compare with another model of the same weights, since a copy would move them."""
     outputs = [model(**call).sample for call in calls]
     twin = family.make()
     for own, new in zip(twin.parameters(), model.parameters(), strict=True):
@@ -104,13 +104,13 @@ def test_weights_written_to_in_place_are_seen(family):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     check(family, model, calls)
-    # a U-ViT's folded skips are other tensors then, which the depth of 0 has
+    # at a depth of 0 a U-ViT's folded skips are then other tensors
     assert len(captures) == (4 if isinstance(family, UViT) else 3)
 
 
 @FAMILIES
 @pytest.mark.parametrize("how", ["exchanged", "moved"])
-def test_weights_elsewhere_make_them_anew(family, how):
+def test_weights_moved_or_exchanged_make_new_graphs(family, how):
     family = family()
     model = family.make()
     _, captures = with_graphs(model, family.schedule)
@@ -134,11 +134,11 @@ def test_another_scheduler_moves_the_depths(make_pipe):
         model(**call)
         pipe.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
         model(**call)
-    assert state.axis.level(600.0) < 0.5  # a cosine's noise comes later
+    assert state.axis.level(600.0) < 0.5  # a cosine process adds its noise later
     assert [key[0] for key in captures] == [2, 6]
 
 
-def test_mixed_depths_and_unusual_blocks_are_run_as_they_come():
+def test_mixed_depths_and_unusual_blocks_run_without_graphs():
     family = DiT()
     model = family.make()
     _, captures = with_graphs(model, family.schedule)
@@ -146,11 +146,11 @@ def test_mixed_depths_and_unusual_blocks_are_run_as_they_come():
     model.transformer_blocks[3].ff.register_forward_hook(lambda *_: None)
     check(family, model, [family.call(100)])
     assert not captures
-    check(family, model, [family.call(900)])  # which the hook's block is no part of
+    check(family, model, [family.call(900)])  # does not run the block with the hook
     assert not captures
 
 
-def test_a_copy_leaves_it_in_force():
+def test_a_copy_keeps_the_graphs():
     family = DiT()
     model = family.make()
     state, _ = with_graphs(model, family.schedule)
@@ -161,7 +161,7 @@ def test_a_copy_leaves_it_in_force():
     assert len(graphs) == 1
 
 
-def test_disabling_ends_it():
+def test_disabling_ends_the_graphs():
     family = DiT()
     model = family.make()
     _, captures = with_graphs(model, family.schedule)
@@ -174,13 +174,12 @@ def test_disabling_ends_it():
 
 
 @FAMILIES
-@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-def test_compiled_as_whole_graphs(family, mode):
+def test_compiled_as_whole_graphs(family):
     family = family()
     torch._dynamo.reset()
     model = family.make()
     state = enable(model, family.schedule)
-    accelkit.compile(model, mode)
+    accelkit.compile(model, "aot_eager")
     calls = [family.call(t) for t in (*family.depths, *family.depths)]
     check(family, model, calls)
     assert len(state.fused.graphs) == len(family.depths)

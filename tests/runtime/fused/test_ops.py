@@ -1,4 +1,4 @@
-"""Fused forwards on the kernels' own functions, which run their references here."""
+"""Fused forwards by the functions of accelkit_kernels, which run their references here."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SEEN = {
 
 
 class Counted:
-    """The package of kernels, noting what is called."""
+    """The package of kernels, recording which functions are called."""
 
     def __init__(self):
         self.names = set()
@@ -71,5 +71,5 @@ def test_gelu_of_a_linear_layer(dtype):
     assert given.flatten().tolist() == [0, 0, 0, 40, far[0, 0, 4].item()]
 
 
-def test_float64_has_no_kernels_and_nor_has_the_cpu():
+def test_the_cpu_has_no_kernels():
     assert ops.kernels_for(torch.zeros(1)) is None

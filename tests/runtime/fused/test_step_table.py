@@ -1,4 +1,4 @@
-"""The conditioning of a whole run from one table."""
+"""The conditioning of a whole sampling run from one table."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from diffusers import DDIMScheduler
 from small_models import DiT, mixed
 from test_fused import relative
 
-from accelkit.runtime.fused import table
+from accelkit.runtime.fused import modulation
 from accelkit.runtime.switch import disable, enable
 
 SCHEDULE = DiT.schedule
 
 
 class Run:
-    """A model's calls in a sampling run of ten steps."""
+    """Calls of a model in a sampling run of ten steps."""
 
     def __init__(self, model, labels=(3, 3, 1000, 7), schedule=SCHEDULE, kernels="auto"):
         self.model, self.scheduler = model, DDIMScheduler()
@@ -36,7 +36,7 @@ class Run:
 
 
 def check(model, run_of):
-    """Every step, by a run of the own modules of the same weights."""
+    """Compare every step with the model's own modules on the same weights."""
     count = len(run_of.scheduler.timesteps)
     outputs = [run_of.at(place) for place in range(count)]
     twin = DiT().make()
@@ -66,14 +66,14 @@ def test_a_run_by_its_table(labels, schedule, shared):
     assert each.bytes == 10 * len(set(labels)) * vectors * width * 4
 
 
-def test_other_labels_at_every_call_never_pay_for_one():
+def test_new_labels_at_every_call_make_no_table():
     each = Run(DiT().make())
     for place in range(10):
         each.at(place, each.labels.clone().fill_(place))
     assert each.bytes == 0
 
 
-def test_labels_written_to_are_others():
+def test_labels_written_to_start_another_run():
     model = DiT().make()
     each = Run(model)
     for place in range(4):
@@ -86,7 +86,7 @@ def test_labels_written_to_are_others():
 @pytest.mark.parametrize(
     "part", ["norm1.linear.weight", "norm1.emb.class_embedder.embedding_table.weight"]
 )
-def test_weights_written_to_make_it_anew(part):
+def test_weights_written_to_make_another_table(part):
     model = DiT().make()
     each = Run(model)
     for place in range(4):
@@ -96,7 +96,7 @@ def test_weights_written_to_make_it_anew(part):
     check(model, each)
 
 
-def test_a_step_that_is_asked_again_sees_weights_written_through_data():
+def test_a_repeated_step_sees_weights_written_through_data():
     model = DiT().make()
     run_of = Run(model)
     for place in (0, 1, 2, 2):
@@ -120,8 +120,8 @@ def test_another_run_makes_its_own():
     assert each.bytes == 2 * ten
 
 
-def test_a_table_too_large_is_not_made(monkeypatch):
-    monkeypatch.setattr(table, "LIMIT", 1000)
+def test_a_table_that_is_too_large_is_not_made(monkeypatch):
+    monkeypatch.setattr(modulation, "LIMIT", 1000)
     model = DiT().make()
     each = Run(model)
     check(model, each)
