@@ -6,7 +6,7 @@ import torch
 
 from accelkit.artifact.artifact import from_pretrained
 from accelkit.backbones import DiT
-from accelkit.noise.forward import forward_process
+from accelkit.noise.schedulers import forward_process
 from accelkit.preset_names import preset_names
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps

@@ -79,7 +79,7 @@ def draw(
         size: samples of the data set.
         shape: of one sample.
         timesteps: draws as many timesteps as it is told from a generator, e.g.
-            :meth:`accelkit.noise.forward.ForwardProcess.draw`.
+            :meth:`accelkit.noise.processes.ForwardProcess.draw`.
         dropout: share of samples whose label is dropped.
     """
     first = step * batch

@@ -39,7 +39,7 @@ from torch import Tensor
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import ForwardProcess
+from accelkit.noise.processes import ForwardProcess
 from accelkit.runtime.taps import Tap, check
 from accelkit.schedule import Schedule
 from accelkit.train import heads

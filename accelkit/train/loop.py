@@ -26,7 +26,8 @@ from accelkit.backbones import backbone_of
 from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import Density, ForwardProcess, forward_process
+from accelkit.noise.processes import Density, ForwardProcess
+from accelkit.noise.schedulers import forward_process
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps
 from accelkit.sample.many import together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
-from accelkit.noise.forward import DiscreteProcess, ForwardProcess
+from accelkit.noise.processes import DiscreteProcess, ForwardProcess
 
 
 def denoising_loss(

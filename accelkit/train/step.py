@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accelkit.backbones.conditioning import Conditioning
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import ForwardProcess
+from accelkit.noise.processes import ForwardProcess
 from accelkit.runtime.taps import Taps
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw, seed_of_model

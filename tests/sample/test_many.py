@@ -184,7 +184,7 @@ def test_work_that_cannot_be_done_is_refused(change, complaint):
 
 @pytest.mark.parametrize("waits", ["meet", "told"])
 def test_a_process_that_has_ended_is_told_of_in_a_sentence(monkeypatch, waits):
-    """As gloo says it; tests/train/test_processes.py kills one."""
+    """As gloo says it; tests/train/test_two_processes.py kills one."""
 
     class State:
         process_index, num_processes = 0, 2

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from toy_run import CLASSES, Toy, build, depths, drawn
 
 from accelkit.noise.axis import REFERENCE
-from accelkit.noise.forward import DiscreteProcess
+from accelkit.noise.processes import DiscreteProcess
 from accelkit.train.objectives import denoising_loss
 
 

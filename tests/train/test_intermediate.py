@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscre
 
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import DiscreteProcess, FlowProcess, VPSDEProcess, forward_process
+from accelkit.noise.processes import DiscreteProcess, FlowProcess, VPSDEProcess
+from accelkit.noise.schedulers import forward_process
 from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.runtime.switch import enabled_on
 from accelkit.runtime.taps import Tap

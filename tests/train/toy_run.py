@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import accelkit
-from accelkit.noise.forward import DiscreteProcess
+from accelkit.noise.processes import DiscreteProcess
 from accelkit.schedule import Schedule
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
