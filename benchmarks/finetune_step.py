@@ -1,4 +1,4 @@
-"""What a fine-tuning step costs on each preset, of a full-depth step on the same batch."""
+"""Cost of a fine-tuning step on each preset, relative to a full-depth step on the same batch."""
 
 from contextlib import ExitStack
 

@@ -83,8 +83,8 @@ def check(accelerator: Accelerator) -> None:
     if kind not in _REPLICATED or accelerator.state.dynamo_plugin.backend.value != "NO":
         raise AccelkitError(
             f"the Accelerator was made for {kind} and dynamo backend "
-            f"{accelerator.state.dynamo_plugin.backend.value}, but {_SHARDED}; in a new process, take "
-            "the one that accelkit.train.loop.make_accelerator returns"
+            f"{accelerator.state.dynamo_plugin.backend.value}, but {_SHARDED}; in a new process, "
+            "take the one that accelkit.train.loop.make_accelerator returns"
         )
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise AccelkitError(
