@@ -229,12 +229,8 @@ class VPSDEProcess(ForwardProcess):
     """The variance-preserving SDE in continuous time (Song et al. 2021, eq. 11).
 
     beta(t) = low + (high - low) t for t in [0, 1]; abar(t) = exp(-integral of beta). Timesteps are
-    T t - 1, so that whole ones are those of the discrete process with the same limit.
-
-    Attributes:
-        steps: T.
-        low: beta at time 0.
-        high: beta at time 1.
+    T t - 1, so that whole ones are those of the discrete process with the same limit; T is
+    ``steps``.
     """
 
     steps: int = 1000
@@ -272,11 +268,7 @@ class VPSDEProcess(ForwardProcess):
 
 @dataclass(frozen=True)
 class FlowToDataProcess(Process):
-    """The straight path with time running from noise, 0, to data, T.
-
-    Attributes:
-        steps: T.
-    """
+    """The straight path with time running from noise, 0, to data, ``steps``."""
 
     steps: float
 
@@ -291,10 +283,7 @@ class FlowToDataProcess(Process):
 class EDMProcess(Process):
     """x = x_0 + sigma eps, with timestep = scale log(sigma) (Karras et al. 2022, table 1).
 
-    Attributes:
-        scale: factor of the timestep.
-        sigma_data: deviation of the data. It is part of the SNR, since the noise axis assumes unit
-            variance.
+    The data's deviation ``sigma_data`` is part of the SNR, as the noise axis assumes unit variance.
     """
 
     scale: float
@@ -312,11 +301,8 @@ class AngleProcess(Process):
     """x = cos(angle) x_0 + sin(angle) eps, with timestep = angle / unit.
 
     Salimans and Ho 2022; TrigFlow of Lu and Song 2025, which scales the noise like the data. The
-    same holds where data keep their scale and sigma = tan(angle).
-
-    Attributes:
-        unit: angle of timestep 1, in radians.
-        sigma_data: deviation of the data, in units of the noise.
+    same holds where data keep their scale and sigma = tan(angle). ``unit`` is in radians, and
+    ``sigma_data`` the data's deviation in units of the noise.
     """
 
     unit: float = 1.0

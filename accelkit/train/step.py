@@ -156,11 +156,7 @@ class Step:
 
 
 def _lowered(scaler: Any) -> bool:
-    """Lower the scale of a loss scaler; return whether that may help.
-
-    It does not at scale 1, nor where the norm overflows but no gradient does: the scaler then keeps
-    its scale.
-    """
+    """Lower the scale of a loss scaler; return False at scale 1, or if no gradient overflows."""
     if scaler is None or (scale := scaler.get_scale()) <= 1:
         return False
     scaler.update()
