@@ -43,7 +43,7 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, An
 def record(
     module: str, protocol: dict[str, Any], results: dict[str, Any], path: str | None
 ) -> None:
-    """Print results as JSON and, given a path, write them there with what they depend on."""
+    """Print results as JSON and, given a path, write them there with protocol and machine."""
     print(json.dumps(results, indent=2))
     if path:
         target = Path(path)
@@ -56,6 +56,6 @@ def record(
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with the options that all scripts share."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("-o", "--output", help="record the results in this JSON file")
+    made.add_argument("-o", "--output", help="JSON file for the results")
     made.add_argument("--rounds", type=int, default=rounds)
     return made

@@ -1,8 +1,8 @@
-"""The 50 calls of a DDIM run, and a whole guided run, of a DiT of random weights on a GPU.
+"""Time of the 50 calls of a DDIM run, and of a guided run, for a DiT of random weights on a GPU.
 
-The geometry is DiT-XL/2's at 256 pixels unless told otherwise. Ways of running it take turns:
-diffusers' own modules, torch.compile of the whole model, the fused forward, and that captured as
-graphs; at full depth and on a schedule.
+The default geometry is DiT-XL/2's at 256 pixels. The ways of running it take turns, at full depth
+and on a schedule: diffusers' own modules, torch.compile of the whole model, the fused forward, and
+the fused forward captured as graphs.
 """
 
 import copy
@@ -29,7 +29,7 @@ def network(layers: int, heads: int, head_dim: int) -> Any:
 
 
 def prepared(model: Any, way: str, schedule: str, mode: str) -> Any:
-    """A copy of the model that runs a schedule in one of the ways."""
+    """Return a copy of the model that runs a schedule in one of the ways."""
     twin = copy.deepcopy(model)
     accelkit.enable(twin, schedule, kernels="auto" if way in ("fused", "graphs") else "off")
     if way == "graphs":
@@ -38,7 +38,7 @@ def prepared(model: Any, way: str, schedule: str, mode: str) -> Any:
 
 
 def calls(model: Any, batch: int, steps: torch.Tensor) -> Callable[[], None]:
-    """All calls of a run on one batch, half of it without labels, as under guidance."""
+    """Return a function that makes all calls of a run on one batch, half of it without labels."""
     device, dtype = steps.device, next(model.parameters()).dtype
     size = model.config.sample_size
     sample = torch.randn(batch, 4, size, size, device=device, dtype=dtype)
@@ -55,7 +55,7 @@ def calls(model: Any, batch: int, steps: torch.Tensor) -> Callable[[], None]:
 
 
 def pipeline(model: Any, device: str, dtype: torch.dtype) -> Any:
-    """The DiTPipeline of a model, with an autoencoder of Stable Diffusion's size."""
+    """Return the DiTPipeline of a model, with an autoencoder of Stable Diffusion's size."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -78,11 +78,11 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[8, 64])
     options.add_argument("--schedule", default="D4")
     options.add_argument("--steps", type=int, default=50)
-    options.add_argument("--mode", default="graphs", help="as accelkit.compile takes it")
+    options.add_argument("--mode", default="graphs", help="mode of accelkit.compile")
     options.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     given = options.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("benchmarks.denoising needs a CUDA device; there is none\n")
+        sys.stderr.write("benchmarks.denoising needs a CUDA device, and there is none\n")
         raise SystemExit(2)
     dtype = getattr(torch, given.dtype)
     model = network(given.layers, given.heads, given.head_dim).to(given.device, dtype)

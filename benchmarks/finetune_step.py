@@ -1,4 +1,4 @@
-"""What a fine-tuning step costs on each preset, of a full-depth step on the same batch."""
+"""Cost of a fine-tuning step on each preset, relative to a full-depth step on the same batch."""
 
 from contextlib import ExitStack
 
@@ -6,7 +6,7 @@ import torch
 
 from accelkit.artifact.artifact import from_pretrained
 from accelkit.backbones import DiT
-from accelkit.noise.forward import forward_process
+from accelkit.noise.schedulers import forward_process
 from accelkit.preset_names import preset_names
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps

@@ -1,4 +1,4 @@
-"""What a schedule that keeps every block costs: a sampling run with it, of one without."""
+"""Cost of a schedule that keeps every block, relative to sampling without a schedule."""
 
 from accelkit.artifact.artifact import from_pretrained
 from accelkit.runtime.switch import enable

@@ -1,8 +1,8 @@
-"""One network with a schedule, called from several threads: outputs that differ, and throughput.
+"""One network with a schedule, called from several threads: differing outputs, and throughput.
 
-Outputs of four threads at four noise levels are compared bit for bit with those of one thread. Time
-is that of two threads that call one network of width 384 at full depth, on a core each: with a
-schedule that is shallow at higher noise, and without one.
+Outputs of four threads at four noise levels are compared bit for bit with those of one thread.
+Throughput is measured with two threads that call one network of width 384 at full depth, on a core
+each: with a schedule that is shallow at higher noise, and without one.
 """
 
 import copy
@@ -22,7 +22,7 @@ from benchmarks.families import CROPS, NARROW, NETWORKS, WIDE
 
 FAMILIES = ("SD3", "FLUX", "DiT", "U-ViT", "PixArt", "UNet", "conditional UNet")
 MOMENTS = (100, 400, 700, 950)
-"""Timesteps, one for each thread."""
+"""The timestep of each thread."""
 
 
 def call_at(backbone: Backbone, family: str, timestep: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def call_at(backbone: Backbone, family: str, timestep: int) -> dict[str, Any]:
 
 
 def scheduled(network: Any, kernels: str) -> Any:
-    """Return a copy of a network, with a depth for each quarter of the noise levels."""
+    """Return a copy of a network with a depth for each quarter of the noise levels."""
     network = copy.deepcopy(network)
     depth = backbone_of(network).depth
     quarters = [max(1, round(depth * kept)) for kept in (1, 0.75, 0.5, 0.25)]
@@ -46,12 +46,12 @@ def scheduled(network: Any, kernels: str) -> Any:
 
 @torch.inference_mode()
 def outputs(network: Any, call: dict[str, Any], count: int) -> list[torch.Tensor]:
-    """Return what so many calls give."""
+    """Return the outputs of ``count`` calls."""
     return [network(**call)[0] for _ in range(count)]
 
 
 def differing(family: str, kernels: str, count: int) -> dict[str, int]:
-    """Return how many outputs of four threads differ from those of one."""
+    """Return how many outputs of four threads differ from those of one thread."""
     torch.manual_seed(0)
     network = scheduled(NETWORKS[family](*NARROW).eval(), kernels)
     calls = [call_at(backbone_of(network), family, t) for t in MOMENTS]
@@ -68,7 +68,7 @@ def differing(family: str, kernels: str, count: int) -> dict[str, int]:
 
 
 def two_threads(network: Any, call: dict[str, Any], count: int) -> Callable[[], object]:
-    """Return what calls a network so often from each of two threads."""
+    """Return a function that calls a network ``count`` times from each of two threads."""
 
     def run() -> None:
         with ThreadPoolExecutor(2) as pool:
@@ -79,7 +79,7 @@ def two_threads(network: Any, call: dict[str, Any], count: int) -> Callable[[], 
 
 def main() -> None:
     options = parser(__doc__, rounds=9)
-    options.add_argument("--outputs", type=int, default=2000, help="of each family")
+    options.add_argument("--outputs", type=int, default=2000, help="outputs of each family")
     given = options.parse_args()
     results: dict[str, Any] = {}
     torch.set_num_threads(1)
@@ -100,8 +100,8 @@ def main() -> None:
         row = ratio(interleaved(work, given.rounds), "plain", "scheduled")
         results[f"{family}, own modules"]["throughput"] = row
     protocol = {
-        "differing": "outputs of four threads that are not bit for bit those of one",
-        "throughput": "of two threads with a schedule at full depth / of two without a schedule",
+        "differing": "outputs of four threads that differ in any bit from those of one thread",
+        "throughput": "two threads with a schedule, at full depth / two threads without one",
     }
     record("benchmarks.threads", protocol, results, given.output)
 

@@ -1,6 +1,7 @@
-"""How much of the saving that its multiplications promise a U-ViT reaches at D6, folds included.
+"""Measured saving of a U-ViT at D6, relative to the saving in multiplications.
 
-Random weights do for time. The geometry is the paper's U-ViT-S/4 on CelebA.
+The folds of its skips are included. Weights are random, since they do not change the time. The
+geometry is the paper's U-ViT-S/4 on CelebA.
 """
 
 import copy
@@ -34,7 +35,7 @@ def main() -> None:
     levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
     backbone = backbone_of(pipe.transformer)
     tuned = copy.deepcopy(pipe)
-    enable(pipe, "full")  # which runs by the same path
+    enable(pipe, "full")  # so that both take the same path
     enable(tuned, "D6")
     schedule = Schedule.parse("D6", backbone.depth, backbone.family)
     promised = ideal_saving(pipe.transformer, schedule, levels)

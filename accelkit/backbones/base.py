@@ -43,7 +43,7 @@ class Backbone(ABC):
         timestep_guessed: whether that is a guess, which calls are to be compared with.
         head: names of the parameters, or of modules that hold them, which make the last hidden
             states a prediction, of which a model may lack some. By them training can give earlier
-            exits heads of their own (:mod:`accelkit.train.heads`).
+            exits heads of their own (:mod:`accelkit.train.dvd`).
         tokens_protected: how many tokens stand before the map in self-attention (:meth:`grid`) and
             are never merged, e.g. one for the time.
     """

@@ -153,7 +153,7 @@ class Comparison:
         runs = [(variant, work) for variant in self._variants(work)]
         runs = [run for run in runs if _key(run) not in but]
         reasons = [self._reason(*run) for run in runs] if self.world.main else None
-        return list(zip(runs, self.world.told(reasons), strict=True))
+        return list(zip(runs, self.world.broadcast(reasons), strict=True))
 
     def _reason(self, variant: Variant, work: Work) -> str:
         """Return why a variant cannot run with what is installed here, "" if it can."""
@@ -243,7 +243,7 @@ class Comparison:
             reference=self.judge.reference.fingerprint,
             batch_size=batch,
         )
-        found = self.world.told(self.cells.get(settings) if self.world.main else None)
+        found = self.world.broadcast(self.cells.get(settings) if self.world.main else None)
         if found is not None:
             return found
         found = judge_variant(

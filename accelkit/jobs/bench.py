@@ -150,13 +150,13 @@ def compare(
     for turn in (True, False):  # the main process first, whose features of the reference are kept
         if world.main is turn:
             comparison.judge = _judge(plan, images, image_size(pipe), reporter, recorded)
-        world.meet()
+        world.wait()
     with comparison.cells.claimed() if world.main else nullcontext():
         if overwrite and world.main:
             comparison.cells.clear()
             shutil.rmtree(output / SAMPLES, ignore_errors=True)
             (output / RESULTS).unlink(missing_ok=True)
-        world.meet()
+        world.wait()
         if not told:
             reporter.say(f"comparing with {images.summary()}")
         measured = comparison.run()

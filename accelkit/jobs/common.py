@@ -26,7 +26,7 @@ from accelkit.files.tensors import add_sums
 from accelkit.files.writing import RESUME, writing
 from accelkit.runtime.switch import disable, enabled_on
 from accelkit.sample.generate import Sampling, generate, grid
-from accelkit.sample.many import together
+from accelkit.sample.many import explain_lost_process
 from accelkit.train.config import TrainConfig
 from accelkit.train.loop import Progress, Watch, make_accelerator
 from accelkit.train.rundir import RunDirectory
@@ -198,7 +198,7 @@ def claimed(
     accelerator = make_accelerator(config, log_with=where.report_to, project_dir=str(where.output))
     run = RunDirectory(where.output)
     try:
-        with together(accelerator.num_processes):
+        with explain_lost_process(accelerator.num_processes):
             if accelerator.is_main_process:
                 run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
             accelerator.wait_for_everyone()

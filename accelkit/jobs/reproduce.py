@@ -91,7 +91,7 @@ def reproduce(
                 if schedule not in tuned:
                     tuned[schedule] = str(output / variant / schedule)
                     work.train(base, schedule, change, Path(tuned[schedule]))
-            World.launched().meet()  # for the main process, which writes
+            World.launched().wait()  # for the main process, which writes
             results[variant] = bench(
                 base,
                 plan,
@@ -167,7 +167,7 @@ class _Work:
             place = folder / CONTINUOUS
             if World.launched().main and not place.exists():
                 _continuous(folder / PIPELINE, place)
-            World.launched().meet()
+            World.launched().wait()
         return replace(self.source, model=str(place), vae=None)
 
     def train(self, base: Source, schedule: str, change: Mapping[str, Any], folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""The noise axis: where a timestep of any scheduler lies between data (0) and noise (1).
+"""The noise axis: the place of a timestep of any scheduler between data (0) and noise (1).
 
 The axis is the position on the linear-beta variance-preserving process (beta from 1e-4 to 0.02
 over 1,000 steps, Ho et al. 2020): level = index / 1000. Any other process is placed on it by equal
-log-SNR, log(alpha^2 / sigma^2), so that a schedule means the same noise everywhere.
+log-SNR, log(a^2 / b^2), so that a schedule means the same noise everywhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
-from accelkit.noise.processes import LogSnr, knots, process_of, vp_log_snr
+from accelkit.noise.processes import DiscreteProcess, Process
+from accelkit.noise.schedulers import process_of
 
 STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
 
-_REFERENCE = vp_log_snr(np.linspace(BETA_START, BETA_END, STEPS))
+_BETAS = torch.from_numpy(np.linspace(BETA_START, BETA_END, STEPS))
+_REFERENCE = DiscreteProcess(_BETAS, kind="linear betas")
 _LEVELS = np.arange(STEPS) / STEPS
 
 
@@ -26,17 +29,18 @@ def level_of_log_snr(log_snr: np.ndarray) -> np.ndarray:
     """Return the noise level in [0, 1] of a log-SNR, float64.
 
     Linear in log-SNR between the 1,000 knots of the reference process and clamped outside them;
-    a log-SNR below the last knot (terminal SNR of zero, say) is pure noise, level 1. Rounded to
-    1e-6, far below a step's width and above what float32 betas disturb, so that an index on an
-    interval's edge stays on its own side.
+    a log-SNR below the last knot (terminal SNR of zero, say) is pure noise, level 1. Levels are
+    rounded to 1e-6, far below a step's width and above the error of float32 betas, so that an index
+    on an interval's edge stays on its own side.
     """
     log_snr = np.asarray(log_snr, dtype=np.float64)
-    levels = np.round(np.interp(-log_snr, -_REFERENCE, _LEVELS), 6)
-    return np.where(log_snr < _REFERENCE[-1] - 1e-4, 1.0, levels)
+    table = _REFERENCE.log_snr_table
+    levels = np.round(np.interp(-log_snr, -table, _LEVELS), 6)
+    return np.where(log_snr < table[-1] - 1e-4, 1.0, levels)
 
 
 def reference_process() -> Any:
-    """Return diffusers' DDIMScheduler of the process that the axis is made of, DiT's own."""
+    """Return the DDIMScheduler of the reference process, which is DiT's own."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -47,17 +51,19 @@ def reference_process() -> Any:
 class NoiseAxis:
     """Places the timesteps of one process on the axis.
 
-    Args:
-        log_snr: maps raw timesteps, float64 of any shape, to log-SNR.
-        kind: what the process is, for people.
+    ``level(timestep)`` is :meth:`levels` of a single timestep, cached.
 
-    ``level(timestep)`` is :meth:`levels` of a single timestep, remembered.
+    Args:
+        process: the process.
+
+    Attributes:
+        kind: name of the process, for messages.
     """
 
-    def __init__(self, log_snr: LogSnr, kind: str) -> None:
-        self.kind = kind
-        self._log_snr = log_snr
-        self.level = lru_cache(maxsize=4096)(self._level)  # asked at every call of a model
+    def __init__(self, process: Process) -> None:
+        self.kind = process.kind
+        self._log_snr = process.log_snr
+        self.level = lru_cache(maxsize=4096)(self._level)  # every call of a model needs it
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseAxis:
@@ -66,9 +72,10 @@ class NoiseAxis:
         None stands for the reference process.
 
         Raises:
-            AccelkitError: its timesteps do not tell the noise, or nothing is known of them.
+            AccelkitError: a timestep of the scheduler does not determine the noise, or accelkit
+                does not know its process.
         """
-        return REFERENCE if scheduler is None else cls(*process_of(scheduler))
+        return REFERENCE if scheduler is None else cls(process_of(scheduler))
 
     def levels(self, timesteps: Iterable[float] | Any) -> list[float]:
         """Return the noise levels of raw timesteps (a sequence, array or tensor)."""
@@ -79,5 +86,5 @@ class NoiseAxis:
         return self.levels([timestep])[0]
 
 
-REFERENCE = NoiseAxis(knots(_REFERENCE), "linear betas")
+REFERENCE = NoiseAxis(_REFERENCE)
 """The axis of the reference process itself: level = timestep / 1000."""

@@ -3,11 +3,11 @@
 dx = -beta(t)/2 x dt + sqrt(beta(t)) dw with beta(t) rising linearly from 0.1 to 20 over t in [0, 1]
 (Song et al. 2021, eq. 11 and appendix C): the limit of the 1,000 linear betas of Ho et al. 2020,
 abar(t) = exp(-0.1 t - 9.95 t^2). A timestep is the index of that discrete process, 1000 t - 1, here
-a fraction as well: index i has taken i + 1 steps of noise.
+possibly a fraction: index i has taken i + 1 steps of noise.
 
-diffusers has single-step DPM-Solvers of the same orders, but for a table of betas: it rounds every
-timestep to a whole one, where six of the paper's 50 calls lie below timestep 1, and spaces its
-evaluations rather than its intervals evenly.
+diffusers has single-step DPM-Solvers of the same orders, but for a table of betas: they round every
+timestep to a whole one, although six of the paper's 50 calls are below timestep 1, and space their
+evaluations rather than their intervals evenly.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
+from accelkit.noise.processes import VPSDEProcess
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class VPSDEScheduler(SchedulerMixin, ConfigMixin):
-    """What the samplers of the process share; for networks that predict the noise.
+    """Base class of the samplers, for networks that predict the noise.
 
     Args:
-        num_train_timesteps: T, whole timesteps in t from 0 to 1.
-        beta_min, beta_max: beta at t = 0 and t = 1.
+        num_train_timesteps: T, number of whole timesteps in t from 0 to 1.
+        beta_min: beta at t = 0.
+        beta_max: beta at t = 1.
 
     Attributes:
-        timesteps: where the network is called, falling, float32 of shape (steps,): T t - 1.
+        timesteps: timesteps of the network's calls, falling, float32 of shape (steps,): T t - 1.
         init_noise_sigma: deviation of the noise that sampling starts from.
     """
 
@@ -48,7 +50,7 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self._times: list[float] = []  # of the timesteps, and where the last step ends
+        self._times: list[float] = []  # one for each timestep, and the end of the last step
         self._begin_index: int | None = None
         self._step_index: int | None = None
 
@@ -57,30 +59,34 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Which of the timesteps is next, None before the first."""
+        """Index of the next timestep, None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Which of the timesteps was set to be the first, None if it is found by its value."""
+        """Index of the first timestep, None if it is found by its value."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at a later timestep, as image-to-image pipelines do."""
         self._begin_index = begin_index
 
+    @property
+    def process(self) -> VPSDEProcess:
+        """The process that is sampled."""
+        return VPSDEProcess(len(self), self.config.beta_min, self.config.beta_max)
+
     def log_alpha_bar(self, t: Any) -> Any:
         """Return log abar at times ``t`` in [0, 1], a number or float64 array."""
-        low, high = self.config.beta_min, self.config.beta_max
-        return -(low * t + (high - low) * t**2 / 2)
+        return self.process.log_alpha_bar(t)
 
     def discrete_betas(self) -> list[float]:
-        """Return the T betas of the discrete process that has every whole timestep's noise."""
+        """Return the T betas of the discrete process with equal noise at every whole timestep."""
         ends = self.log_alpha_bar(np.arange(len(self) + 1) / len(self))
         return (-np.expm1(np.diff(ends))).tolist()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return ``sample`` as it is."""
+        """Return ``sample`` unchanged."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -102,11 +108,11 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
         """Set the timesteps of a run.
 
         Args:
-            num_inference_steps: how often the network is called.
-            device: where the timesteps lie.
+            num_inference_steps: number of calls of the network.
+            device: device of the timesteps.
 
         Raises:
-            AccelkitError: fewer steps than the sampler can do with.
+            AccelkitError: fewer steps than the sampler needs.
         """
         times = self._grid(num_inference_steps)
         self.num_inference_steps = num_inference_steps
@@ -127,10 +133,10 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: the predicted noise, of shape (B, ...).
-            timestep: the one that the network was called with; only the first is looked at.
-            sample: what it was called with, shaped as its output.
-            generator: of the noise that is added, if any; one, or one per sample.
-            return_dict: False returns a tuple.
+            timestep: timestep of the network's call; read in the first step alone.
+            sample: input of the network's call, shaped as its output.
+            generator: source of the noise that is added, if any; one, or one per sample.
+            return_dict: whether to return an object rather than a tuple.
 
         Returns:
             ``.prev_sample``.
@@ -148,12 +154,12 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def index_for_timestep(self, timestep: Tensor | float) -> int:
-        """Return which of the timesteps is nearest."""
+        """Return the index of the nearest timestep."""
         return int((self.timesteps - float(timestep)).abs().argmin())
 
     @abstractmethod
     def _grid(self, steps: int) -> np.ndarray:
-        """Return the times of ``steps`` calls, falling, and where the last step ends; float64."""
+        """Return the falling times of ``steps`` calls and the end of the last step, float64."""
 
     @abstractmethod
     def _step(self, index: int, eps: Tensor, x: Tensor, generator: Generators) -> Tensor: ...
@@ -162,7 +168,7 @@ class VPSDEScheduler(SchedulerMixin, ConfigMixin):
 class VPSDEEulerMaruyamaScheduler(VPSDEScheduler):
     """Euler-Maruyama on the reverse SDE (Bao et al. 2023: 1,000 steps for pixel models).
 
-    Times are evenly spaced from 1 to 1e-3, from where the last step goes to 0 without noise.
+    Times are evenly spaced from 1 to 1e-3; from there the last step goes to 0 without noise.
     """
 
     def _grid(self, steps: int) -> np.ndarray:
@@ -172,7 +178,7 @@ class VPSDEEulerMaruyamaScheduler(VPSDEScheduler):
 
     def _step(self, index: int, eps: Tensor, x: Tensor, generator: Generators) -> Tensor:
         t, s = self._times[index], self._times[index + 1]
-        beta = self.config.beta_min + (self.config.beta_max - self.config.beta_min) * t
+        beta = self.process.beta(t)
         sigma = float(np.sqrt(-np.expm1(self.log_alpha_bar(t))))
         mean = x + beta * (t - s) * (x / 2 - eps / sigma)  # the score is -eps / sigma
         if s == 0:
@@ -184,9 +190,9 @@ class VPSDEEulerMaruyamaScheduler(VPSDEScheduler):
 class VPSDEDPMSolverScheduler(VPSDEScheduler):
     """Single-step DPM-Solver of order 3 on the probability-flow ODE (Lu et al. 2022, algorithm 2).
 
-    What the U-ViT paper samples with in 50 calls: intervals even in log-SNR from t = 1 to 1e-4, of
-    three calls each but the last ones, which take what is left, so that the network is called
-    exactly as often as asked. No step is needed from 1e-4 to 0.
+    The U-ViT paper samples with it in 50 calls. Intervals are even in log-SNR from t = 1 to 1e-4
+    and take three calls each; the last ones take the rest, so that the number of calls is exactly
+    the one given. No step is needed from 1e-4 to 0.
     """
 
     def _grid(self, steps: int) -> np.ndarray:
@@ -206,7 +212,8 @@ class VPSDEDPMSolverScheduler(VPSDEScheduler):
 
     def _step(self, index: int, eps: Tensor, x: Tensor, generator: Generators) -> Tensor:
         lambdas = self._half_log_snr(np.array(self._times[index : index + 2]))
-        if self._starts[index] or not self._calls:  # a run may begin in the middle of an interval
+        # A run may begin in the middle of an interval.
+        if self._starts[index] or not self._calls:
             self._calls, self._x = [], x
         self._calls.append((lambdas[0], eps))
         start, first = self._calls[0]
@@ -218,7 +225,7 @@ class VPSDEDPMSolverScheduler(VPSDEScheduler):
         if len(self._calls) == 1:
             return ahead
         at, last = self._calls[-1]
-        # order 2 as a whole is a midpoint rule, inside of order 3 its exact form
+        # An interval of order 2 takes the midpoint rule, one of order 3 the exact form within.
         weight = np.expm1(h) / 2 if self._orders[index] == 2 else np.expm1(h) / h - 1
         return ahead - float(sigma * weight * h / (at - start)) * (last - first)
 
@@ -227,7 +234,7 @@ class VPSDEDPMSolverScheduler(VPSDEScheduler):
         return (log_alpha_bar - np.log(-np.expm1(log_alpha_bar))) / 2
 
     def _time(self, half_log_snr: np.ndarray) -> np.ndarray:
-        """Where B(t) = -log abar(t), a parabola, is what the log-SNR asks for."""
+        """Return the times of half log-SNRs, where -log abar(t), a parabola, has their values."""
         low, slope = self.config.beta_min, self.config.beta_max - self.config.beta_min
         integral = np.logaddexp(0, -2 * half_log_snr)
         return 2 * integral / (low + np.sqrt(low**2 + 2 * slope * integral))

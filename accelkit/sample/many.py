@@ -1,8 +1,8 @@
-"""Any number of images by any number of processes, with what is kept of each in shards on disk.
+"""Images in any number, by any number of processes, with results of each in shards on disk.
 
-Image ``i`` has seed ``seed + i`` and the item ``i`` modulo their number, whoever makes it and in
-whichever batch. A process writes each shard beside its place and renames it, so that a killed run
-goes on where it was, and nothing held in memory grows with the number of images.
+Image ``i`` has seed ``seed + i`` and item ``i`` modulo the number of items, whichever process makes
+it in whichever batch. A shard is written next to its place and renamed into it, so a killed run can
+be resumed, and memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from accelkit.files.writing import AGAIN
 from accelkit.sample.generate import Sampling, check_seed, generate
 
 Rows = dict[str, np.ndarray]
-"""What is kept of some images: arrays by name, a row per image."""
+"""Results of some images: arrays by name, a row per image."""
 
-_LEAST = 64  # images a shard, so that small batches do not leave a file each
+_LEAST = 64  # images in a shard, so that small batches do not write a file each
 _NAME = re.compile(r"(\d{8,})-(\d{8,})\.safetensors")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is made: how many images, from which items in turn, how, and the first one's seed.
+    """Images to make: their number, their items in turn, the sampling and the first seed.
 
     Raises:
         AccelkitError: fewer than one image, no items, or a seed outside [0, 2^32).
@@ -61,30 +61,30 @@ class Work:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share the work.
+    """The processes that share the work, as one of them sees it.
 
     Attributes:
-        rank: this one's.
-        size: how many there are.
-        meet: returns when all have called it.
-        told: returns to all what the main one was called with.
+        rank: index of this process.
+        size: number of processes.
+        wait: function that returns once every process has called it.
+        broadcast: function that returns the main process's argument in every process.
     """
 
     rank: int = 0
     size: int = 1
-    meet: Callable[[], None] = lambda: None
-    told: Callable[[Any], Any] = lambda said: said
+    wait: Callable[[], None] = lambda: None
+    broadcast: Callable[[Any], Any] = lambda value: value
 
     @property
     def main(self) -> bool:
-        """Whether this process tells the others' results."""
+        """Whether this is the process that writes and prints results."""
         return self.rank == 0
 
     @staticmethod
     def launched() -> World:
-        """Return the processes that ``accelerate launch`` started, one if it did not.
+        """Return the processes that ``accelerate launch`` started, or this one alone.
 
-        They have a day to meet: one of them may measure for long what the others wait for.
+        They wait for each other for up to a day, since one may measure while the others wait.
         """
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -92,31 +92,31 @@ class World:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timedelta(days=1))
 
-        def meet() -> None:
-            with together(state.num_processes):
+        def wait() -> None:
+            with explain_lost_process(state.num_processes):
                 state.wait_for_everyone()
 
-        def told(said: Any) -> Any:
-            with together(state.num_processes):
-                return broadcast_object_list([said])[0]
+        def broadcast(value: Any) -> Any:
+            with explain_lost_process(state.num_processes):
+                return broadcast_object_list([value])[0]
 
-        return World(state.process_index, state.num_processes, meet, told)
+        return World(state.process_index, state.num_processes, wait, broadcast)
 
 
 class RowShards:
-    """Rows by the index of their image, in a folder of files named by the range they hold.
+    """Rows by the index of their image, in a folder of files named by their range.
 
     Args:
-        folder: made when the first rows are written.
+        folder: the folder; created with the first rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def missing(self, images: int, at_most: int) -> list[range]:
-        """Return what is not there of the first ``images``, in ranges of so many at most.
+        """Return the missing ones of the first ``images``, in ranges of at most ``at_most``.
 
-        Files that are damaged are removed, with a warning.
+        Damaged files are removed, with a warning.
         """
         self._remove_damaged()
         gaps, start = [], 0
@@ -127,10 +127,10 @@ class RowShards:
         return gaps
 
     def write(self, places: range, rows: Rows) -> None:
-        """Keep the rows of the images at ``places``.
+        """Write the rows of the images at ``places``.
 
         Raises:
-            AccelkitError: no room is left on the disk.
+            AccelkitError: the disk is full.
         """
         write_tensors(self._path(places), rows, AGAIN)
 
@@ -150,9 +150,9 @@ class RowShards:
         for path in map(self._path, self._held()):
             try:
                 check_tensors(path)
-                with safe_open(path, "np"):  # what is cut short has no checksum to read
+                with safe_open(path, "np"):  # a truncated file has no checksum to compare
                     continue
-            except FileNotFoundError:  # another process was first
+            except FileNotFoundError:  # another process has removed it
                 continue
             except (AccelkitError, OSError, SafetensorError) as error:
                 warnings.warn(
@@ -177,26 +177,26 @@ def generate_shards(
     world: World | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Make what is missing of the images, keep what ``rows_of`` makes of them, and meet.
+    """Make the images that are missing, write their rows, and wait for the other processes.
 
     Args:
-        pipe: the pipeline, as it is to be run.
-        work: what to make.
-        batch_size: images a call; it changes the speed alone.
-        rows_of: called with the images' places and the images, uint8 (n, H, W, 3).
-        shards: where rows are kept; shared by all processes, so on a file system that all see.
-        world: the processes, by default this one alone.
+        pipe: the pipeline.
+        work: the images to make.
+        batch_size: images in a call; it affects the speed alone.
+        rows_of: function from places and images, uint8 (n, H, W, 3), to rows.
+        shards: shards of the rows, on a file system that all processes share.
+        world: the processes; by default this one alone.
         on_images: called with this process's images done and their total.
 
     Raises:
-        AccelkitError: fewer than one image a call, or no room is left on the disk.
+        AccelkitError: ``batch_size`` is below 1, or the disk is full.
     """
     if batch_size < 1:
         raise AccelkitError(f"give batches of at least 1 image, got {batch_size}")
     world = world or World()
     length = -(-_LEAST // batch_size) * batch_size
     mine = shards.missing(work.images, length)[world.rank :: world.size]
-    world.meet()  # all have looked before the first shard is written
+    world.wait()  # Every process has listed its share before the first shard is written.
     done, total = 0, sum(map(len, mine))
     for places in mine:
         kept: list[Rows] = []
@@ -206,18 +206,18 @@ def generate_shards(
             done += len(batch)
             on_images(done, total)
         shards.write(places, {k: np.concatenate([rows[k] for rows in kept]) for k in kept[0]})
-    world.meet()
+    world.wait()
 
 
 @contextmanager
-def together(processes: int) -> Iterator[None]:
-    """Say in a sentence that another process has ended, which torch reports as a lost connection.
+def explain_lost_process(processes: int) -> Iterator[None]:
+    """Turn torch's error for a lost connection into a sentence.
 
     Args:
-        processes: how many there are.
+        processes: number of processes.
 
     Raises:
-        AccelkitError: one of the others has ended, and this one was waiting for it.
+        AccelkitError: this process was waiting for another one, which has ended.
     """
     try:
         yield
@@ -226,6 +226,6 @@ def together(processes: int) -> Iterator[None]:
         if processes == 1 or not lost:
             raise
         raise AccelkitError(
-            f"another of the {processes} processes has ended, and this one cannot go on without "
-            "it; see what that one printed, then launch all of them again"
+            f"another of the {processes} processes has ended, and this one cannot continue without "
+            "it; see its output, then launch all of them again"
         ) from error

@@ -16,7 +16,7 @@ from accelkit.models.sizes import MOST, MOST_LAYERS
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How the autoencoder is built and trained.
+    """Architecture and training settings of the autoencoder.
 
     ``kl_weight`` multiplies the KL term per latent element; it is small because the latents are
     normalised by their measured deviation afterwards (Rombach et al. 2022, section G).
@@ -66,7 +66,7 @@ def _is_whole(value: Any, least: int, below: int = MOST + 1) -> bool:
 
 _LEVELS = 16
 _GROUPS = 8
-"""Of the normalisations, which share the channels evenly."""
+"""Groups of the normalisations, which divide the channels evenly."""
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> AutoencoderKL:
@@ -91,11 +91,11 @@ def train_autoencoder(
     config: AutoencoderConfig,
     on_step: Callable[[int, float], None] | None = None,
 ) -> AutoencoderKL:
-    """Train on ``images`` and return the model in eval mode with its latents' scale recorded.
+    """Train on ``images`` and return the model in eval mode, with the scale of its latents set.
 
     The loss is the mean squared plus the mean absolute error of the reconstruction and the KL
     divergence of the posterior from N(0, I). Weights are rounded to half precision at the end, so
-    that what is stored as float16 is exactly what later stages are trained on.
+    that weights stored as float16 are exactly those that later stages are trained on.
 
     Args:
         images: uint8 of shape (n, 3, size, size), all in memory.

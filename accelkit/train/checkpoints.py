@@ -1,4 +1,4 @@
-"""Checkpoints of a run through accelerate: what is written, and how a run goes on from one."""
+"""Checkpoints of a run through accelerate: writing one, and resuming from one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelkit.errors import AccelkitError
 from accelkit.train.rundir import SUMS, RunDirectory
 
 LOOP_STATE = "loop.pt"
-"""What a checkpoint holds beside accelerate's files: the teacher and the rate's schedule."""
+"""File of the state that accelerate does not save: the teacher and the rate's schedule."""
 
 
 def save(
@@ -25,14 +25,14 @@ def save(
 
     Args:
         run: the run's open directory.
-        step: steps done.
-        keep: 0 for all.
-        accelerator: holds what was prepared.
-        own: what else has a ``state_dict``, by name.
+        step: number of steps done.
+        keep: number of checkpoints to keep, 0 for all.
+        accelerator: accelerator that prepared the model and the optimiser.
+        own: other objects with a ``state_dict``, by name.
     """
     main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
     with run.writing(step, keep, main, barrier) as folder:
-        with _no_notice_of_sharing():
+        with _without_sharing_warnings():
             accelerator.save_state(str(folder))
         if main:
             states = {name: part.state_dict() for name, part in own.items()}
@@ -40,14 +40,14 @@ def save(
 
 
 def restore(run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dict[str, Any]) -> int:
-    """Go on from the latest checkpoint; return its step, 0 without one.
+    """Load the latest checkpoint; return its step, 0 without one.
 
     Args:
-        run, accelerator, own: as :func:`save` takes them.
+        run, accelerator, own: as in :func:`save`.
         adapted: whether checkpoints hold the trained weights only.
 
     Raises:
-        AccelkitError: it cannot be read, is damaged, or is the one of another step.
+        AccelkitError: the checkpoint cannot be read, is damaged, or belongs to another step.
     """
     latest = run.latest()
     if latest is None:
@@ -58,14 +58,14 @@ def restore(run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dic
         state = torch.load(folder / LOOP_STATE, map_location="cpu", weights_only=True)
         if "step" in state and not checked:
             raise AccelkitError(f"{SUMS} is missing")
-        # earlier versions recorded the step as the rate's only
+        # Earlier versions recorded the step with the rate's schedule only.
         if (found := state.get("step", state["rates"]["last_epoch"])) != step:
-            raise AccelkitError(f"it is the one of step {found} under another name")
+            raise AccelkitError(f"it belongs to step {found}")
         accelerator.load_state(str(folder), strict=not adapted)
         for name, part in own.items():
             part.load_state_dict(state[name])
     except Exception as error:
-        why = " ".join(str(error).split())  # torch and accelerate say it in several lines
+        why = " ".join(str(error).split())  # torch and accelerate use several lines
         raise AccelkitError(
             f"cannot read the checkpoint {folder}: {why}; remove it to go on from the one before"
         ) from error
@@ -73,7 +73,7 @@ def restore(run: RunDirectory, accelerator: Accelerator, adapted: bool, own: dic
 
 
 def keep_only_trained(model: nn.Module, accelerator: Accelerator, stack: ExitStack) -> None:
-    """Leave what is frozen out of checkpoints, as long as ``stack`` is entered."""
+    """Leave frozen weights out of checkpoints until ``stack`` is closed."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
 
     def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
@@ -85,10 +85,10 @@ def keep_only_trained(model: nn.Module, accelerator: Accelerator, stack: ExitSta
 
 
 @contextmanager
-def _no_notice_of_sharing() -> Iterator[None]:
-    """Keep back accelerate's line that names every shared tensor.
+def _without_sharing_warnings() -> Iterator[None]:
+    """Suppress accelerate's warning about shared tensors.
 
-    Equal embedders are one while training, on purpose, and are one again when it goes on.
+    Equal embedders share their tensors while training, on purpose, and again after resuming.
     """
 
     def others(record: logging.LogRecord) -> bool:

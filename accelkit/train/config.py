@@ -50,7 +50,7 @@ class TrainConfig:
             ``nearest`` to the sample's, ``relative`` position, ``middle`` or ``random``.
         intermediate_head: what makes a prediction of the hidden states at such an exit: the
             network's head, ``shared`` by all, or the exit's ``own``, which only the training has
-            (:mod:`accelkit.train.heads`).
+            (:mod:`accelkit.train.dvd`).
         lora_rank: train low-rank adapters of this rank (Hu et al. 2022) beside the blocks' linear
             layers, and nothing else; 0 trains all weights.
         freeze_time_embedder: keep it out of the optimiser, as the authors' command does.

@@ -1,7 +1,7 @@
-"""The random numbers of a step, as a function of the seed and the step alone.
+"""The random numbers of a training step, a function of the seed and the step alone.
 
-So a resumed run needs no generator's state, and a batch is the same however many processes share
-it: every process draws the whole batch (latents are small) and takes its rows.
+A resumed run therefore needs no generator's state, and a batch does not depend on the number of
+processes that share it: each one draws the whole batch (latents are small) and takes its rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ORDER, _STEP, _MODEL = 0, 1, 2  # what a stream of random numbers is for
+_ORDER, _STEP, _MODEL = 0, 1, 2  # keys of independent streams of random numbers
 
 
 def generator(*keys: int) -> torch.Generator:
@@ -23,7 +23,7 @@ def generator(*keys: int) -> torch.Generator:
 
 
 def seed_of_model(seed: int, step: int, rank: int) -> int:
-    """Return the seed of what a network itself draws in a step on one of several processes."""
+    """Return the seed of a network's own draws, such as dropout, in a step on one process."""
     return _seed(seed, _MODEL, step, rank)
 
 
@@ -38,15 +38,15 @@ def _epoch(seed: int, epoch: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a step draws for a batch of B samples of shape S.
+    """The draws of a step for a batch of B samples of shape S.
 
     Attributes:
-        rows: (B,) int64, which samples; every sample once an epoch.
-        timestep: (B,) as the process draws them.
-        posterior: (B, *S) float32, standard normal, for the autoencoder's posterior.
-        noise: (B, *S) float32, standard normal.
-        drop: (B,) bool, whose label is dropped.
-        place: (B,) float32, uniform in [0, 1): what else a method has to draw.
+        rows: indices of the samples, int64 (B,); every sample comes once an epoch.
+        timestep: timesteps in the process's dtype, (B,).
+        posterior: standard normal numbers for the autoencoder's posterior, float32 (B, *S).
+        noise: standard normal noise, float32 (B, *S).
+        drop: whether each sample's label is dropped, bool (B,).
+        place: uniform numbers in [0, 1) for methods that draw one more, float32 (B,).
     """
 
     rows: Tensor
@@ -57,7 +57,7 @@ class Draw:
     place: Tensor
 
     def part(self, index: int, count: int) -> Draw:
-        """Return every ``count``-th sample from ``index`` on."""
+        """Return every ``count``-th sample, starting at ``index``."""
         return Draw(**{name: value[index::count] for name, value in vars(self).items()})
 
 
@@ -74,12 +74,13 @@ def draw(
     """Return the draw of a 0-based ``step`` from a data set of ``size`` samples.
 
     Args:
-        seed, step: what it is a function of, with the rest of these.
-        batch: number of samples.
-        size: samples of the data set.
-        shape: of one sample.
-        timesteps: draws as many timesteps as it is told from a generator, e.g.
-            :meth:`accelkit.noise.forward.ForwardProcess.draw`.
+        seed: seed of the run.
+        step: number of the step.
+        batch: number of samples to draw.
+        size: number of samples in the data set.
+        shape: shape of one sample.
+        timesteps: function that draws a number of timesteps from a generator, such as
+            :meth:`accelkit.noise.processes.ForwardProcess.draw`.
         dropout: share of samples whose label is dropped.
     """
     first = step * batch

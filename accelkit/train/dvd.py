@@ -1,8 +1,9 @@
-"""Simultaneous supervision of depth-varying diffusion: a target for every part on the way.
+"""Simultaneous supervision of depth-varying diffusion: a target for every exit a sample passes.
 
-A sample of noise level t runs the parts up to its own. The last one learns the prediction y itself;
-an earlier part i learned, on its own noisier samples, to predict y from x_s with s in its interval.
-To first order, and with the gradient taken as the identity, the same blocks return for x_t
+A sample of noise level t runs the parts up to its own. The last part learns the prediction y
+itself; an earlier part i has learned, on its own noisier samples, to predict y from x_s with s in
+its interval. To first order, and with the gradient taken as the identity, the same blocks return
+for x_t
 
     y + (x_t - x_s),    x_t = a_t x_0 + b_t eps,
 
@@ -10,63 +11,69 @@ which is the earlier part's target; s is matched to t. For noise prediction, y =
 paper's k x_0 + (1 - m) eps with k = sqrt(abar_t) - sqrt(abar_s), m = sqrt(1 - abar_s)
 - sqrt(1 - abar_t). On the straight path x_t - x_s = -(s - t)(eps - x_0), times in [0, 1], and the
 velocity y = eps - x_0 only shrinks: the target is (1 - (s - t)) (eps - x_0). Other predictions
-follow alike, each y being the one at s.
+work the same way; each y is the one at s.
 
-Which timestep s of its interval an earlier part is matched to, the paper leaves open:
+The paper does not say which timestep s of its interval an earlier part is matched to:
 
-- ``nearest``: the interval's end on the side of the data, as near to the sample as it gets. The
-  expansion's error is least there, and the part's target is one continuous function of the noise
-  level, which meets the part's own prediction where its interval begins. So this is the default.
-- ``relative``: as far into its interval as the sample is into its own.
+- ``nearest``: the interval's end towards the data, as near to the sample as possible. The
+  expansion's error is smallest there, and the part's target is a continuous function of the noise
+  level that meets the part's own prediction at the start of its interval. This is the default.
+- ``relative``: the same relative position in its interval as the sample has in its own.
 - ``middle``: the interval's middle.
-- ``random``: drawn uniformly from the interval.
+- ``random``: uniform over the interval.
 
-Every exit is given the sample's own timestep and condition, and uses the network's one head, as no
-parameters are added; :mod:`accelkit.train.heads` has the other way. The variance of a network that
-learns one is trained at the sample's own exit alone.
+Every exit is given the sample's own timestep and condition. The paper does not say either whether
+the parts share their head; its parameter count, that of the baseline, suggests that they do. But
+then a head has two targets at one timestep: the noise after all blocks, and another one after
+fewer. :class:`OwnHeads` gives every earlier exit a head for the length of a training, so that the
+parts share the blocks alone. A learned variance is trained at the sample's own exit alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accelkit.backbones import Backbone
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import ForwardProcess
+from accelkit.noise.processes import ForwardProcess
 from accelkit.runtime.taps import Tap, check
 from accelkit.schedule import Schedule
-from accelkit.train import heads
 from accelkit.train.config import TrainConfig
 
 
 def intermediate_target(
     process: ForwardProcess, x0: Tensor, eps: Tensor, t: Tensor, matched: Tensor
 ) -> Tensor:
-    """Return what an earlier part is to predict for x_t, shaped as ``x0`` (B, C, ...).
+    """Return an earlier part's target for x_t, shaped as ``x0`` (B, C, ...).
 
     Args:
         process: the forward process.
-        x0, eps: (B, C, ...), data and noise.
-        t: (B,) timesteps of the samples.
-        matched: (B,) timesteps s in the earlier part's interval.
+        x0, eps: data and noise, (B, C, ...).
+        t: timesteps of the samples, (B,).
+        matched: timesteps s in the earlier part's interval, (B,).
     """
     step = process.add_noise(x0, eps, t) - process.add_noise(x0, eps, matched)
     return process.target(x0, eps, matched) + step
 
 
 def parts_of(schedule: Schedule) -> list[int]:
-    """Return the depth of each part, from data to noise; AccelkitError if they do not fall."""
+    """Return the depth of each part, from data to noise.
+
+    Raises:
+        AccelkitError: the depths do not fall, or there is only one.
+    """
     depths = [compute.depth for compute in schedule.computes]
     if len(depths) < 2 or any(a <= b for a, b in pairwise(depths)):
         raise AccelkitError(
-            "supervising parts on the way needs at least two depths that fall from data to noise; "
+            "intermediate losses need at least two depths that fall from data to noise; "
             f"{schedule.name or schedule} runs {', '.join(map(str, depths))}"
         )
     return depths
@@ -76,17 +83,17 @@ class Supervision:
     """The intermediate losses of a schedule.
 
     Args:
-        schedule: its intervals are the parts.
-        axis: places the process's timesteps on the schedule's noise axis.
+        schedule: the schedule, whose intervals are the parts.
+        axis: the noise axis of the process.
         process: the forward process.
         match: one of :data:`accelkit.train.config.MATCHES`.
 
     Attributes:
-        bounds: (n + 1,) float64, where the n intervals begin and the last one ends, in timesteps.
+        bounds: timesteps where the n intervals begin and the last one ends, float64 (n + 1,).
 
     Raises:
-        AccelkitError: the depth does not fall all the way from data to noise, or an interval has no
-            timestep of the process.
+        AccelkitError: the depth does not fall all the way from data to noise, or the process has no
+            timestep in one of the intervals.
     """
 
     def __init__(
@@ -108,9 +115,9 @@ class Supervision:
         """Return the timestep s of each sample (B,), in the interval that runs ``depth`` blocks.
 
         Args:
-            depth: one of the schedule's, below the samples' own.
-            t: (B,), the samples' timesteps.
-            place: (B,) in [0, 1), where in the interval if that is random.
+            depth: a depth of the schedule, below those of the samples.
+            t: timesteps of the samples, (B,).
+            place: relative positions in the interval for a random match, (B,) in [0, 1).
         """
         bounds, part = self.bounds.to(t.device), self.depths.index(depth)
         start, width = bounds[part], bounds[part + 1] - bounds[part]
@@ -130,13 +137,13 @@ class Supervision:
     ) -> Tensor:
         """Return the sum of each sample's intermediate losses, shape (B,), float32.
 
-        Every one is a mean squared error; of a learned variance's channels nothing is asked.
+        Each is a mean squared error of the prediction, without the channels of a learned variance.
 
         Args:
-            taps: predictions on the way, (n, C or 2C, ...) in the layout of ``x0``.
-            x0, eps: (B, C, ...), data and noise.
-            t: (B,), the samples' timesteps.
-            place: (B,) in [0, 1), as in :meth:`matched`.
+            taps: predictions at earlier exits, (n, C or 2C, ...) in the layout of ``x0``.
+            x0, eps: data and noise, (B, C, ...).
+            t: timesteps of the samples, (B,).
+            place: relative positions as in :meth:`matched`, (B,) in [0, 1).
         """
         total = torch.zeros(len(x0), device=x0.device)
         for tap in taps:
@@ -148,6 +155,57 @@ class Supervision:
         return total
 
 
+class OwnHeads(nn.Module):
+    """Heads of earlier exits, copied from the network's head and kept outside the model.
+
+    They last as long as a training: in sampling, a sample that exits there by its own noise level
+    takes the network's head. A process's share of a batch may pass only some of the exits, which
+    the distributed reducer cannot know, so :meth:`synchronize` averages their gradients.
+
+    Args:
+        backbone: backbone of the model, on the device of the training.
+        depths: depths of the exits; all others use the network's head.
+    """
+
+    def __init__(self, backbone: Backbone, depths: Sequence[int]) -> None:
+        super().__init__()
+        paths = [name.rpartition(".") for name in _head_of(backbone)]
+        self._places = [(backbone.model.get_submodule(parent), leaf) for parent, _, leaf in paths]
+        self.at_depth = nn.ModuleDict(
+            {
+                str(depth): nn.ParameterList(
+                    nn.Parameter(getattr(module, leaf).detach().clone())
+                    for module, leaf in self._places
+                )
+                for depth in depths
+            }
+        )
+
+    @contextmanager
+    def used(self, depth: int) -> Iterator[None]:
+        """Replace the network's head by that of a depth within the context."""
+        if str(depth) not in self.at_depth:
+            yield
+            return
+        shared = [getattr(module, leaf) for module, leaf in self._places]
+        self._put(self.at_depth[str(depth)])  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            self._put(shared)
+
+    def synchronize(self, accelerator: Any) -> None:
+        """Average the gradients over all processes; a missing one counts as 0."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = parameter.new_zeros(parameter.shape)
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+    def _put(self, parameters: Iterable[nn.Parameter]) -> None:
+        for (module, leaf), parameter in zip(self._places, parameters, strict=True):
+            setattr(module, leaf, parameter)
+
+
 def supervision_for(
     config: TrainConfig,
     backbone: Backbone,
@@ -155,16 +213,20 @@ def supervision_for(
     scheduler: Any,
     process: ForwardProcess,
 ) -> Supervision | None:
-    """Return what a run adds to its losses on the way, None if its weight is 0.
+    """Return the intermediate losses of a run, None if their weight is 0.
 
     Raises:
-        AccelkitError: the schedule, the model or the process allows none.
+        AccelkitError: the schedule, the model or the process does not allow them.
     """
     if not config.intermediate_weight:
         return None
     check(backbone, schedule)
-    if config.intermediate_head == "own":
-        heads.check(backbone)
+    if config.intermediate_head == "own" and not _head_of(backbone):
+        raise AccelkitError(
+            f"accelkit does not know the head of a {type(backbone.model).__name__}, so earlier "
+            "exits cannot have their own; register a backbone that names its head, or train with "
+            "--intermediate-head shared"
+        )
     return Supervision(schedule, NoiseAxis.of(scheduler), process, config.intermediate_match)
 
 
@@ -175,3 +237,10 @@ def _first(axis: NoiseAxis, process: ForwardProcess, level: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if axis.level(middle) >= level else (middle, high)
     return math.ceil(high) if process.whole else high
+
+
+def _head_of(backbone: Backbone) -> list[str]:
+    """Return the names of the head's parameters, none if the head is not known."""
+    within = tuple(f"{part}." for part in backbone.head)
+    names = (name for name, _ in backbone.model.named_parameters())
+    return [name for name in names if name in backbone.head or name.startswith(within)]

@@ -1,9 +1,9 @@
-"""What a run may be launched with: processes that each hold all weights, and nothing else.
+"""The launchers that a run works with: those where every process holds all weights.
 
-``accelerate launch`` and ``accelerate config`` hand their settings on in environment variables,
+``accelerate launch`` and ``accelerate config`` pass their settings on in environment variables,
 which reach every Accelerator. Training computes a step itself: it shares and accumulates the batch,
-clips the gradients, steps the rate and the teacher. What would do one of these a second time, or
-would keep a part of the weights elsewhere, is refused by name.
+clips the gradients, steps the rate and the teacher. A setting that would do one of these a second
+time, or split the weights, is refused by name.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ _REFUSED = {
         "--use_parallelism_config",
         _SHARDED,
     ),
-    # accelerate converts the linear layers by this variable alone, whatever the precision
-    "ACCELERATE_FP8_BACKEND": ("FP8", "--mixed_precision fp8", "training knows no, bf16 and fp16"),
-    # it compiles again for every mixture of depths, and turns on TF32
+    # accelerate converts the linear layers by this variable alone, whatever the precision is.
+    "ACCELERATE_FP8_BACKEND": (
+        "FP8",
+        "--mixed_precision fp8",
+        "training supports no, bf16 and fp16",
+    ),
+    # torch.compile would compile again for every mixture of depths, and accelerate turns on TF32.
     "ACCELERATE_DYNAMO_BACKEND": (
         "torch.compile",
         "--dynamo_backend",
@@ -40,22 +44,22 @@ _REPLICATED = {"NO", *(kind.value for kind in DistributedType if kind.value.star
 
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
-    """Return the Accelerator a run is made with.
+    """Return the Accelerator of a run.
 
     A batch share without a single full-depth sample leaves the deepest blocks without a gradient,
-    so the distributed reducer is told to look for unused parameters. A batch is run in
-    ``config.gradient_accumulation`` parts, whatever ACCELERATE_GRADIENT_ACCUMULATION_STEPS is: a
-    plugin is the only way to keep that variable out.
+    so the distributed reducer has to look for unused parameters. A batch is run in
+    ``config.gradient_accumulation`` parts, whatever ACCELERATE_GRADIENT_ACCUMULATION_STEPS is; only
+    a plugin overrides that variable.
 
     Raises:
-        AccelkitError: the environment asks for what training cannot be run with, or accelerate
-            cannot set the run up.
+        AccelkitError: the environment requests something that training does not support, or
+            accelerate cannot set the run up.
     """
     for name, (what, flag, why) in _REFUSED.items():
         value = os.environ.get(name, "")
         if value.lower() not in ("", "0", "n", "f", "no", "off", "false"):
             raise AccelkitError(
-                f"{name}={value} asks for {what}, but {why}; launch without {flag}, or unset {name}"
+                f"{name}={value} requests {what}, but {why}; launch without {flag}, or unset {name}"
             )
     try:
         return Accelerator(
@@ -70,17 +74,17 @@ def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
 
 
 def check(accelerator: Accelerator) -> None:
-    """Raise AccelkitError if an Accelerator would compute a step differently than training does.
+    """Raise AccelkitError if an Accelerator would change how a step is computed.
 
-    One from :func:`make_accelerator` can do so as well, as accelerate keeps what the process's
-    first one was made with.
+    This includes Accelerators from :func:`make_accelerator`, since accelerate keeps the settings of
+    a process's first one.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in _REPLICATED or accelerator.state.dynamo_plugin.backend.value != "NO":
         raise AccelkitError(
             f"the Accelerator was made for {kind} and dynamo backend "
-            f"{accelerator.state.dynamo_plugin.backend.value}, but {_SHARDED}; take the one that "
-            "accelkit.train.loop.make_accelerator returns in a new process"
+            f"{accelerator.state.dynamo_plugin.backend.value}, but {_SHARDED}; in a new process, "
+            "take the one that accelkit.train.loop.make_accelerator returns"
         )
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise AccelkitError(

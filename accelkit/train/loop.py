@@ -26,15 +26,15 @@ from accelkit.backbones import backbone_of
 from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import Density, ForwardProcess, forward_process
+from accelkit.noise.processes import Density, ForwardProcess
+from accelkit.noise.schedulers import forward_process
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps
-from accelkit.sample.many import together
+from accelkit.sample.many import explain_lost_process
 from accelkit.schedule import Schedule
 from accelkit.train import checkpoints, launch, lora
 from accelkit.train.config import TrainConfig
-from accelkit.train.dvd import supervision_for
-from accelkit.train.heads import OwnHeads
+from accelkit.train.dvd import OwnHeads, supervision_for
 from accelkit.train.rundir import RunDirectory
 from accelkit.train.samples import Conditions, Labels, Samples
 from accelkit.train.step import Step
@@ -138,7 +138,7 @@ def train(
     supervision = supervision_for(config, backbone, schedule, scheduler, process)
     model.to(accelerator.device)
     with ExitStack() as stack:
-        stack.enter_context(together(accelerator.num_processes))
+        stack.enter_context(explain_lost_process(accelerator.num_processes))
         model.zero_grad()  # a backward pass before this one may have left something
         stack.callback(model.zero_grad)
         stack.enter_context(backbone.training(freeze_time=config.freeze_time_embedder))

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2022) for models too big to train whole, through PEFT.
+"""Low-rank adapters (Hu et al. 2022) for models too large to train all weights of, by PEFT.
 
 PEFT is needed to train an adapter; applying one is two matrix products
 (:mod:`accelkit.artifact.adapter`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ NAME = "accelkit"
 
 
 def check(rank: int) -> None:
-    """Raise AccelkitError if adapters are asked for and PEFT is not installed."""
+    """Raise AccelkitError if the rank is above 0 and PEFT is not installed."""
     if rank:
         try:
             import peft  # noqa: F401
@@ -35,20 +35,20 @@ def check(rank: int) -> None:
 
 
 def check_reach(backbone: Backbone, schedule: Schedule) -> None:
-    """Raise AccelkitError if the shallowest calls of a schedule run no layer with an adapter."""
+    """Raise AccelkitError if a schedule's shallowest calls run no layer that has an adapter."""
     model, depth = backbone.model, min(schedule.depths)
     dropped = {id(block) for block in backbone.blocks[depth:]}
     outside = tuple(f"{name}." for name, m in model.named_modules() if id(m) in dropped)
     if all(name.startswith(outside) for name in targets_of(backbone)):
         raise AccelkitError(
-            f"at depth {depth} this {type(model).__name__} runs no linear layer that an adapter "
-            "could be trained for; give a schedule that is deeper there, or train all weights with "
+            f"at depth {depth} this {type(model).__name__} runs no linear layer that can have an "
+            "adapter; give a schedule that is deeper there, or train all weights with "
             "--lora-rank 0"
         )
 
 
 def check_rank(backbone: Backbone, rank: int) -> None:
-    """Raise AccelkitError for a rank above that of every layer that an adapter is put on."""
+    """Raise AccelkitError for a rank above that of every layer that gets an adapter."""
     layers: list[Any] = [backbone.model.get_submodule(name) for name in targets_of(backbone)]
     widest = max(min(layer.in_features, layer.out_features) for layer in layers)
     if rank > widest:
@@ -63,16 +63,17 @@ class Injected:
     """Adapters that are being trained inside a model.
 
     Attributes:
-        rank: of each.
-        targets: full names of the linear layers beside which they lie.
+        model: the model.
+        rank: rank of each adapter.
+        targets: full names of the linear layers that have one.
     """
 
     model: nn.Module
     rank: int
-    targets: list[str] = field(default_factory=list)
+    targets: list[str]
 
     def adapter(self) -> Adapter:
-        """Return what they have learned, copied to the CPU."""
+        """Return the trained weights, copied to the CPU."""
         tensors = {}
         for name in self.targets:
             layer: Any = self.model.get_submodule(name)
@@ -84,17 +85,17 @@ class Injected:
 
 @contextmanager
 def injected(backbone: Backbone, rank: int, seed: int) -> Iterator[Injected]:
-    """Put trainable adapters beside the linear layers of all blocks, as long as it is entered.
+    """Give the linear layers of all blocks trainable adapters within the context.
 
-    Everything else is frozen. Afterwards the model is as it was, adapters gone.
+    All other weights are frozen. Afterwards the model has its own layers again.
 
     Args:
-        backbone: of the model.
-        rank: of the adapters, whose product is added unscaled (alpha = rank).
-        seed: of their first factor; the second one starts at 0.
+        backbone: backbone of the model.
+        rank: rank of the adapters, whose product is added unscaled (alpha = rank).
+        seed: seed of their first factor; the second one starts at 0.
 
     Raises:
-        AccelkitError: PEFT is missing, or has put adapters on the model already.
+        AccelkitError: PEFT is missing, or the model already has adapters.
     """
     check(rank)
     from peft import LoraConfig, inject_adapter_in_model

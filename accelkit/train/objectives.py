@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: the squared error of its prediction, and the variational bound."""
+"""Losses of a denoiser: the squared error of its prediction, and the variational bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
-from accelkit.noise.forward import DiscreteProcess, ForwardProcess
+from accelkit.noise.processes import DiscreteProcess, ForwardProcess
 
 
 def denoising_loss(
@@ -16,20 +16,20 @@ def denoising_loss(
 ) -> Tensor:
     """Return the loss of each sample, shape (B,), float32.
 
-    The mean squared error of the prediction, whatever the process says that it is of; if ``output``
-    has twice the channels of ``x0`` the second half parametrises the variance and the variational
-    term is added. Its mean is taken from the detached prediction, so it trains the variance alone
-    (Nichol and Dhariwal 2021, eq. 16: one of T terms drawn at random is L_vlb / T on average).
+    The mean squared error of the prediction. If ``output`` has twice the channels of ``x0``, the
+    second half parametrises the variance and the variational term is added. The term takes its mean
+    from the detached prediction, so it trains the variance alone (Nichol and Dhariwal 2021, eq. 16:
+    one of T terms drawn at random is L_vlb / T on average).
 
     Args:
         process: the forward process.
-        output: (B, C or 2C, ...), what the network returned.
-        x0, eps, xt: (B, C, ...): data, noise and their mixture at ``t``.
-        t: (B,) timesteps of the process.
+        output: output of the network, (B, C or 2C, ...).
+        x0, eps, xt: data, noise and their mixture at ``t``, (B, C, ...).
+        t: timesteps of the process, (B,).
 
     Raises:
-        AccelkitError: ``output`` has another number of channels, or a variance that the process
-            does not have.
+        AccelkitError: ``output`` has another number of channels, or a variance although the process
+            has no discrete steps.
     """
     channels = x0.shape[1]
     if output.shape[1] not in (channels, 2 * channels):
@@ -44,8 +44,8 @@ def denoising_loss(
         return loss
     if not isinstance(process, DiscreteProcess):
         raise AccelkitError(
-            "the network predicts a variance as well, which only a process of discrete steps with "
-            "betas trains; give the pipeline the scheduler it was trained with"
+            "the network also predicts a variance, which needs a process of discrete steps with "
+            "betas; give the pipeline the scheduler it was trained with"
         )
     return loss + variational_term(process, predicted.detach(), output[:, channels:], x0, xt, t)
 
@@ -83,8 +83,8 @@ def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor
 def _binned_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return log P of the bin of half-width 1/255 around ``x`` (Ho et al. 2020, eq. 13).
 
-    The end bins reach to infinity. Differences of two nearly equal cdf values are floored, as far
-    out in a tail neither float32 nor the gradient holds anything.
+    The end bins reach to infinity. Differences of two nearly equal cdf values are floored, since
+    float32 has no digits of them, nor of their gradient, far out in a tail.
     """
     deviation = torch.exp(0.5 * log_variance)
     upper = torch.special.ndtr((x - mean + 1 / 255) / deviation)

@@ -1,4 +1,4 @@
-"""A run's directory: one run at a time, checkpoints that are whole or absent."""
+"""The directory of a run: one process at a time, and checkpoints that are whole or absent."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ from accelkit.files.writing import (
 )
 
 SETTINGS = "run.json"
-_FINGERPRINTS = "fingerprints"
-
 SUMS = "checksums.json"
 """List of a checkpoint's files and their SHA-256."""
 
+_FINGERPRINTS = "fingerprints"
 _REMOVED = f"removed{PARTIAL}"
 
 
 class RunDirectory:
-    """Where a run leaves its settings, checkpoints and results.
+    """The directory of a run's settings, checkpoints and results.
 
     Args:
         path: the directory.
@@ -55,14 +54,14 @@ class RunDirectory:
         """Claim the directory for a run with ``settings``.
 
         Args:
-            settings: plain data; stored, and compared with what is stored when resuming.
-            resume: go on with the run that is there.
-            overwrite: remove the run that is there.
-            free: settings that may differ between a run and its resumption.
+            settings: plain data; stored, and compared with the stored settings when resuming.
+            resume: whether to continue the run in the directory.
+            overwrite: whether to remove the run in the directory.
+            free: settings that may change when a run is resumed.
 
         Raises:
-            AccelkitError: the directory holds something and neither is given, holds no run to
-                resume or overwrite, belongs to another run's process, or the settings differ.
+            AccelkitError: the directory is not empty and neither is given, holds no run to resume
+                or overwrite, is in use by another process, or the settings differ.
         """
         if self.path.exists() and not self.path.is_dir():
             raise AccelkitError(f"the output {self.path} is a file; give a directory")
@@ -83,40 +82,42 @@ class RunDirectory:
         write_record(self.path / SETTINGS, settings | known)
 
     def _refuse(self, content: list[str], resume: bool, overwrite: bool) -> None:
-        """Raise AccelkitError, naming what works, unless the directory can be opened like this."""
-        no_run = bool(content) and SETTINGS not in content
+        """Raise AccelkitError, naming the options that work, if these do not."""
         if resume and not content:
             raise AccelkitError(f"there is no run in {self.path} to resume; leave --resume out")
-        if resume and no_run:
+        if not content:
+            return
+        if SETTINGS not in content and resume:
             raise AccelkitError(
                 f"there is no run in {self.path} to resume, but other files; leave --resume out "
                 "and give another -o"
             )
-        if no_run:
+        if SETTINGS not in content:
             only = ", and --overwrite removes only a run" if overwrite else ""
             raise AccelkitError(
                 f"the output directory {self.path} is not empty and holds no accelkit run{only}; "
                 "give another -o"
             )
-        if content and not overwrite:
-            self.stored()  # raises if only --overwrite is of use
-        if content and not (resume or overwrite):
+        if overwrite:
+            return
+        self.stored()  # raises an error of its own if only --overwrite works
+        if not resume:
             raise AccelkitError(
                 f"the output directory {self.path} is not empty; go on with --resume latest, "
                 "start over with --overwrite, or give another -o"
             )
 
     def identify(self, fingerprints: dict[str, str]) -> None:
-        """Keep digests of what the settings only name, or compare those that are kept.
+        """Store digests of data that the settings only name, or compare them with stored ones.
 
         Args:
-            fingerprints: by what they are of, such as ``images``.
+            fingerprints: digests by the name of the data, such as ``images``.
 
         Raises:
-            AccelkitError: the run began with something else.
+            AccelkitError: the run began with other data.
         """
         stored = self._read()
-        known = stored.get(_FINGERPRINTS, {})  # none in a run that an earlier version began
+        known = stored.get(_FINGERPRINTS, {})  # earlier versions stored none
         if others := [n for n, digest in fingerprints.items() if known.get(n, digest) != digest]:
             raise AccelkitError(
                 f"the {' and the '.join(others)} changed since the run in {self.path} began; "
@@ -125,40 +126,40 @@ class RunDirectory:
         write_record(self.path / SETTINGS, {**stored, _FINGERPRINTS: known | fingerprints})
 
     def close(self) -> None:
-        """Let another run have the directory."""
+        """Release the directory for other runs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def abandon(self) -> None:
-        """Leave nothing of a run that has done nothing yet, if it was opened here."""
+        """Remove the directory if this process opened it and the run has written nothing."""
         if self._lock is not None and self._content() == [SETTINGS]:
             (self.path / SETTINGS).unlink()
             (self.path / LOCK).unlink()
             self.path.rmdir()
 
     def stored(self) -> dict[str, Any]:
-        """Return the settings of the run that is there, empty if there is none.
+        """Return the settings of the run in the directory, empty without one.
 
         Raises:
-            AccelkitError: they cannot be read, or are damaged.
+            AccelkitError: the settings cannot be read, or are damaged.
         """
         return {k: v for k, v in self._read().items() if k != _FINGERPRINTS}
 
     def latest(self) -> tuple[int, Path] | None:
-        """Return the newest whole checkpoint and its step, or None."""
+        """Return the step and folder of the newest checkpoint, or None."""
         found = self._named("step")
         return found[-1] if found else None
 
     @contextmanager
     def writing(self, step: int, keep: int, main: bool, barrier: Any) -> Iterator[Path]:
-        """Give a folder to write step's checkpoint into; rename it into place when all is there.
+        """Yield a folder for a checkpoint, and rename it into place once it is complete.
 
         Args:
-            step: optimiser steps done.
-            keep: how many checkpoints remain, the newest; 0 keeps all.
-            main: whether this process renames and prunes.
-            barrier: called where all processes have to meet.
+            step: number of optimiser steps done.
+            keep: number of newest checkpoints to keep, 0 for all.
+            main: whether this is the process that renames and prunes.
+            barrier: function that waits for all processes.
         """
         part, done = (self.checkpoints / f"{kind}-{step:08d}" for kind in ("partial", "step"))
         if main:
@@ -183,7 +184,8 @@ class RunDirectory:
                 for folder in (self.checkpoints, self.path):
                     flush_folder(folder)
                 for number, old in self._named("step")[:-keep] if keep else ():
-                    old.rename(self.checkpoints / f"partial-{number:08d}")  # never seen half gone
+                    # Renamed first, so that no checkpoint is ever half removed.
+                    old.rename(self.checkpoints / f"partial-{number:08d}")
                 self._remove_stale()
 
     def check(self, folder: Path) -> bool:
@@ -192,7 +194,7 @@ class RunDirectory:
         Raises:
             AccelkitError: a file is missing or damaged.
         """
-        if not (folder / SUMS).exists():  # of an earlier version
+        if not (folder / SUMS).exists():  # written by an earlier version
             return False
         record = read_record(folder / SUMS)
         recorded = record.get("files") if isinstance(record, dict) else None
@@ -203,7 +205,7 @@ class RunDirectory:
             if name not in found:
                 raise AccelkitError(f"{name} is missing")
             if name not in recorded:
-                raise AccelkitError(f"{name} is no file of it")
+                raise AccelkitError(f"{name} is not in {SUMS}")
             if found[name] != recorded[name]:
                 raise DamagedError(Path(name))
         return True
@@ -212,15 +214,15 @@ class RunDirectory:
         path = self.path / SETTINGS
         if not path.exists():
             return {}
-        afresh = f"start over with --overwrite, or remove {self.path}"
+        remedy = f"start over with --overwrite, or remove {self.path}"
         try:
-            found = read_record(path, afresh)
+            found = read_record(path, remedy)
         except DamagedError:
             raise
         except AccelkitError as error:
             raise AccelkitError(f"cannot read the run's settings: {error}") from error
         if not isinstance(found, dict) or not isinstance(found.get(_FINGERPRINTS, {}), dict):
-            raise AccelkitError(f"{path} holds no settings of a run; {afresh}")
+            raise AccelkitError(f"{path} holds no settings of a run; {remedy}")
         return found
 
     def _remove_stale(self) -> None:
@@ -228,13 +230,13 @@ class RunDirectory:
             shutil.rmtree(stale)
 
     def _named(self, kind: str) -> list[tuple[int, Path]]:
-        """Return the folders that :meth:`writing` names so, by rising step; nothing else."""
+        """Return the folders of one kind that :meth:`writing` makes, by rising step."""
         entries = self.checkpoints.glob(f"{kind}-*")
         matches = ((re.fullmatch(rf"{kind}-(\d{{8,}})", p.name), p) for p in entries)
         return sorted((int(match[1]), p) for match, p in matches if match and p.is_dir())
 
     def _content(self) -> list[str]:
-        """Return what is in the directory, but for what is left of a run that never began."""
+        """Return the names in the directory, without leftovers of a run that never began."""
         ours = (LOCK, _REMOVED, SETTINGS + PARTIAL)
         try:
             return [entry.name for entry in self.path.iterdir() if entry.name not in ours]
@@ -252,11 +254,12 @@ class RunDirectory:
             )
 
     def _clear(self) -> None:
-        # the settings last: killed midway, what is left is still known as a run
+        # The settings go last, so that the rest of a killed removal is still known as a run.
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == SETTINGS):
             if entry.name == LOCK:
                 continue
-            if entry.is_dir() and not entry.is_symlink():  # never seen half gone, as it is resumed
+            # Renamed first, so that no half removed folder is ever resumed.
+            if entry.is_dir() and not entry.is_symlink():
                 entry = entry.rename(self.path / _REMOVED)
             remove(entry)
 
@@ -264,7 +267,7 @@ class RunDirectory:
 def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """Return settings by dotted name, without the free ones and those that are None.
 
-    None are also those that were not known yet when a run began.
+    A setting that did not exist yet when a run began counts as None.
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -278,10 +281,10 @@ def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
 def _sums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a folder's files by their path in it.
 
-    The list itself is left out, and so are hidden files, such as those of a file manager.
+    The list itself and hidden files, such as those of a file manager, are left out.
     """
     files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     paths = sorted(p for p in files if p != folder / SUMS)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing releases the lock of the interpreter
         sums = pool.map(sum_of_file, paths)
         return {p.relative_to(folder).as_posix(): s for p, s in zip(paths, sums, strict=True)}

@@ -1,4 +1,4 @@
-"""What the loop trains on: samples, and what they are conditioned on."""
+"""Training data as the loop reads it: samples and their conditions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelkit.errors import AccelkitError
 
 
 class Samples(Protocol):
-    """What the loop trains on: latents that are drawn from their posteriors."""
+    """Training samples: latents drawn from their posteriors."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -30,21 +30,21 @@ class Samples(Protocol):
 
 
 class Conditions(Protocol):
-    """What samples are conditioned on."""
+    """Conditions of samples."""
 
     def rows(self, indices: Tensor, drop: Tensor) -> Rows:
-        """Return B rows for the samples ``indices`` (B,), those of no condition where ``drop``."""
+        """Return B rows for the samples ``indices`` (B,), unconditional where ``drop``."""
 
 
 class Labels:
-    """Classes as conditions; nothing for a model without classes.
+    """Classes as conditions; a model without classes has none.
 
     Args:
         labels: class of each sample, int64 (n,), or None.
-        backbone: of the model.
+        backbone: backbone of the model.
 
     Raises:
-        AccelkitError: there are none, and the model was never trained without.
+        AccelkitError: the samples have no classes, and the model cannot do without.
     """
 
     def __init__(self, labels: Tensor | None, backbone: Backbone) -> None:
@@ -52,12 +52,12 @@ class Labels:
         self.classes = backbone.num_classes
         if labels is None and self.null is None and self.classes is not None:
             raise AccelkitError(
-                f"this {type(backbone.model).__name__} takes a class with every image and has none "
-                "that stands for no class; give images in a folder per class"
+                f"this {type(backbone.model).__name__} needs a class for every image, as it has no "
+                "class for unlabelled ones; give images in a folder per class"
             )
 
     def rows(self, indices: Tensor, drop: Tensor) -> Rows:
-        """Return the class labels of the samples, dropped if the model knows a missing label."""
+        """Return the samples' class labels, dropped if the model has a class for no label."""
         if self.classes is None:
             return {}
         if self.null is None:

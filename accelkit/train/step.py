@@ -1,4 +1,4 @@
-"""One step: the clipped gradients of a whole batch, however it is shared, split or scaled."""
+"""One training step: the clipped gradients of a batch, shared, split or scaled in any way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 from accelkit.backbones.conditioning import Conditioning
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import ForwardProcess
+from accelkit.noise.processes import ForwardProcess
 from accelkit.runtime.taps import Taps
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import Draw, draw, seed_of_model
-from accelkit.train.dvd import Supervision
-from accelkit.train.heads import OwnHeads
+from accelkit.train.dvd import OwnHeads, Supervision
 from accelkit.train.objectives import denoising_loss
 from accelkit.train.rundir import RunDirectory
 from accelkit.train.samples import Conditions, Samples
@@ -27,18 +27,19 @@ from accelkit.train.samples import Conditions, Samples
 
 @dataclass
 class Step:
-    """Computes the gradients of a step, which is a function of the seed and its number alone.
+    """Computes the gradients of a step, a function of the seed and the step's number alone.
 
     Attributes:
-        model: the network as the accelerator prepared it.
-        trained: its parameters that are trained, and those of ``heads``.
-        calls: how the network is called.
-        process, axis: the forward process, and where its timesteps are on the noise axis.
+        model: the network as prepared by the accelerator.
+        trained: parameters that are trained, of the network and of ``heads``.
+        calls: conditioning of the network's calls.
+        process: the forward process.
+        axis: the noise axis of the process.
         samples, conditions: the data.
-        config, run, accelerator: of the run.
-        heads: the heads of earlier exits, perhaps none.
-        supervised: the exits that samples pass and the losses there, if any.
-        stopping: whether a signal reached any of the processes by the latest step.
+        config, run, accelerator: settings, directory and accelerator of the run.
+        heads: the heads of earlier exits, possibly none.
+        supervised: the taps at earlier exits and their losses, if any.
+        stopping: whether a signal had reached any process by the latest step.
     """
 
     model: nn.Module
@@ -56,21 +57,21 @@ class Step:
     stopping: bool = False
 
     def gradients(self, step: int, signalled: bool) -> tuple[float, float]:
-        """Leave the clipped gradients of a 0-based step on its parameters, which have none yet.
+        """Compute the clipped gradients of a 0-based step; parameters must have none yet.
 
-        A loss scaler drops gradients that overflow at its scale. The step is run again, with the
-        same draws at the lower scale, until it can be taken: so every step that is counted updates
-        the weights once, and a resumed run takes the same ones.
+        A loss scaler drops gradients that overflow at its scale. The step is then run again, with
+        the same draws at the lower scale, until it succeeds. So every counted step updates the
+        weights once, and a resumed run takes the same steps.
 
         Args:
-            step: its number.
-            signalled: whether this process is to stop.
+            step: number of the step.
+            signalled: whether this process received a signal to stop.
 
         Returns:
             The loss over all processes, and the norm of its gradient before clipping.
 
         Raises:
-            AccelkitError: the loss is not finite, or its gradient is not at any scale.
+            AccelkitError: the loss is not finite, or its gradient is not finite at any scale.
         """
         scaler = self.accelerator.scaler
         while True:
@@ -82,11 +83,7 @@ class Step:
             norm = float(self.accelerator.clip_grad_norm_(self.trained, limit))
             if math.isfinite(norm):
                 return loss, norm
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            if scaler is not None and scale > 1:  # at scale 1 a lower one would not help
-                scaler.update()
-            # it stays as it is where only the norm overflows, and no gradient
-            if scaler is None or scaler.get_scale() >= scale:
+            if not _lowered(scaler):
                 raise AccelkitError(self._diverged("gradient norm", norm, step))
             for parameter in self.trained:
                 parameter.grad = None
@@ -115,12 +112,12 @@ class Step:
                 total += loss.detach()
         report = torch.stack([total.float(), torch.full_like(total, signalled)])
         loss, signals = accelerator.reduce(report, "mean").tolist()
-        self.stopping = signals > 0  # on any process: all of them stop at the same step
+        self.stopping = signals > 0  # a signal to one process stops all of them at the same step
         return loss
 
     @contextmanager
     def _own_randomness(self, step: int) -> Iterator[None]:
-        """Let what the network itself draws, such as dropout, follow from the step as well."""
+        """Make the network's own draws, such as dropout, a function of the step as well."""
         device = self.accelerator.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):
             torch.manual_seed(seed_of_model(self.config.seed, step, self.accelerator.process_index))
@@ -143,16 +140,24 @@ class Step:
                 replace(tap, output=self.calls.prediction(tap.output, xt[tap.rows]))
                 for tap in taps.pop()
             ]
-            on_the_way = supervision.losses(passed, x0, eps, t, share.place.to(device))
-            losses = losses + self.config.intermediate_weight * on_the_way
+            intermediate = supervision.losses(passed, x0, eps, t, share.place.to(device))
+            losses = losses + self.config.intermediate_weight * intermediate
         return (weight.float() * losses).mean()
 
     def _diverged(self, what: str, value: float, step: int) -> str:
         latest = self.run.latest()
         kept = (
-            f"the checkpoint of step {latest[0]} is kept" if latest else "no checkpoint was reached"
+            f"the checkpoint of step {latest[0]} is kept" if latest else "no checkpoint was written"
         )
         return (
             f"the {what} is {value} at step {step + 1}; {kept}. Lower --learning-rate, "
             "or train with --mixed-precision no"
         )
+
+
+def _lowered(scaler: Any) -> bool:
+    """Lower the scale of a loss scaler; return False at scale 1, or if no gradient overflows."""
+    if scaler is None or (scale := scaler.get_scale()) <= 1:
+        return False
+    scaler.update()
+    return bool(scaler.get_scale() < scale)

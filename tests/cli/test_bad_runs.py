@@ -139,7 +139,7 @@ def test_a_model_that_overflows(refused, finetune, model):
     """Its weights are finite, what it makes of them is not."""
     poisoned(model, 1e38)
     message = refused(*finetune, after_progress=True)
-    assert re.search(r"the loss is (nan|inf) at step 1; no checkpoint was reached", message)
+    assert re.search(r"the loss is (nan|inf) at step 1; no checkpoint was written", message)
     assert "--learning-rate" in message
 
 

@@ -10,7 +10,7 @@ from accelkit.errors import AccelkitError
 from accelkit.runtime.switch import disable, enable
 from accelkit.runtime.taps import Taps
 from accelkit.schedule import Schedule
-from accelkit.train.heads import OwnHeads
+from accelkit.train.dvd import OwnHeads
 
 # Levels of the timesteps below: 0.1, 0.5, 0.7 and 0.95 run 4, 3, 2 and 1 blocks, of U-ViT's
 # decoder 4, 3, 1 and 0.

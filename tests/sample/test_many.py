@@ -1,9 +1,6 @@
-"""Many images by several processes: what is made, kept on disk and gone on with."""
+"""Many images by several processes: their seeds, their shards on disk, and resuming."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
+import tracemalloc
 
 import accelerate
 import numpy as np
@@ -12,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.sample import many as scale
+from accelkit.sample import many
 from accelkit.sample.generate import Sampling
 from accelkit.sample.many import RowShards, Work, World, generate_shards
 
@@ -31,7 +28,7 @@ def numbered(monkeypatch):
         images[..., 1] = np.array(items)[:, None, None]
         return images
 
-    monkeypatch.setattr(scale, "generate", generate)
+    monkeypatch.setattr(many, "generate", generate)
     return calls
 
 
@@ -63,13 +60,13 @@ def test_every_image_has_its_own_seed_and_item(numbered, tmp_path):
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_processes_share_the_images(numbered, tmp_path, size):
-    def all_looked():
+    def waits():
         raise StopIteration
 
     work, shares = Work(500, (4, 7, 9), HOW, 3), []
     for rank in range(size):
-        shards, world = RowShards(tmp_path), World(rank, size, all_looked)
-        with pytest.raises(StopIteration):  # where it would wait for the others, none has written
+        shards, world = RowShards(tmp_path), World(rank, size, waits)
+        with pytest.raises(StopIteration):  # before any process has written
             generate_shards(None, work, 8, rows_of, shards, world)
         shares.append(shards.missing(500, 64)[rank::size])
     covered = [i for share in shares for part in share for i in part]
@@ -96,7 +93,7 @@ def test_what_is_missing_and_what_is_there_make_the_whole(tmp_path_factory, held
     assert sorted(i for gap in gaps for i in gap) == sorted(set(range(images)) - there)
 
 
-def test_a_killed_run_goes_on_with_other_batches(numbered, tmp_path):
+def test_a_killed_run_is_resumed_with_other_batches(numbered, tmp_path):
     make(tmp_path, batch=8)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     gone = sorted(kept)[1]
@@ -182,9 +179,9 @@ def test_work_that_cannot_be_done_is_refused(change, complaint):
         Work(**{"images": 5, "items": (1,), "sampling": HOW, "seed": 0, **change})
 
 
-@pytest.mark.parametrize("waits", ["meet", "told"])
-def test_a_process_that_has_ended_is_told_of_in_a_sentence(monkeypatch, waits):
-    """As gloo says it; tests/train/test_processes.py kills one."""
+@pytest.mark.parametrize("waits", ["wait", "broadcast"])
+def test_a_process_that_has_ended_is_reported_in_a_sentence(monkeypatch, waits):
+    """In the words of gloo; tests/train/test_two_processes.py kills one."""
 
     class State:
         process_index, num_processes = 0, 2
@@ -192,14 +189,14 @@ def test_a_process_that_has_ended_is_told_of_in_a_sentence(monkeypatch, waits):
         def __init__(self, **options):
             pass
 
-        def wait_for_everyone(self, *said):
+        def wait_for_everyone(self, *values):
             raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::]:1")
 
     monkeypatch.setattr(accelerate, "PartialState", State)
     monkeypatch.setattr(accelerate.utils, "broadcast_object_list", State().wait_for_everyone)
     world = World.launched()
     with pytest.raises(AccelkitError, match="another of the 2 processes has ended"):
-        world.meet() if waits == "meet" else world.told(None)
+        world.wait() if waits == "wait" else world.broadcast(None)
 
 
 def test_batches_of_nothing_are_refused(tmp_path):
@@ -207,33 +204,17 @@ def test_batches_of_nothing_are_refused(tmp_path):
         make(tmp_path, batch=0)
 
 
-STREAM = """
-import sys
-from pathlib import Path
-import numpy as np
-from accelkit.sample import many as scale
-from accelkit.sample.generate import Sampling
+def test_memory_does_not_grow_with_the_images(numbered, tmp_path):
+    """4,000 rows of 16 KiB are 64 MiB, a shard of 64 rows is 1 MiB."""
 
-def generate(pipe, items, seeds, how):
-    return np.zeros((len(seeds), 2, 2, 3), np.uint8)
+    def pooled(places, images):
+        return {"pooled": np.ones((len(places), 4096), np.float32)}
 
-scale.generate = generate
-shards = scale.RowShards(Path(sys.argv[2]))
-work = scale.Work(int(sys.argv[1]), (0,), Sampling())
-keep = lambda places, images: {"pooled": np.ones((len(places), 1024), np.float32)}
-scale.generate_shards(None, work, 250, keep, shards)
-assert sum(len(rows["pooled"]) for rows in shards.batches()) == work.images
-print(next(s for s in open("/proc/self/status") if s.startswith("VmHWM")))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory by /proc")
-def test_memory_does_not_grow_with_the_images(tmp_path):
-    """50,000 rows of 4 KiB are 200 MiB, of which none is kept."""
-
-    def peak(images):
-        command = [sys.executable, "-c", STREAM, str(images), str(tmp_path / str(images))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(re.search(r"(\d+) kB", done.stdout)[1])
-
-    assert peak(50_000) < 1.1 * peak(2_000)
+    shards = RowShards(tmp_path)
+    tracemalloc.start()
+    try:
+        generate_shards(None, Work(4000, (4,), HOW), 64, pooled, shards)
+        assert sum(len(rows["pooled"]) for rows in shards.batches()) == 4000
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""The training loop in its plainest form, in torch alone: what the real one has to agree with."""
+"""A plain training loop in torch alone, which the real one has to agree with."""
 
 import math
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from diffusers import DDIMScheduler
 from toy_run import CLASSES, Toy, build, depths, drawn
 
 from accelkit.noise.axis import REFERENCE
-from accelkit.noise.forward import DiscreteProcess
+from accelkit.noise.processes import DiscreteProcess
 from accelkit.train.objectives import denoising_loss
 
 
 @dataclass
 class ByHand:
-    """What a loop ends with and what it did in every step.
+    """Results of a loop.
 
     Attributes:
         model: with the teacher's weights.
-        losses, norms: of each step, the norm before clipping.
-        rates: of each step, and the one that would follow.
-        updates: how often the optimiser changed the weights.
-        tries: passes over a batch, those whose gradients overflowed included.
+        losses, norms: loss and gradient norm before clipping of each step.
+        rates: learning rate of each step, and of the one that would follow.
+        updates: number of times the optimiser changed the weights.
+        tries: number of passes over a batch, including those whose gradients overflowed.
     """
 
     model: torch.nn.Module
@@ -45,7 +45,7 @@ def rate_of(config, step):
 def train_by_hand(config, schedule, model=None, scaler=None):
     """Train with samples one by one, each through a network that is cut to its depth.
 
-    With a scaler in fp16, and a batch whose gradients overflow is run again.
+    With a scaler it runs in fp16 and repeats a batch whose gradients overflow.
     """
     model, process = model or build(), DiscreteProcess(DDIMScheduler().betas)
     blocks = model.transformer_blocks
@@ -83,7 +83,7 @@ def train_by_hand(config, schedule, model=None, scaler=None):
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        if scaler.get_scale() < scale:  # it left the step out
+        if scaler.get_scale() < scale:  # it skipped the step
             continue
         done.updates += 1
         done.losses.append(loss.item())

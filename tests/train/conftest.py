@@ -1,4 +1,4 @@
-"""What the tests of the training loop have in common."""
+"""Fixtures of the training loop's tests."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def one_cpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """What eight steps end with; read it, do not change it."""
+    """The model after eight steps; read it, do not change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         torch.set_num_threads(1)

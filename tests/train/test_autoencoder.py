@@ -1,4 +1,4 @@
-"""The first stage: it learns, knows the scale of its latents and is what its file will be."""
+"""The first stage: it learns, records the scale of its latents, and survives saving."""
 
 from dataclasses import replace
 

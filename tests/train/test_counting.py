@@ -1,4 +1,4 @@
-"""Every step that is counted is one update of the weights, whatever the run is launched with."""
+"""Every counted step is one update of the weights, whatever the launcher's settings."""
 
 import functools
 import signal
@@ -36,7 +36,7 @@ CLIPPED = replace(CONFIG, max_grad_norm=0.1)  # every step's norm is above it
 
 @pytest.fixture(scope="module")
 def expected():
-    """What a hand-written loop does; read it, do not change it."""
+    """Results of a hand-written loop; read them, do not change them."""
     return train_by_hand(CLIPPED, RAGGED)
 
 
@@ -62,21 +62,25 @@ def agree(seen, model, updates, expected, loss=1e-5, norm=1e-4, weight=1e-4):
 # The environment
 
 
+HARMLESS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.01",
+    "ACCELERATE_DOWNCAST_BF16": "true",
+    "ACCELERATE_SPLIT_BATCHES": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_USE_FSDP": "false",
+    "FSDP_VERSION": "2",
+    "FSDP_OFFLOAD_PARAMS": "true",
+    "PARALLELISM_CONFIG_TP_SIZE": "2",
+}
+
+
 @pytest.mark.parametrize(
-    "variables",
-    [
-        {},
-        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_GRADIENT_CLIPPING": "0.01"},
-        {"ACCELERATE_MIXED_PRECISION": "bf16"},
-        {"ACCELERATE_DOWNCAST_BF16": "true", "ACCELERATE_SPLIT_BATCHES": "true"},
-        {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_USE_FSDP": "false"},
-        {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
-    ],
-    ids=str,
+    ("variables", "parts"),
+    [({}, 1), (HARMLESS, 1), (HARMLESS, 2), ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 1)],
+    ids=["none", "all", "all in parts", "precision"],
 )
-@pytest.mark.parametrize("parts", [1, 2])
-def test_what_the_launcher_sets_changes_no_step(
+def test_the_launchers_settings_change_no_step(
     tmp_path, monkeypatch, expected, updates, variables, parts
 ):
     for name, value in variables.items():
@@ -123,13 +127,13 @@ def test_fp16_without_a_loss_scaler_is_refused(tmp_path):
 
 
 def test_another_loop_that_is_accumulating_stops_no_step(tmp_path, uninterrupted, updates):
-    """Accelerate keeps one flag for all loops of a process: without it optimisers do nothing."""
+    """Accelerate has one flag for all loops of a process; without it, optimisers do nothing."""
     Accelerator().sync_gradients = False
     assert_same(fit(tmp_path), uninterrupted)
     assert len(updates) == CONFIG.steps
 
 
-def test_gradients_from_before_are_no_part_of_the_first_step(tmp_path, uninterrupted):
+def test_earlier_gradients_do_not_enter_the_first_step(tmp_path, uninterrupted):
     model = build()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -145,8 +149,8 @@ def dropping():
     return model
 
 
-def test_what_the_network_draws_follows_from_the_step(tmp_path, uninterrupted):
-    """Its dropout, too, is neither the caller's randomness nor that of the steps before."""
+def test_the_networks_own_draws_follow_from_the_step(tmp_path, uninterrupted):
+    """Its dropout does not depend on the caller's random state or on earlier steps."""
     torch.manual_seed(1)
     whole = fit(tmp_path / "whole", model=dropping())
     assert not torch.equal(whole.proj_out_2.weight, uninterrupted.proj_out_2.weight)
@@ -175,7 +179,7 @@ def loss_scaler():
 
 
 def overflowing(scaler):
-    """A network of which one gradient is infinite above a scale, on every machine at the same."""
+    """A network with a gradient that is infinite above the same scale on every machine."""
     model = build()
     model.proj_out_2.weight.register_hook(
         lambda gradient: gradient * torch.inf if scaler().get_scale() > LIMIT else gradient
@@ -185,7 +189,7 @@ def overflowing(scaler):
 
 @pytest.fixture
 def scalers(monkeypatch):
-    """Gives runs a loss scaler on the CPU, as accelerate does on a GPU; lists those in use."""
+    """Gives runs a loss scaler on the CPU, as accelerate does on a GPU; lists the scalers."""
     used = []
 
     def make(config, **options):
@@ -228,22 +232,21 @@ def test_steps_that_are_run_again_are_the_same(tmp_path, scalers, float32, updat
     assert_same(model, uninterrupted)
 
 
-@pytest.mark.parametrize("at", [2, 7, 8])
-def test_a_run_with_skipped_steps_goes_on_the_same(tmp_path, scalers, at):
-    """Wherever the signal comes, be it while the scale is lowered."""
+def test_a_run_with_skipped_steps_is_resumed_exactly(tmp_path, scalers):
+    """Wherever the signal comes, for instance while the scale is lowered."""
     whole = fit(tmp_path / "whole", HALF, model=overflowing(lambda: scalers[-1]))
-
-    model = overflowing(lambda: scalers[-1])
-    with pytest.raises(Stopped):
-        fit(tmp_path / "run", HALF, samples=signalled(signal.SIGTERM, at), model=model)
-    assert latest(tmp_path / "run") < CONFIG.steps
-    assert_same(fit(tmp_path / "run", HALF, model=overflowing(lambda: scalers[-1])), whole)
-    assert scalers[2].state_dict() == scalers[0].state_dict()
+    for at in (2, 8):
+        folder, model = tmp_path / str(at), overflowing(lambda: scalers[-1])
+        with pytest.raises(Stopped):
+            fit(folder, HALF, samples=signalled(signal.SIGTERM, at), model=model)
+        assert latest(folder) < CONFIG.steps
+        assert_same(fit(folder, HALF, model=overflowing(lambda: scalers[-1])), whole)
+        assert scalers[-1].state_dict() == scalers[0].state_dict()
 
 
 @pytest.mark.parametrize("scaling", [False, True])
 def test_a_gradient_that_is_never_finite_ends_in_a_sentence(tmp_path, request, scaling):
-    """Before it reaches the weights, which the next checkpoint would hold."""
+    """Before it reaches the weights and the next checkpoint."""
     model, seen, spoilt = build(), [], []
 
     def spoil(gradient):
@@ -263,8 +266,8 @@ def test_a_gradient_that_is_never_finite_ends_in_a_sentence(tmp_path, request, s
     assert all(value.isfinite().all() for value in model.parameters())
 
 
-def test_a_norm_that_overflows_by_itself_is_no_matter_of_the_scale(tmp_path, scalers):
-    """Squares of gradients near 1e25 are infinite in float32, and no scaler looks at those."""
+def test_a_norm_that_overflows_by_itself_does_not_lower_the_scale(tmp_path, scalers):
+    """Squares of gradients near 1e25 are infinite in float32, which no scaler checks."""
     model = build()
     model.proj_out_2.weight.register_hook(
         lambda gradient: torch.full_like(gradient, 1e25) * scalers[0].get_scale()

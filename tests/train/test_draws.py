@@ -1,4 +1,4 @@
-"""A step's random numbers: from the seed and the step alone, every sample once an epoch."""
+"""A step's random numbers: determined by seed and step, every sample once an epoch."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Supervising all parts at once: targets in closed form, and the loop against a plain one."""
+"""Intermediate losses: targets in closed form, and the loop against a plain one."""
 
 import copy
 import math
@@ -7,22 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+import toy_run
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from toy_run import CLASSES, Toy, build, drawn
 
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import DiscreteProcess, FlowProcess, VPSDEProcess, forward_process
+from accelkit.noise.processes import DiscreteProcess, FlowProcess, VPSDEProcess
+from accelkit.noise.schedulers import forward_process
 from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.runtime.switch import enabled_on
 from accelkit.runtime.taps import Tap
 from accelkit.schedule import Schedule
 from accelkit.train.config import TrainConfig
-from accelkit.train.draws import draw
 from accelkit.train.dvd import Supervision, intermediate_target
-from accelkit.train.loop import Watch, make_accelerator, train
 from accelkit.train.objectives import denoising_loss
-from accelkit.train.rundir import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -252,8 +253,7 @@ def test_no_taps_lose_nothing():
 
 # The loop
 
-LAYERS, CLASSES, SHAPE = 4, 10, (4, 4, 4)
-PARTS = "4@0.5,3@0.75,1@1"
+PARTS = "3@0.5,2@0.75,1@1"
 CONFIG = TrainConfig(
     steps=1,
     batch_size=12,
@@ -267,83 +267,23 @@ CONFIG = TrainConfig(
 )
 
 
-class Toy:
-    """Eleven samples of four values each."""
-
-    shape = SHAPE
-    labels = torch.arange(11) % CLASSES
-
-    def __init__(self):
-        self.mean = torch.randn(11, *SHAPE, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self):
-        return len(self.mean)
-
-    def sample(self, indices, noise):
-        return self.mean[indices] + 0.1 * noise
-
-
-def build(channels=8):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=channels,
-            num_layers=LAYERS,
-            sample_size=4,
-            patch_size=2,
-            num_embeds_ada_norm=CLASSES,
-        )
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    first, *others = (block.norm1.emb for block in model.transformer_blocks)
-    for other in others:
-        other.load_state_dict(first.state_dict())
-    return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    for state in (GradientState, AcceleratorState, PartialState):
-        state._reset_state()
-
-
-def fit(path, config=CONFIG, schedule=PARTS, *, scheduler=None, channels=8, **options):
-    """Train in ``path``, or go on; return the model and what each step reported."""
-    model, run, reports = build(channels), RunDirectory(path), []
-    stop = options.pop("stop", 0)
+def fit(path, config=CONFIG, schedule=PARTS, *, channels=8, stop=0, **options):
+    """Train in ``path``, or resume; return the model and the reports of each step."""
+    reports = []
 
     def on_step(progress):
         reports.append(progress)
         if progress.step == stop:
             raise KeyboardInterrupt
 
-    AcceleratorState._reset_state()
-    try:
-        accelerator = make_accelerator(config)
-        run.open({}, resume=(path / "run.json").exists(), overwrite=False, free=frozenset())
-        train(
-            model,
-            scheduler or DDIMScheduler(),
-            Schedule.parse(schedule, LAYERS),
-            Toy(),
-            config,
-            run,
-            accelerator,
-            Watch(on_step=on_step, **options),
-        )
-    finally:
-        run.close()
+    model = build(channels=channels)
+    toy_run.fit(path, config, schedule, model=model, on_step=on_step, **options)
     return model, reports
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Of one step as configured."""
+    """The report of one step as configured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         return fit(tmp_path_factory.mktemp("runs") / "plain")[1][0]
@@ -354,25 +294,19 @@ def by_hand(config, scheduler, first, channels=8):
 
     ``first`` gives the first timestep of a part by its depth.
     """
-    model, process, schedule = build(channels), forward_process(scheduler), Schedule.parse(PARTS, 4)
+    model, process = build(channels=channels), forward_process(scheduler)
+    schedule = Schedule.parse(PARTS, 3)
     blocks, shared = model.transformer_blocks, (model.proj_out_1, model.proj_out_2)
-    heads = dict.fromkeys((1, 3, 4), shared)
+    heads = dict.fromkeys((1, 2, 3), shared)
     if config.intermediate_head == "own":
-        heads = {depth: copy.deepcopy(shared) for depth in (1, 3)} | {4: shared}
+        heads = {depth: copy.deepcopy(shared) for depth in (1, 2)} | {3: shared}
     for block in blocks:
         block.norm1.emb = blocks[0].norm1.emb
     blocks[0].norm1.emb.class_embedder.dropout_prob = 0.0
-    batch = draw(
-        config.seed,
-        0,
-        config.batch_size,
-        size=11,
-        shape=SHAPE,
-        timesteps=process.draw,
-        dropout=config.label_dropout,
-    )
-    x0 = Toy().sample(batch.rows, batch.posterior)
-    labels = torch.where(batch.drop, CLASSES, Toy.labels[batch.rows])
+    batch = drawn(config, 0, process)
+    samples = Toy()
+    x0 = samples.sample(batch.rows, batch.posterior)
+    labels = torch.where(batch.drop, CLASSES, samples.labels[batch.rows])
     levels = NoiseAxis.of(scheduler).levels(batch.timestep)
     total = 0.0
     for row, level in enumerate(levels):
@@ -381,7 +315,7 @@ def by_hand(config, scheduler, first, channels=8):
         xt = process.add_noise(x, eps, t)
         loss = 0.0
         own = schedule.depth_at(level)
-        for depth in (1, 3, 4):
+        for depth in (1, 2, 3):
             if depth > own:
                 continue
             model.transformer_blocks = blocks[:depth]
@@ -403,7 +337,7 @@ def by_hand(config, scheduler, first, channels=8):
 
 def test_a_step_against_a_plain_one(report):
     """Loss and gradient norm: the learned variance at a sample's own exit alone, lambda on all."""
-    loss, norm = by_hand(CONFIG, DDIMScheduler(), {1: 750, 3: 500})
+    loss, norm = by_hand(CONFIG, DDIMScheduler(), {1: 750, 2: 500})
     assert report.loss == pytest.approx(loss, rel=1e-5)
     assert report.grad_norm == pytest.approx(norm, rel=1e-4)
 
@@ -411,15 +345,15 @@ def test_a_step_against_a_plain_one(report):
 def test_a_step_with_a_head_for_each_exit_against_a_plain_one(tmp_path, report):
     config = replace(CONFIG, intermediate_head="own")
     _, (own,) = fit(tmp_path, config)
-    loss, norm = by_hand(config, DDIMScheduler(), {1: 750, 3: 500})
+    loss, norm = by_hand(config, DDIMScheduler(), {1: 750, 2: 500})
     assert own.loss == pytest.approx(loss, rel=1e-5) == report.loss
     assert own.grad_norm == pytest.approx(norm, rel=1e-4)
     assert abs(own.grad_norm - report.grad_norm) > 1e-3 * report.grad_norm
 
 
-def test_a_head_that_is_not_known_is_refused_before_the_first_step(tmp_path, monkeypatch):
+def test_an_unknown_head_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("accelkit.backbones.dit.DiT.head", ("last_layer",))
-    with pytest.raises(AccelkitError, match="head of a DiTTransformer2DModel is not known"):
+    with pytest.raises(AccelkitError, match="does not know the head of a DiTTransformer2DModel"):
         fit(tmp_path, replace(CONFIG, intermediate_head="own"))
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -428,20 +362,16 @@ def test_a_step_of_flow_matching_against_a_plain_one(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     # s with log-SNR 2 log((1 - s) / s) as at indices 750 and 500 of the linear betas
     snr = [ABAR[index] / (1 - ABAR[index]) for index in (750, 500)]
-    first = {depth: 1000 / (1 + math.sqrt(r)) for depth, r in zip((1, 3), snr, strict=True)}
+    first = {depth: 1000 / (1 + math.sqrt(r)) for depth, r in zip((1, 2), snr, strict=True)}
     _, (report,) = fit(tmp_path, scheduler=scheduler, channels=4)
     loss, norm = by_hand(CONFIG, scheduler, first, channels=4)
     assert report.loss == pytest.approx(loss, rel=1e-4)
     assert report.grad_norm == pytest.approx(norm, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"gradient_accumulation": 3}, {"gradient_checkpointing": True}],
-    ids=["accumulated", "recomputed"],
-)
-def test_the_same_step_otherwise(tmp_path, report, change):
-    _, (other,) = fit(tmp_path, replace(CONFIG, **change))
+def test_the_same_step_with_less_memory(tmp_path, report):
+    config = replace(CONFIG, gradient_accumulation=3, gradient_checkpointing=True)
+    _, (other,) = fit(tmp_path, config)
     assert other.loss == pytest.approx(report.loss, rel=1e-5)
     assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-4)
 

@@ -1,6 +1,8 @@
-"""Adapters: what they add, that nothing else is trained, and that a run of them can be killed."""
+"""Adapters: their weights, that nothing else is trained, and resuming a run of them."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from accelkit.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
 
-LORA = TrainConfig(**{**CONFIG.to_dict(), "lora_rank": 2, "learning_rate": 1e-2})
+LORA = TrainConfig(**{**CONFIG.to_dict(), "lora_rank": 2, "learning_rate": 1e-2, "steps": 4})
 
 
 def tuned(path, **options):
@@ -39,12 +41,29 @@ def tuned(path, **options):
     return kept["adapter"], model
 
 
+def shown_by(model):
+    with torch.no_grad():
+        return model(torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])).sample
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def run(tmp_path_factory):
+    """The folder of a run, its adapter, its model and the output at a preview in the end."""
+    folder, shown = tmp_path_factory.mktemp("runs") / "whole", []
+    options = {
+        "checkpoint_every": 2,
+        "preview": lambda step, model: shown.append(shown_by(model)),
+        "preview_every": LORA.steps,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         torch.set_num_threads(1)
-        return tuned(tmp_path_factory.mktemp("runs") / "whole")
+        return folder, *tuned(folder, **options), shown[0]
+
+
+@pytest.fixture
+def whole(run):
+    return run[1:3]
 
 
 def test_targets_are_the_blocks_linear_layers_but_no_modulation():
@@ -100,7 +119,7 @@ def test_peft_itself_adds_the_same(whole):
 
 
 def test_a_plain_loop_ends_with_the_same_adapter(whole):
-    """The teacher's, as it is of a model whose every weight is trained."""
+    """The teacher's, as for a model whose weights are all trained."""
     model = build()
     targets = targets_of(backbone_of(model))
     with torch.random.fork_rng():
@@ -119,21 +138,18 @@ def test_every_target_learned_where_a_deep_sample_came(whole):
     assert learned == set(adapter.targets)
 
 
-def test_checkpoints_hold_the_adapters_alone(tmp_path):
-    tuned(tmp_path / "run", checkpoint_every=4)
-    for step in (4, 8):
-        file = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+def test_checkpoints_hold_the_adapters_alone(run):
+    files = sorted(run[0].glob("checkpoints/*/model.safetensors"))
+    assert [file.parent.name for file in files] == ["step-00000002", "step-00000004"]
+    for file in files:
         held = load_file(file)
         assert held
         assert all(".lora_" in name for name in held)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_adapter(tmp_path, whole):
-    import os
-    import signal
-
     def stop(progress):
-        if progress.step == 3:
+        if progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -146,18 +162,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_adapter(tmp_path, whole):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_a_preview_shows_the_teachers_adapter(tmp_path):
-    shown = []
-
-    def preview(step, model):
-        with torch.no_grad():
-            call = torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])
-            shown.append(model(*call).sample)
-
-    _, model = tuned(tmp_path / "run", preview=preview, preview_every=8)
-    with accelkit.enable(model, Schedule.parse(RAGGED, LAYERS)), torch.no_grad():
-        output = model(torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])).sample
-    torch.testing.assert_close(shown[0], output, rtol=1e-4, atol=1e-5)
+def test_a_preview_shows_the_teachers_adapter(run):
+    model = copy.deepcopy(run[2])
+    with accelkit.enable(model, Schedule.parse(RAGGED, LAYERS)):
+        torch.testing.assert_close(run[3], shown_by(model), rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, whole):

@@ -10,7 +10,8 @@ from scipy import integrate, stats
 from torch.distributions import Normal, kl_divergence
 
 from accelkit.errors import AccelkitError
-from accelkit.noise.forward import DiscreteProcess, forward_process
+from accelkit.noise.processes import DiscreteProcess
+from accelkit.noise.schedulers import forward_process
 from accelkit.train.objectives import denoising_loss, gaussian_kl, variational_term
 
 T = 1000

@@ -1,4 +1,4 @@
-"""A training run that takes a moment: a DiT of five tiny blocks on eleven samples."""
+"""A short training run: a DiT of three tiny blocks on eleven samples."""
 
 import os
 import subprocess
@@ -11,16 +11,16 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import accelkit
-from accelkit.noise.forward import DiscreteProcess
+from accelkit.noise.processes import DiscreteProcess
 from accelkit.schedule import Schedule
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
 from accelkit.train.loop import Watch, make_accelerator, train
 from accelkit.train.rundir import RunDirectory
 
-LAYERS, CLASSES, SHAPE = 5, 10, (4, 4, 4)
-FULL, RAGGED = "full", "5@0.2,4@0.4,3@0.6,2@0.8,1@1"
-# Everything that has a state is in use: warm-up, a falling rate, a ramped weight, label dropout.
+LAYERS, CLASSES, SHAPE = 3, 10, (4, 4, 4)
+FULL, RAGGED = "full", "3@0.3,2@0.6,1@1"
+# Everything with a state is in use: warm-up, a falling rate, a ramped weight, label dropout.
 CONFIG = TrainConfig(
     steps=8,
     batch_size=8,
@@ -58,7 +58,7 @@ class Toy:
 
 
 def signalled(number, at):
-    """Samples that send a signal to their own process as they are asked for a step's batch."""
+    """Samples that send a signal to their own process when a step's batch is drawn."""
 
     def on_sample(call, x):
         if call == at:
@@ -68,14 +68,14 @@ def signalled(number, at):
     return Toy(on_sample)
 
 
-def build(equal_embedders=True):
+def build(equal_embedders=True, channels=8):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = DiTTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=8,
             in_channels=4,
-            out_channels=8,
+            out_channels=channels,
             num_layers=LAYERS,
             sample_size=4,
             patch_size=2,
@@ -90,8 +90,10 @@ def build(equal_embedders=True):
     return model.eval()
 
 
-def fit(path, config=CONFIG, schedule=RAGGED, *, samples=None, model=None, **options):
-    """Train in ``path``, going on where it was left if it holds a run; return the model."""
+def fit(
+    path, config=CONFIG, schedule=RAGGED, *, samples=None, model=None, scheduler=None, **options
+):
+    """Train in ``path``, resuming a run that is there; return the model."""
     model = build() if model is None else model
     watch = Watch(**options)
     run = RunDirectory(path)
@@ -102,7 +104,8 @@ def fit(path, config=CONFIG, schedule=RAGGED, *, samples=None, model=None, **opt
             run.open({}, resume=(path / "run.json").exists(), overwrite=False, free=frozenset())
         parsed = Schedule.parse(schedule, LAYERS)
         samples = samples or Toy()
-        train(model, DDIMScheduler(), parsed, samples, config, run, accelerator, watch)
+        scheduler = scheduler or DDIMScheduler()
+        train(model, scheduler, parsed, samples, config, run, accelerator, watch)
     finally:
         run.close()
     return model
@@ -120,11 +123,11 @@ def assert_same(one, other):
 
 
 def assert_close(one, other, atol=1e-4):
-    """As close as two trainings are that add the same up in another order.
+    """As close as two trainings that sum in different orders.
 
     That is 3e-6 at most with three sets of kernels, and 1e-4 is a thirtieth of one step of AdamW.
-    A key's bias is left out: softmax does not see it, so that its gradient is what rounding leaves
-    of zero. AdamW divides by its size and makes whole steps of it, in other directions elsewhere.
+    A key's bias is left out: softmax ignores it, so its gradient is a rounding error of zero, which
+    AdamW scales to whole steps in arbitrary directions.
     """
     for name, value in weights(one).items():
         if not name.endswith("to_k.bias"):
@@ -135,14 +138,14 @@ def latest(path):
     return RunDirectory(path).latest()[0]
 
 
-def drawn(config, step):
+def drawn(config, step, process=None):
     return draw(
         config.seed,
         step,
         config.batch_size,
         size=11,
         shape=SHAPE,
-        timesteps=DiscreteProcess(DDIMScheduler().betas).draw,
+        timesteps=(process or DiscreteProcess(DDIMScheduler().betas)).draw,
         dropout=config.label_dropout,
     )
 
@@ -153,7 +156,7 @@ def depths(timesteps, schedule=RAGGED):
 
 
 def script(path, folder, **environment):
-    """Start a test module as a process of its own."""
+    """Start a test module as a separate process."""
     root = str(Path(accelkit.__file__).parents[1])
     known = {"PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -1,7 +1,4 @@
-"""Two processes that train together.
-
-Run as a script it is one of them.
-"""
+"""Two processes that train together; run as a script, this is one of them."""
 
 import json
 import os
@@ -39,14 +36,11 @@ from accelkit.train.rundir import RunDirectory
 pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
-# Several processes
-
-# Every step's gradient is clipped, so that its norm is of the whole batch or shows.
-PAIR = replace(CONFIG, batch_size=4, steps=6, max_grad_norm=0.1)
+# Every step's gradient is clipped, so that a norm of less than the whole batch would show.
+PAIR = replace(CONFIG, batch_size=4, steps=5, max_grad_norm=0.1)
 SHARED = {
     "plain": PAIR,
-    "accumulated": replace(PAIR, gradient_accumulation=2),
-    "recomputed": replace(PAIR, gradient_checkpointing=True),
+    "saving memory": replace(PAIR, gradient_accumulation=2, gradient_checkpointing=True),
     "adapters": replace(PAIR, lora_rank=2),
     "supervised": replace(PAIR, intermediate_weight=1.0, intermediate_head="own"),
     "stopped": PAIR,
@@ -55,7 +49,7 @@ SHARED = {
 
 
 def one_has_no_deep_sample(config, schedule=RAGGED):
-    """Steps in which the deepest block is run by one of two processes only."""
+    """Return the number of steps in which one of two processes runs the deepest block."""
     shares = [
         [LAYERS in depths(drawn(config, step).part(rank, 2).timestep) for rank in (0, 1)]
         for step in range(config.steps)
@@ -73,7 +67,7 @@ def start(folder, **environment):
 
 
 def ended(processes):
-    """Wait for processes; return what each ended with and wrote to stderr."""
+    """Wait for processes; return the status and stderr of each."""
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
@@ -85,34 +79,45 @@ def ended(processes):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder in which two processes have trained what SHARED names."""
+    """The folder in which two processes have trained the runs of SHARED."""
     folder = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        with pytest.raises(Stopped, match="after step 3"):  # alone; the two go on with it
+        with pytest.raises(Stopped, match="after step 3"):  # alone; the two resume it
             fit(folder / "grown", PAIR, samples=signalled(signal.SIGTERM, at=2))
-    for status, errors in ended(start(folder)):
-        assert status == 0, errors
+    (first, _), (second, errors) = ended(start(folder))
+    assert (first, second) == (-signal.SIGKILL, 0), errors
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process's model, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return fit(folder, PAIR), folder
+
+
 @pytest.mark.parametrize("name", SHARED)
-def test_two_processes_do_what_one_does(pair, tmp_path, name):
+def test_two_processes_do_what_one_does(pair, alone, tmp_path, name):
     assert one_has_no_deep_sample(SHARED[name]) >= 2
     one, other = build(), build()
     for rank, model in enumerate((one, other)):
         model.load_state_dict(torch.load(pair / f"{name}-{rank}.pt", weights_only=True))
     assert_same(one, other)
-    plain = replace(SHARED[name], gradient_accumulation=1, gradient_checkpointing=False)
-    assert_close(one, fit(tmp_path, plain))
+    expected, folder = alone
+    if name in ("adapters", "supervised"):
+        expected, folder = fit(tmp_path, SHARED[name]), tmp_path
+    assert_close(one, expected)
     theirs, ours = (
         load_file(RunDirectory(run).latest()[1] / "model.safetensors")
-        for run in (pair / name, tmp_path)
+        for run in (pair / name, folder)
     )
     assert theirs.keys() == ours.keys()
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated", "recomputed", "grown"])
+@pytest.mark.parametrize("name", ["plain", "saving memory", "grown"])
 def test_two_processes_report_what_a_loop_by_hand_does(pair, name):
     expected = train_by_hand(PAIR, RAGGED)
     begun = 3 if name == "grown" else 0
@@ -130,30 +135,27 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(pair):
     assert steps == ["3", "3"]
 
 
-def test_what_two_processes_began_one_can_finish(pair, tmp_path):
+def test_one_process_finishes_a_run_that_two_began(pair, alone, tmp_path):
     shutil.copytree(pair / "stopped", tmp_path / "run")
     shutil.rmtree(RunDirectory(tmp_path / "run").latest()[1])
     assert latest(tmp_path / "run") == 3
-    assert_close(fit(tmp_path / "run", PAIR), fit(tmp_path / "alone", PAIR))
+    assert_close(fit(tmp_path / "run", PAIR), alone[0])
 
 
-def test_one_process_is_told_that_the_other_was_refused(pair):
-    refused, told = ((pair / f"refused-{rank}.txt").read_text() for rank in (0, 1))
-    assert "is not empty" in refused
-    assert told.startswith("another of the 2 processes has ended, and this one cannot go on")
-
-
-def test_one_process_is_told_that_the_other_was_killed(tmp_path):
-    (status, _), (killed, _) = ended(start(tmp_path, DIES="1"))
-    assert (status, killed) == (0, -signal.SIGKILL)
-    told = (tmp_path / "killed.txt").read_text()
-    assert told.startswith("another of the 2 processes has ended, and this one cannot go on")
-    assert len(told) <= 400
-    assert "\n" not in told
+@pytest.mark.parametrize("during", ["opening", "training"])
+def test_a_process_reports_that_the_other_has_ended(pair, during):
+    assert "is not empty" in (pair / "refused.txt").read_text()
+    message = (pair / f"{during}.txt").read_text()
+    assert message.startswith("another of the 2 processes has ended, and this one cannot continue")
+    assert len(message) <= 400
+    assert "\n" not in message
 
 
 def shared(folder):
-    """Train as one of two processes; in one run the second one gets a signal midway."""
+    """Train as one of two processes; in one run the second one gets a signal midway.
+
+    In the end the first one is refused a directory and killed, while the second one goes on.
+    """
     rank = os.environ["RANK"]
     for name, config in SHARED.items():
         if name == "stopped":
@@ -174,19 +176,16 @@ def shared(folder):
         with claimed({}, PAIR, Run(folder / "plain")):
             pass
     except AccelkitError as error:
-        (folder / f"refused-{rank}.txt").write_text(str(error))
-    os._exit(0)  # as the processes have parted already
-
-
-def killed(folder):
-    """Train until the second process is killed."""
+        (folder / ("refused.txt" if rank == "0" else "opening.txt")).write_text(str(error))
+    if rank == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
-        fit(folder / "run", PAIR, samples=signalled(signal.SIGKILL, at=int(os.environ["RANK"]) * 2))
+        fit(folder / "lost", PAIR)
     except AccelkitError as error:
-        (folder / "killed.txt").write_text(str(error))
-    os._exit(0)
+        (folder / "training.txt").write_text(str(error))
+    os._exit(0)  # there is no other process to leave the group with
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (killed if "DIES" in os.environ else shared)(Path(sys.argv[1]))
+    shared(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -17,13 +18,13 @@ from scipy import stats
 
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
-from accelkit.noise.forward import (
+from accelkit.noise.processes import (
     Density,
     DiscreteProcess,
     FlowProcess,
     VPSDEProcess,
-    forward_process,
 )
+from accelkit.noise.schedulers import forward_process
 from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.train.objectives import denoising_loss
 
@@ -33,7 +34,9 @@ BETAS = {
     "scaled": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "zero": {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    "shifted": {"snr_shift_scale": 3.0},  # the products of 1 - beta alone
 }
+KINDS = {"shifted": CogVideoXDDIMScheduler}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -46,7 +49,7 @@ def drawn(count, seed=0):
 def test_noise_is_added_as_the_scheduler_adds_it(betas):
     t = torch.tensor([0, 1, 250, 700, 999])
     x0, eps = drawn(len(t))
-    scheduler = DDIMScheduler(**BETAS[betas])
+    scheduler = KINDS.get(betas, DDIMScheduler)(**BETAS[betas])
     ours = forward_process(scheduler).add_noise(x0, eps, t)
     torch.testing.assert_close(ours, scheduler.add_noise(x0, eps, t), rtol=1e-4, atol=2e-5)
 
@@ -55,14 +58,15 @@ def test_noise_is_added_as_the_scheduler_adds_it(betas):
 def test_the_target_v_is_the_schedulers(betas):
     t = torch.tensor([0, 1, 250, 700, 999])
     x0, eps = drawn(len(t))
-    scheduler = DDIMScheduler(**BETAS[betas], prediction_type="v_prediction")
+    make = KINDS.get(betas, DDIMScheduler)
+    scheduler = make(**BETAS[betas], prediction_type="v_prediction")
     ours = forward_process(scheduler).target(x0, eps, t)
     torch.testing.assert_close(ours, scheduler.get_velocity(x0, eps, t), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("predicts", PREDICTIONS)
-def test_a_perfect_prediction_is_worth_the_data(predicts):
-    """Against the scheduler's own conversion, which its ``step`` reports."""
+def test_a_perfect_prediction_gives_the_data(predicts):
+    """Compared with the conversion in the scheduler's ``step``."""
     scheduler = DDPMScheduler(prediction_type=predicts, clip_sample=False)
     process = forward_process(scheduler)
     for step in (0, 10, 500):
@@ -87,12 +91,12 @@ def test_one_learned_variance_whatever_is_predicted(predicts):
     xt = plain.add_noise(x0, eps, t)
     guess = eps + 0.2
     data = plain.data_of(guess, xt, t)
-    said = other.target(data, guess, t)
+    converted = other.target(data, guess, t)
     v = 0.3 * torch.ones_like(x0)
     losses = [
         denoising_loss(p, torch.cat([out, v], dim=1), x0, eps, xt, t)
         - denoising_loss(p, out, x0, eps, xt, t)
-        for p, out in ((plain, guess), (other, said))
+        for p, out in ((plain, guess), (other, converted))
     ]
     torch.testing.assert_close(*losses, rtol=2e-3, atol=1e-3)
 
@@ -202,6 +206,7 @@ def test_a_timestep_means_the_same_noise_to_the_axis(scheduler):
     [
         (EDMEulerScheduler(), "EDMEulerScheduler is not"),
         (SCMScheduler(), "SCMScheduler is not"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "flow matching towards noise"),
         (object(), "object is not"),
     ],
 )
@@ -220,7 +225,7 @@ def test_a_prediction_that_is_not_known():
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS[:2], ids=lambda s: type(s).__name__)
 def test_a_density_is_one_of_flow_matching(scheduler):
-    with pytest.raises(AccelkitError, match="logit-normal is one of flow matching"):
+    with pytest.raises(AccelkitError, match="logit-normal, which needs flow matching"):
         forward_process(scheduler, density=Density("logit-normal"))
 
 
