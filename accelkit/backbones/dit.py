@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from accelkit.backbones.base import Backbone
+from accelkit.backbones.conditioning import Scaled
+from accelkit.backbones.registry import family
 from accelkit.errors import AccelkitError, AccelkitWarning
 
 NORM_EPS = 1e-6  # the original's
@@ -24,23 +26,17 @@ SHIFT_KEY = "timestep_freq_shift"  # its name in config.json
 NULL_KEY = "null_class"  # in config.json where the label table has no row for no label: null
 
 
+@family("DiTTransformer2DModel", called=Scaled)
 class DiT(Backbone):
-    """The 28 (or however many) adaLN-Zero blocks of a class-conditional DiT."""
+    """The (28 or any number of) adaLN-Zero blocks of a class-conditional DiT."""
 
     family = "dit"
+    blocks: Any = "transformer_blocks"
+    exit: Any = "norm_out"
+    self_attention = "attn1"
     batched = ("hidden_states", "class_labels")
     block_batched = ("timestep", "class_labels")
     head = ("proj_out_1", "proj_out_2")
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """All transformer blocks."""
-        return self.model.transformer_blocks  # type: ignore[return-value]
-
-    @property
-    def exit(self) -> nn.Module:
-        """The final layer norm."""
-        return self.model.norm_out  # type: ignore[return-value]
 
     @property
     def null_class(self) -> int | None:
@@ -56,11 +52,7 @@ class DiT(Backbone):
 
     @property
     def _embedders(self) -> list[Any]:
-        return [block.norm1.emb for block in self.blocks]  # type: ignore[union-attr]
-
-    def attentions(self) -> list[list[nn.Module]]:
-        """Return every block's only attention."""
-        return [[block.attn1] for block in self.blocks]  # type: ignore[list-item]
+        return [block.norm1.emb for block in self.blocks]
 
     def restore(self) -> None:
         """Apply the original DiT's timestep frequencies if the config records them."""
@@ -107,10 +99,10 @@ class DiT(Backbone):
             nn.init.normal_(module.weight, std=0.02)
         for other in others:  # one embedder, of which diffusers keeps a copy in every block
             other.load_state_dict(first.state_dict())
-        modulations = [block.norm1.linear for block in self.blocks]  # type: ignore[union-attr]
+        modulations = [block.norm1.linear for block in self.blocks]
         for zero in (*modulations, self.model.proj_out_1, self.model.proj_out_2):
-            nn.init.zeros_(zero.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(zero.bias)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
 
     @property
     def embedders_equal(self) -> bool:

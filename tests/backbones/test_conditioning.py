@@ -420,9 +420,9 @@ def test_registering_one(monkeypatch):
     [
         (
             {"addition_embed_type": "text", "encoder_hid_dim": 8},
-            "conditions of the kind 'text' beside text",
+            "conditions of the kind 'text' next to text",
         ),
-        ({"in_channels": 9}, "takes 9 channels and returns 4, so that an image or a mask"),
+        ({"in_channels": 9}, "takes 9 channels and returns 4; it needs an image or a mask"),
     ],
     ids=["IF", "inpainting"],
 )

@@ -379,8 +379,8 @@ def test_a_backbone_that_names_what_is_not_there_is_refused_at_once(backbone, wo
     [
         ((None, Stack), "a class of models or its name, not None"),
         ((nn.Linear, dict), "a class derived from accelkit.Backbone, not <class 'dict'>"),
-        ((nn.Linear, accelkit.Backbone), "Backbone has to say which its blocks are"),
-        ((nn.Linear, of_stack(family=None)), "and what its family is called"),
+        ((nn.Linear, accelkit.Backbone), r"Backbone has to name its blocks \(blocks\)"),
+        ((nn.Linear, of_stack(family=None)), r"and its family \(family\)"),
     ],
 )
 def test_what_is_no_backbone_is_not_registered(given, words):
