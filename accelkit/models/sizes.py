@@ -1,7 +1,7 @@
-"""Sizes in a model's config: those that no model has are refused before anything is built.
+"""Checks of the sizes in a model's config, before anything is built.
 
-A network is built as its config says and only then compared with its weights, so a zero too many
-would take all memory, or for ever.
+A network is built from its config and only then compared with its weights, so an extra zero in a
+size could take all memory, or never finish.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_configs(folder: Path) -> None:
     """Check the configs in a model's folder, and in those of its components if it is a pipeline.
 
     Raises:
-        AccelkitError: one cannot be read, or has a size that no model has.
+        AccelkitError: a config cannot be read, or has a size that no model has.
     """
     for place in (folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir())):
         for path in (place / name for name in _CONFIGS):
@@ -31,7 +31,7 @@ def check_configs(folder: Path) -> None:
 
 
 def _check(path: Path, config: dict[str, Any]) -> None:
-    if "_class_name" not in config:  # of another library, which has other words for sizes
+    if "_class_name" not in config:  # Another library has other names for sizes.
         return
     for name, setting in config.items():
         layers = "layers" in name
