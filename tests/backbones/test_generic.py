@@ -346,7 +346,7 @@ def test_what_is_registered_comes_first(monkeypatch):
 
 
 class Stack(accelkit.Backbone):
-    """A family as someone who registers one could write it."""
+    """A family as a user could write it."""
 
     family = "stack"
 
@@ -401,7 +401,7 @@ def test_a_timestep_for_every_token_is_refused():
 
 @pytest.mark.parametrize("guess", [1.0, 1e-3])
 def test_a_timestep_that_is_read_in_another_way_than_it_is_meant_is_noticed(guess, monkeypatch):
-    """Or every step would be taken for one near the data, and run at full depth."""
+    """Otherwise every step would be read as one near the data and run at full depth."""
     pipe = text_pipes.make("auraflow")
     with enable(pipe, "4@0.5,2@1") as state:
         assert state.backbone.timestep_scale == 1e-3
