@@ -1,9 +1,9 @@
-"""What an enabled schedule costs a call that runs every block, on a network of every family.
+"""The overhead of an enabled schedule on a call that runs every block, for every family.
 
-With ``full``, and with a schedule that is shallow at higher noise than the call's. What it adds
-does not depend on the width and is below a machine's noise from one call of a wide network to the
-next; so it is taken from narrow ones, called in turns, and set beside a call of width 384, the
-least that is published.
+The schedule is ``full``, or one that is shallow at higher noise than the call's. Its overhead does
+not depend on the width, and for a wide network it is smaller than the variation between two calls.
+So it is measured on narrow networks, called in turns, and compared with a call at width 384, the
+smallest that is published.
 """
 
 import copy

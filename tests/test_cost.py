@@ -273,7 +273,7 @@ def test_a_cost_that_cannot_be_counted_is_the_share_of_blocks_with_a_warning():
         axes_lens=(300, 64, 64),
         cap_feat_dim=12,
     )
-    with pytest.raises(AccelkitError, match="Lumina2Transformer2DModel reads the values that it"):
+    with pytest.raises(AccelkitError, match="Lumina2Transformer2DModel reads the values of its"):
         macs_by_depth(model)
     schedule = Schedule.parse("uniform:1", 3)
     alike = ideal_saving(model, schedule)

@@ -12,7 +12,7 @@ SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 
 def tokenizer(length=120, words=WORDS):
-    """One token a letter and one at the end."""
+    """One token per letter and one at the end."""
     spelled = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
@@ -303,7 +303,7 @@ def wan():
 
 
 def auraflow():
-    """Of a network that accelkit knows by a trial call alone."""
+    """A pipeline around a network that accelkit knows from a trial call only."""
     transformer = diffusers.AuraFlowTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -340,7 +340,7 @@ def gemma():
 
 
 def lumina2():
-    """Of another such network, which is given 1 - t / 1000 and predicts the other way round."""
+    """Another such network, which is given 1 - t / 1000 and predicts the negative."""
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,

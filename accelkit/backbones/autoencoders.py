@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers that map pictures, used as diffusers' own pipelines use them."""
+"""diffusers' autoencoders of pictures, used as diffusers' own pipelines use them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Kind:
     """How autoencoders of a class are called.
 
     Attributes:
-        factor: pixels per latent along a side, from the settings.
-        channels: settings that hold the channels of the latents; the first that is set counts.
-        frames: whether it maps videos, of which a picture is one frame: (B, C, F, H, W).
+        factor: returns the pixels per latent along a side for a config.
+        channels: names of the settings for the channels of the latents; the first that is set
+            counts.
+        frames: whether it takes videos, (B, C, F, H, W), with a picture as a single frame.
     """
 
     factor: Factor
@@ -48,7 +49,7 @@ KINDS = {
     "AutoencoderTiny": Kind(_halvings("block_out_channels")),
     "VQModel": Kind(_halvings("block_out_channels"), ("vq_embed_dim", "latent_channels")),
 }
-"""By name, so that none is imported until a pipeline holds one."""
+"""By the name of the class, so that no class has to be imported."""
 
 _REASONS = {
     "AutoencoderKLFlux2": "its pipelines normalise the latents in patches of 2x2",
@@ -57,7 +58,7 @@ _REASONS = {
 }
 
 AT_USE = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
-"""Settings of an autoencoder that apply to its latents when they are used, not when made."""
+"""Settings of an autoencoder that are applied when latents are used, not when they are made."""
 
 _NAMES = ("vae", "vqvae")
 
@@ -72,9 +73,11 @@ def kind_of(vae: Any) -> Kind:
     """Return how an autoencoder is called.
 
     Raises:
-        AccelkitError: its class is not one of :data:`KINDS`, nor derived from one.
+        AccelkitError: its class is neither one of :data:`KINDS` nor derived from one.
     """
-    return kind_of_class(type(getattr(vae, "_orig_mod", vae)))  # what torch.compile wrapped
+    return kind_of_class(
+        type(getattr(vae, "_orig_mod", vae))
+    )  # the module that torch.compile wrapped
 
 
 def kind_of_class(cls: type) -> Kind:
@@ -109,16 +112,14 @@ def channels_of(vae: Any) -> int:
 
 
 def scaling(vae: Any | None, applied: Collection[str] = AT_USE) -> tuple[Any, Any]:
-    """Return shift and scale: a denoiser is given (what the autoencoder made - shift) * scale.
+    """Return shift and scale: a denoiser is given (encoded latents - shift) * scale.
 
-    Numbers, or float32 (C, 1, 1) where each channel has a mean and a deviation. With both of these
-    and a scaling factor, the scale is factor / deviation, as Stable Diffusion XL's pipelines have
-    it.
+    They are numbers, or float32 (C, 1, 1) if each channel has a mean and a deviation. If there is
+    a scaling factor too, the scale is factor / deviation, as in Stable Diffusion XL's pipelines.
 
     Args:
         vae: the autoencoder; None for pixels.
-        applied: the settings of ``AT_USE`` that the pipeline applies, which are not all of them in
-            most families.
+        applied: the settings that the pipeline applies, in most families not all of ``AT_USE``.
 
     Raises:
         AccelkitError: the autoencoder has no setting that the pipeline could scale by.
@@ -140,7 +141,7 @@ def scaling(vae: Any | None, applied: Collection[str] = AT_USE) -> tuple[Any, An
 
 
 def check_autoencoder(pipe: Any, channels: int) -> None:
-    """Raise AccelkitError unless ``pipe`` makes pictures of latents of so many channels."""
+    """Raise AccelkitError unless ``pipe`` can decode latents with so many channels."""
     vae = autoencoder_of(pipe)
     if vae is None:
         takes = set(inspect.signature(type(pipe).__init__).parameters) & set(_NAMES)
@@ -166,11 +167,11 @@ _PIXELS = (1, 3, 4)  # grey, RGB and RGB with an alpha channel
 def posterior(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Return ``mean`` and ``std`` (B, C, h, w) of pictures in [-1, 1], (B, 3, H, W), unscaled.
 
-    float32 on the CPU; without ``std`` for a deterministic autoencoder.
+    They are float32 on the CPU. A deterministic autoencoder has no ``std``.
 
     Raises:
-        AccelkitError: an autoencoder that accelkit does not know how to call, or latents that are
-            not finite.
+        AccelkitError: accelkit does not know how to call the autoencoder, or the latents are not
+            finite.
     """
     kind = kind_of(vae)
     frames = pixels.unsqueeze(2) if kind.frames else pixels
@@ -191,15 +192,15 @@ def decoded(
     """Return the pictures (B, 3, H, W) of scaled latents (B, C, h, w), nominally in [-1, 1].
 
     Args:
-        vae: the autoencoder; None for pixels, which are returned as they are.
-        latents: what a sampler ends with.
+        vae: the autoencoder; None for pixels, which are returned unchanged.
+        latents: the sampler's result.
         applied: the settings that the pipeline applies to latents, as for :func:`scaling`.
         upcast: decode in float32 where a half-precision autoencoder asks for it
             (``force_upcast``), as some pipelines do.
 
     Raises:
-        AccelkitError: as :func:`scaling`, an autoencoder that accelkit does not know how to call,
-            or pictures that are not finite.
+        AccelkitError: as :func:`scaling`; accelkit does not know how to call the autoencoder; or
+            the pictures are not finite.
     """
     if vae is None:
         _refuse_infinite("the network", "pictures", latents)
@@ -219,11 +220,11 @@ def decoded(
 
 @contextmanager
 def _upcast(vae: Any, wanted: bool = True) -> Iterator[None]:
-    """Run an autoencoder that overflows in float16 in float32, as long as it is entered."""
+    """Run an autoencoder that overflows in float16 in float32 while the context is entered."""
     if not (wanted and vae.dtype == torch.float16 and vae.config.get("force_upcast")):
         yield
         return
-    nn.Module.to(vae, torch.float32)  # diffusers' own .to warns of half precision on the way back
+    nn.Module.to(vae, torch.float32)  # diffusers' .to warns when cast back
     try:
         yield
     finally:

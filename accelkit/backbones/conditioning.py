@@ -1,9 +1,9 @@
-"""How a family's network is called on noisy latents, and what tells its samples apart.
+"""How a family's network is called on noisy latents, and on what its samples are conditioned.
 
-What a sample is conditioned on is an item: a class, a caption, or None for neither. ``encode``
-turns items into rows, tensors by name with one row per item, which can be kept, mixed and cut;
-``arguments`` makes a model's call of latents and rows. A family whose call needs no more than class
-labels, or nothing, has nothing to register.
+A sample is conditioned on an item: a class, a caption, or None for neither. ``encode`` turns items
+into rows, tensors by name with one row per item, which can be stored, mixed and sliced;
+``arguments`` turns latents and rows into the arguments of a model's call. A family whose call needs
+class labels at most has nothing to register.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from accelkit.errors import AccelkitError
 Item = int | str | None
 Rows = dict[str, Tensor]
 
+SCALED = frozenset({"scaling_factor"})
+SHIFTED = SCALED | {"shift_factor"}
+NORMALISED = frozenset({"latents_mean", "latents_std"})
+
 
 class Conditioning:
-    """Classes, for families that have them; nothing for those that don't.
+    """Class labels for families that have them, nothing for the others.
 
     Attributes:
         backbone: the network's family.
         text: whether items are captions.
-        factor: pixels per latent along a side, as the pipeline has it; None before it is known.
+        factor: pixels per latent along a side, read from the pipeline; None until then.
         latent_settings: settings of the autoencoder that the family's pipelines apply to latents
             (:func:`accelkit.backbones.autoencoders.scaling`).
     """
@@ -51,8 +55,8 @@ class Conditioning:
     def read_factor(self, pipe: Any) -> None:
         """Read from ``pipe`` how many pixels a latent is along a side.
 
-        By the pipeline's own number, as its ``__call__`` has it, also where another autoencoder was
-        put into it later.
+        The pipeline's own number is used, as its ``__call__`` uses it even where another
+        autoencoder was put into it later.
         """
         vae = autoencoder_of(pipe)
         own = getattr(pipe, "vae_scale_factor", None)
@@ -66,29 +70,29 @@ class Conditioning:
         return config.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
 
     def pixels(self, pipe: Any) -> int:
-        """Return height and width in pixels of what ``pipe`` makes by itself.
+        """Return height and width in pixels of the pictures that ``pipe`` makes by default.
 
         Raises:
-            AccelkitError: its autoencoder makes no pictures of the network's latents.
+            AccelkitError: its autoencoder cannot decode the network's latents.
         """
         check_autoencoder(pipe, self.shape[0])
         vae = autoencoder_of(pipe)
         return self.shape[-1] * (1 if vae is None else factor_of(vae))
 
     def upcasts(self, pipe: Any) -> bool:
-        """Whether ``pipe`` decodes in float32 where a half-precision autoencoder asks for it."""
-        return hasattr(pipe, "upcast_vae")  # as pipelines of diffusers before 1.0 call it
+        """Whether ``pipe`` decodes in float32 if a half-precision autoencoder asks for it."""
+        return hasattr(pipe, "upcast_vae")  # the method's name in diffusers before 1.0
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network returns a variance beside its prediction."""
+        """Whether the network returns a variance next to its prediction."""
         config = self.model.config
-        # HunyuanDiT's config does not say
+        # HunyuanDiT's config has no out_channels.
         known = config.get("out_channels") or vars(self.model).get("out_channels")
         return known == 2 * config.in_channels
 
     def check(self) -> None:
-        """Raise AccelkitError for a network whose call needs what is not known here."""
+        """Raise AccelkitError for a network that needs an argument of unknown meaning."""
         given = {"timestep", "class_labels"}
         needed = [p.name for p in self._takes[1:] if _required(p) and p.name not in given]
         if needed:
@@ -99,9 +103,9 @@ class Conditioning:
             )
 
     def suits(self, pipe: Any) -> None:
-        """Raise AccelkitError for a pipeline that calls its network in another way than here.
+        """Raise AccelkitError if ``pipe`` calls its network differently.
 
-        Or one whose autoencoder makes no pictures of the network's latents.
+        Also if its autoencoder cannot decode the network's latents.
         """
         check_autoencoder(pipe, self.shape[0])
 
@@ -109,7 +113,7 @@ class Conditioning:
         """Return the rows of ``items``, on the CPU.
 
         Raises:
-            AccelkitError: a class that the model lacks.
+            AccelkitError: an item is not one of the model's classes.
         """
         count, null = self.backbone.num_classes, self.backbone.null_class
         if count is None:
@@ -131,7 +135,7 @@ class Conditioning:
         Args:
             latents: (B, C, h, w), with noise.
             timestep: (B,), the scheduler's.
-            rows: B of them.
+            rows: B rows of each tensor.
         """
         device = latents.device
         return {
@@ -141,24 +145,24 @@ class Conditioning:
         }
 
     def size(self, latents: Tensor) -> list[int]:
-        """Return height and width in pixels of the pictures that ``latents`` stand for.
+        """Return height and width in pixels of the pictures of ``latents``.
 
         Raises:
-            AccelkitError: no pipeline has said how many pixels a latent is.
+            AccelkitError: no pipeline was given to read the pixels per latent from.
         """
         if self.factor is None:
             raise AccelkitError(
-                f"a {type(self.model).__name__} is given the size of its pictures, for which its "
-                "pipeline has to be known; give it to conditioning_of(backbone, pipe)"
+                f"a {type(self.model).__name__} is given the size of its pictures, which depends "
+                "on its pipeline; give the pipeline to conditioning_of(backbone, pipe)"
             )
         return [self.factor * side for side in latents.shape[-2:]]
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
-        """Return what the model returned in the layout of ``latents`` (B, C or 2C, h, w)."""
+        """Return the model's output in the layout of ``latents`` (B, C or 2C, h, w)."""
         return output
 
     def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
-        """Return what ``pipe`` gives its flow-matching scheduler besides a number of steps.
+        """Return what ``pipe`` gives its flow-matching scheduler besides the number of steps.
 
         These are arguments of ``set_timesteps``: ``sigmas``, ``timesteps``, ``mu``.
         """
@@ -166,33 +170,36 @@ class Conditioning:
 
 
 def _required(parameter: inspect.Parameter) -> bool:
-    # text has a default in many a signature, but no model that takes it runs without
+    # Many signatures have a default for the text, but no model that takes text runs without it.
     return parameter.name == "encoder_hidden_states" or (
         parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     )
 
 
-class _Scaled(Conditioning):
-    """Of pipelines that divide latents by the scaling factor and do nothing else to them."""
+class Scaled(Conditioning):
+    """Class labels, with pipelines that apply nothing but the scaling factor to latents."""
 
-    latent_settings = frozenset({"scaling_factor"})
+    latent_settings = SCALED
 
 
 class Captions(Conditioning):
-    """Text, embedded by the pipeline's own ``encode_prompt``, whose results are named here.
+    """Text, embedded by the pipeline's own ``encode_prompt``.
 
     Attributes:
-        returns: the model's arguments for what ``encode_prompt`` returns, "" for what is left out.
+        returns: the model's arguments for the results of ``encode_prompt`` in order, "" for a
+            result that is not used.
+        embedding: arguments of ``encode_prompt`` after the prompts.
     """
 
     text = True
     returns: tuple[str, ...] = ("encoder_hidden_states",)
+    embedding: dict[str, Any] = {"do_classifier_free_guidance": False}  # noqa: RUF012
 
     def check(self) -> None:
-        """All that a call needs is known."""
+        """Accept every network, since the family knows all arguments of a call."""
 
     def encode(self, pipe: Any, items: Sequence[Item]) -> Rows:
-        """Return the embeddings of captions, None being the empty one.
+        """Return the embeddings of captions; None is the empty caption.
 
         Raises:
             AccelkitError: an item is a class.
@@ -207,17 +214,46 @@ class Captions(Conditioning):
             return {name: value.detach().cpu() for name, value in self._embed(pipe, prompts)}
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        made = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        made = pipe.encode_prompt(prompts, **self.embedding)
         return [(name, v) for name, v in zip(self.returns, made, strict=False) if name]
+
+
+def refuse_images(model: Any) -> None:
+    """Raise AccelkitError for a network that takes an image or a mask next to its sample."""
+    takes, returns = model.config.in_channels, model.config.out_channels
+    if takes > returns:
+        raise AccelkitError(
+            f"this {type(model).__name__} takes {takes} channels and returns {returns}; it needs "
+            "an image or a mask next to the sample, which accelkit does not train or sample by "
+            "itself"
+        )
+
+
+def shift_of(config: Any, tokens: int, most: float = 1.15) -> dict[str, float]:
+    """Return ``mu`` for images of so many tokens if a scheduler's sigmas are shifted by it.
+
+    Args:
+        config: the scheduler's.
+        tokens: number of tokens of an image.
+        most: the pipeline's default for ``max_shift``.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", most)
+    return {"mu": calculate_shift(tokens, *lengths, *shifts)}
 
 
 _known: dict[str, type[Conditioning]] = {}
 LEARNED = "_accelkit_conditioning"
-"""Where a network carries what its pipeline showed (:mod:`accelkit.backbones.watched`)."""
+"""Attribute of a network for what was learned from its pipeline
+(:mod:`accelkit.backbones.watched`)."""
 
 
 def register_conditioning(model: str | type, conditioning: type[Conditioning]) -> None:
-    """Let models of a class, given it or its name, be called as ``conditioning`` says."""
+    """Call models of a class, given itself or by name, as ``conditioning`` does."""
     _known[model if isinstance(model, str) else model.__name__] = conditioning
 
 
@@ -226,10 +262,10 @@ def conditioning_of(backbone: Backbone, pipe: Any | None = None) -> Conditioning
 
     Args:
         backbone: the network's family.
-        pipe: its pipeline, which says how many pixels a latent is. Encoding items says so as well.
+        pipe: its pipeline, to read the pixels per latent from, which encoding items does too.
 
     Raises:
-        AccelkitError: its call needs more than class labels, and what is not known.
+        AccelkitError: its call needs more than class labels, and the rest is not known.
     """
     kinds = (_known.get(kind.__name__) for kind in type(backbone.model).__mro__)
     learned = vars(backbone.model).get(LEARNED, Conditioning)
@@ -238,7 +274,3 @@ def conditioning_of(backbone: Backbone, pipe: Any | None = None) -> Conditioning
     if pipe is not None:
         conditioning.read_factor(pipe)
     return conditioning
-
-
-register_conditioning("DiTTransformer2DModel", _Scaled)
-register_conditioning("UNet2DModel", _Scaled)  # LDMPipeline's

@@ -1,6 +1,6 @@
 """DiT in diffusers: ``DiTTransformer2DModel``.
 
-A skipped block runs nothing. The exit needs no head of its own: the final norm, modulation and
+A skipped block runs nothing. The exit needs no extra head: the final norm, modulation and
 projection run on the hidden states of the last block kept (Moon et al. 2024, section 3.2). The
 final modulation takes its conditioning from block 0's embedder, which every depth keeps.
 """
@@ -16,51 +16,45 @@ import torch
 from torch import nn
 
 from accelkit.backbones.base import Backbone
+from accelkit.backbones.conditioning import Scaled
+from accelkit.backbones.registry import family
 from accelkit.errors import AccelkitError, AccelkitWarning
 
-NORM_EPS = 1e-6  # the original's
-FREQ_SHIFT = 0  # the original's, of the exponent's divisor, 128 - shift; diffusers' own is 1
-SHIFT_KEY = "timestep_freq_shift"  # its name in config.json
-NULL_KEY = "null_class"  # in config.json where the label table has no row for no label: null
+NORM_EPS = 1e-6  # the original's; diffusers' is 1e-5
+FREQ_SHIFT = (
+    0  # the original's; the frequencies' exponent is divided by 128 - shift, diffusers' by 127
+)
+SHIFT_KEY = "timestep_freq_shift"  # entry in config.json for the shift
+NULL_KEY = "null_class"  # entry in config.json, null if the label table has no null class
 
 
+@family("DiTTransformer2DModel", called=Scaled)
 class DiT(Backbone):
-    """The 28 (or however many) adaLN-Zero blocks of a class-conditional DiT."""
+    """The (28 or any number of) adaLN-Zero blocks of a class-conditional DiT."""
 
     family = "dit"
+    blocks: Any = "transformer_blocks"
+    exit: Any = "norm_out"
+    self_attention = "attn1"
     batched = ("hidden_states", "class_labels")
     block_batched = ("timestep", "class_labels")
     head = ("proj_out_1", "proj_out_2")
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """All transformer blocks."""
-        return self.model.transformer_blocks  # type: ignore[return-value]
-
-    @property
-    def exit(self) -> nn.Module:
-        """The final layer norm."""
-        return self.model.norm_out  # type: ignore[return-value]
-
-    @property
     def null_class(self) -> int | None:
-        """The label table's last row, unless the config records that it has none."""
+        """The label table's last row, unless the config records that there is no null class."""
         config: Any = self.model.config
         return config.get(NULL_KEY, config.num_embeds_ada_norm)
 
     @property
     def num_classes(self) -> int:
-        """How many labels there are, the null class not counted."""
+        """The number of labels without the null class."""
         config: Any = self.model.config
         return config.num_embeds_ada_norm + (self.null_class is None)
 
     @property
     def _embedders(self) -> list[Any]:
-        return [block.norm1.emb for block in self.blocks]  # type: ignore[union-attr]
-
-    def attentions(self) -> list[list[nn.Module]]:
-        """Return every block's only attention."""
-        return [[block.attn1] for block in self.blocks]  # type: ignore[list-item]
+        return [block.norm1.emb for block in self.blocks]
 
     def restore(self) -> None:
         """Apply the original DiT's timestep frequencies if the config records them."""
@@ -80,7 +74,7 @@ class DiT(Backbone):
             )
 
     def notes(self) -> dict[str, Any]:
-        """Return which timestep frequencies and norm epsilon are in use, and if embedders agree."""
+        """Return the timestep frequencies and norm epsilon in use, and whether embedders agree."""
         return {
             **numerics(self.model),
             "embedders_equal": self.embedders_equal,
@@ -105,12 +99,12 @@ class DiT(Backbone):
         time, label = first.timestep_embedder, first.class_embedder
         for module in (time.linear_1, time.linear_2, label.embedding_table):
             nn.init.normal_(module.weight, std=0.02)
-        for other in others:  # one embedder, of which diffusers keeps a copy in every block
+        for other in others:  # diffusers keeps a copy of the one embedder in every block.
             other.load_state_dict(first.state_dict())
-        modulations = [block.norm1.linear for block in self.blocks]  # type: ignore[union-attr]
+        modulations = [block.norm1.linear for block in self.blocks]
         for zero in (*modulations, self.model.proj_out_1, self.model.proj_out_2):
-            nn.init.zeros_(zero.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(zero.bias)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
 
     @property
     def embedders_equal(self) -> bool:
@@ -124,11 +118,12 @@ class DiT(Backbone):
 
     @contextmanager
     def training(self, freeze_time: bool = False) -> Iterator[None]:
-        """Make the model trainable as the original network is, for as long as it is entered.
+        """Make the model trainable like the original network while the context is entered.
 
-        diffusers gives every block its own copy of one embedder. Left alone the copies drift apart
-        and each draws its own label dropout, so that a sample is half conditional. Inside, equal
-        copies are one shared module and their dropout is off: labels are dropped once, outside.
+        diffusers gives every block its own copy of one embedder. Without this, the copies drift
+        apart and each draws its own label dropout, which leaves a sample half conditional. In this
+        context, equal copies are one shared module and their dropout is off: labels are dropped
+        once, by the caller.
 
         Args:
             freeze_time: keep the timestep embedders out of the training.
@@ -157,11 +152,11 @@ class DiT(Backbone):
 
 
 def restore_numerics(model: Any) -> None:
-    """Apply the timestep frequencies that the model's config records; without a record, nothing.
+    """Apply the timestep frequencies that the model's config records, if it records any.
 
-    ``from_pretrained`` keeps the entry that :func:`accelkit.layouts.dit.read` left in
-    ``config.json`` (and warns that it is ignored) but builds diffusers' own
-    frequencies. Safe to call repeatedly.
+    ``from_pretrained`` keeps the entry that :func:`accelkit.layouts.dit.read` wrote to
+    ``config.json`` (and warns that it is ignored) but builds diffusers' frequencies. Repeated calls
+    have no further effect.
 
     Raises:
         AccelkitError: the recorded ``timestep_freq_shift`` is neither 0 nor 1.
@@ -176,7 +171,7 @@ def restore_numerics(model: Any) -> None:
 
 
 def numerics(model: Any) -> dict[str, str | float]:
-    """The constants on which the original and diffusers differ, as the modules have them.
+    """Return the values in use of the constants that differ between the original and diffusers.
 
     Returns:
         ``timestep_frequencies``: ``"original"`` (10000^(-i/128)), ``"diffusers"``

@@ -1,52 +1,51 @@
 """Stable Diffusion 3 and 3.5 in diffusers: ``SD3Transformer2DModel`` (Esser et al. 2024).
 
-A skipped block returns text and image states as it got them; the final norm runs on the image
-states of the last block kept. Only the model's last block drops the text states: an exit before it
-runs the text half of its own last block for nothing, as the network that is cut there does.
+A skipped block returns text and image states unchanged; the final norm runs on the image states of
+the last block kept. Only the model's last block drops the text states: an exit before it runs the
+text half of its own last block for nothing, as the network cut there does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from accelkit.backbones.base import Backbone
+from accelkit.backbones.conditioning import SHIFTED, Captions, shift_of
+from accelkit.backbones.registry import family
 
 
+class _SD3Captions(Captions):
+    """The joined states of three text encoders, and the pooled states of two."""
+
+    returns = ("encoder_hidden_states", "", "pooled_projections")
+    embedding = Captions.embedding | {"prompt_2": None, "prompt_3": None}
+    latent_settings = SHIFTED
+
+    def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
+        _, height, width = self.shape
+        patch = self.model.config.patch_size
+        return shift_of(pipe.scheduler.config, (height // patch) * (width // patch), most=1.16)
+
+
+@family("SD3Transformer2DModel", called=_SD3Captions)
 class SD3(Backbone):
-    """All joint blocks, those with SD3.5's second, image-only attention among them.
+    """All joint blocks, including those with SD3.5's second, image-only attention.
 
-    Blocks that a call leaves out by ``skip_layers`` (skip-layer guidance) keep their numbers: a
-    depth counts them too.
+    Blocks that a call leaves out by ``skip_layers`` (skip-layer guidance) keep their numbers and
+    count towards a depth.
     """
 
     family = "sd3"
+    blocks = "transformer_blocks"
+    exit = "norm_out"
+    time_embedders = ("time_text_embed.timestep_embedder",)
     states = ("encoder_hidden_states", "hidden_states")
+    residuals = ("block_controlnet_hidden_states",)
     batched = (
         "hidden_states",
         "encoder_hidden_states",
         "pooled_projections",
-        "block_controlnet_hidden_states",
+        *residuals,
         "joint_attention_kwargs",
     )
     block_batched = ("temb", "joint_attention_kwargs")
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """All transformer blocks."""
-        return self.model.transformer_blocks  # type: ignore[return-value]
-
-    @property
-    def exit(self) -> nn.Module:
-        """The final norm, modulated by the timestep and the pooled text."""
-        return self.model.norm_out  # type: ignore[return-value]
-
-    @property
-    def time_embedders(self) -> list[nn.Module]:
-        """The one that all blocks share."""
-        return [self.model.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
-
-    def narrows(self, call: dict[str, Any]) -> bool:
-        """Whether no ControlNet adds residuals, which have a row for every sample, on the way."""
-        return call.get("block_controlnet_hidden_states") is None

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from accelkit.backbones.base import Backbone
 from accelkit.backbones.folds import Fold, FoldedSkips
+from accelkit.backbones.registry import family
 
 
+@family("UViTTransformer2DModel")
 class UViT(Backbone):
     """The decoder blocks of a U-ViT, half of all but the middle one."""
 

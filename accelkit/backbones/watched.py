@@ -1,9 +1,9 @@
-"""A network that accelkit never heard of, called as its own pipeline calls it.
+"""A network without a conditioning of its own, called as its own pipeline calls it.
 
 The pipeline is run on a few prompts around a stand-in for its network, which costs the text
-encoders and no pass of the network. What the stand-in is given tells the arguments that prompts
-become and what the scheduler's timestep is turned into; what the scheduler is given tells what is
-made of a prediction. Anything that is not plainly one of a few usual ways is refused.
+encoders but no pass of the network. The stand-in's arguments show what prompts become and what the
+scheduler's timestep is turned into; the scheduler's show what is made of a prediction. Anything
+that is not clearly one of a few usual ways is refused.
 """
 
 from __future__ import annotations
@@ -21,13 +21,25 @@ from torch import Tensor
 
 from accelkit.backbones.autoencoders import AT_USE, autoencoder_of, scaling
 from accelkit.backbones.base import TIMES, Backbone
-from accelkit.backbones.conditioning import LEARNED, Captions, Rows, conditioning_of
+from accelkit.backbones.conditioning import (
+    LEARNED,
+    NORMALISED,
+    SCALED,
+    SHIFTED,
+    Captions,
+    Rows,
+    conditioning_of,
+)
+from accelkit.backbones.example import takes
 from accelkit.backbones.registry import backbone_of, denoiser_of
 from accelkit.errors import AccelkitError
 
-_PROMPTS = ("a", "a bird", "")  # three, the number of nothing else in a call
+_PROMPTS = ("a", "a bird", "")  # three, so the batch axis cannot be mistaken for another
 _LONG = " ".join(["a bird"] * 8)
 _STEPS = 3
+
+_WAYS = (SCALED, SHIFTED, NORMALISED, AT_USE)
+"""Settings that pipelines apply to latents. The first that explains a run is used."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +47,13 @@ class Watched:
     """How a pipeline calls its network.
 
     Attributes:
-        shape: of one sample of latents, (C, h, w).
+        shape: shape of one sample of latents, (C, h, w).
         rows: names of the arguments with a row per prompt.
-        null: of these, the row that the pipeline has for guidance, if it does guide.
+        null: for each of these, the pipeline's row for guidance; empty if it does not guide.
         shared: the other arguments.
         scale, offset: the network is given ``scale * t + offset`` for the scheduler's timestep t.
-        dtype: of what it is given.
-        sign: of the network's output in what the scheduler is given, 1 or -1.
+        dtype: dtype of the timestep.
+        sign: 1, or -1 if the scheduler is given the network's negated output.
         latent_settings: settings of the autoencoder that the pipeline applies to latents.
     """
 
@@ -57,10 +69,10 @@ class Watched:
 
 
 def learn(pipe: Any) -> None:
-    """Learn how ``pipe`` calls its network and keep that with the network, if it is not known.
+    """Learn how ``pipe`` calls its network, unless it is known, and store it with the network.
 
     Raises:
-        AccelkitError: it cannot be made out, or is none of the ways that are understood.
+        AccelkitError: the way is not clear, or not one of those that are understood.
     """
     backbone = backbone_of(denoiser_of(pipe))
     try:
@@ -68,16 +80,14 @@ def learn(pipe: Any) -> None:
     except AccelkitError as unknown:
         if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
             raise
-        try:
+        with _saying(f"{unknown}; its pipeline was watched, but "):
             found = watch(pipe)
             _check_time(backbone, found)
-        except _StrangeError as reason:
-            raise AccelkitError(f"{unknown}; its pipeline was watched, but {reason}") from None
         vars(backbone.model)[LEARNED] = partial(WatchedCaptions, how=found)
 
 
 class WatchedCaptions(Captions):
-    """Text, which becomes what the network's own pipeline makes of it."""
+    """Text, embedded by running the network's own pipeline."""
 
     def __init__(self, backbone: Backbone, how: Watched) -> None:
         super().__init__(backbone)
@@ -85,21 +95,17 @@ class WatchedCaptions(Captions):
 
     @property
     def latent_settings(self) -> frozenset[str]:  # type: ignore[override]
-        """Those that the pipeline was seen to apply."""
+        """The settings that the pipeline was seen to apply."""
         return self.how.latent_settings
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the latents that the pipeline makes by itself."""
+        """Shape of the latents that the pipeline makes by default."""
         return self.how.shape
 
     def _embed(self, pipe: Any, prompts: list[Any]) -> list[tuple[str, Tensor]]:
-        try:
+        with _saying(f"cannot embed captions by {type(pipe).__name__}: "):
             (call,) = _run(pipe, prompts, steps=1)
-        except _StrangeError as reason:
-            raise AccelkitError(
-                f"cannot embed captions by {type(pipe).__name__}: {reason}"
-            ) from None
         rows = {name: call.given[name] for name in self.how.rows}
         for name, null in self.how.null.items():
             empty = [place for place, prompt in enumerate(prompts) if not prompt]
@@ -107,36 +113,45 @@ class WatchedCaptions(Captions):
         return list(rows.items())
 
     def arguments(self, latents: Tensor, timestep: Tensor, rows: Rows) -> dict[str, Any]:
-        """Return the arguments that the pipeline gives."""
+        """Return the arguments as the pipeline gives them."""
         call = super().arguments(latents, timestep, rows)
         call["timestep"] = (self.how.scale * timestep + self.how.offset).to(self.how.dtype)
-        return call | {name: _moved(value, latents) for name, value in self.how.shared.items()}
+        for name, value in self.how.shared.items():
+            if isinstance(value, Tensor):
+                value = value.to(latents if value.is_floating_point() else latents.device)
+            call[name] = value
+        return call
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
-        """Return what the pipeline gives its scheduler."""
+        """Return the prediction as the pipeline gives it to its scheduler."""
         return self.how.sign * output
 
     def spacing(self, pipe: Any, steps: int) -> dict[str, Any]:
-        """Return what the pipeline gives its scheduler."""
-        try:
+        """Return the arguments with which the pipeline spaces its scheduler's steps."""
+        with _saying(f"cannot find the timesteps of {type(pipe).__name__}: "):
             return _spacing(pipe, steps)
-        except _StrangeError as reason:
-            raise AccelkitError(
-                f"cannot tell the timesteps of {type(pipe).__name__}: {reason}"
-            ) from None
 
 
 class _StrangeError(Exception):
-    """What is unusual about a call."""
+    """Something unusual about a call."""
 
 
-class _Enough(Exception):  # noqa: N818 - no error: the run is over
-    """All steps that were wanted have been seen."""
+class _Enough(Exception):  # noqa: N818 - it ends a run and is no error
+    """All steps that were needed have been seen."""
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Turn a _StrangeError into an AccelkitError that begins with ``what``."""
+    try:
+        yield
+    except _StrangeError as reason:
+        raise AccelkitError(f"{what}{reason}") from None
 
 
 @dataclass
 class _Call:
-    """A step: what the network was given and returned, what the scheduler was given and made."""
+    """A step: the network's arguments and output, the scheduler's arguments and sample."""
 
     given: dict[str, Any]
     returned: Tensor
@@ -149,14 +164,14 @@ def watch(pipe: Any) -> Watched:
     """Return how ``pipe`` calls its network.
 
     Raises:
-        _StrangeError: in none of the ways that are understood.
+        _StrangeError: it does so in none of the ways that are understood.
     """
     model, vae = denoiser_of(pipe), autoencoder_of(pipe)
     calls = _run(pipe, list(_PROMPTS), _STEPS)
     if len(calls) < _STEPS or any(call.predicted is None for call in calls):
         raise _StrangeError(f"it called its network {len(calls)} times in {_STEPS} steps")
     first, count = calls[0], len(_PROMPTS)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = takes(type(model))
     sample = first.given.get(names[0])
     channels = None if vae is None else vae.config.get("latent_channels")
     if not isinstance(sample, Tensor) or sample.ndim != 4 or sample.shape[:2] != (count, channels):
@@ -173,7 +188,7 @@ def watch(pipe: Any) -> Watched:
             rows[name] = tuple(value.shape[1:])
         elif isinstance(value, (Tensor, bool, int, float, str)):
             shared[name] = value
-        elif value:  # an empty dictionary says nothing
+        elif value:  # An empty dictionary has no effect.
             raise _StrangeError(f"it is given {name}, a {type(value).__name__}")
     (longer,) = _run(pipe, [_LONG], 1)
     for name, shape in rows.items():
@@ -197,12 +212,12 @@ def watch(pipe: Any) -> Watched:
 
 
 def _null(pipe: Any, names: Sequence[str], alone: _Call) -> dict[str, Tensor]:
-    """Return what stands beside a prompt's rows where a pipeline guides, nothing if it does not.
+    """Return the rows that a pipeline uses in place of a prompt's to guide, if it guides.
 
     Args:
         pipe: the pipeline.
-        names: of the arguments with a row per prompt.
-        alone: the call for the same prompt, ``_LONG``, without guidance.
+        names: names of the arguments with a row per prompt.
+        alone: the call for the prompt ``_LONG`` without guidance.
     """
     found = []
     for call in _run(pipe, [_LONG], 1, guidance=2.0):
@@ -210,37 +225,39 @@ def _null(pipe: Any, names: Sequence[str], alone: _Call) -> dict[str, Tensor]:
             found.append({name: call.given[name][place] for name in names})
     if len(found) == 1:
         return {}
-    others = [r for r in found if any(not _same(r[n], alone.given[n][0]) for n in names)]
+
+    def same(row: dict[str, Tensor]) -> bool:
+        return all(torch.equal(row[name], alone.given[name][0]) for name in names)
+
+    others = [row for row in found if not same(row)]
     if (len(found), len(others)) != (2, 1):
-        raise _StrangeError("what it is given without a prompt, to guide by, was not told apart")
+        raise _StrangeError(
+            "the rows that it is given without a prompt, for guidance, could not be identified"
+        )
     if any(others[0][name].shape != alone.given[name][0].shape for name in names):
-        raise _StrangeError("what it is given without a prompt has another shape than with one")
+        raise _StrangeError("its rows without a prompt have another shape than with one")
     return others[0]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _time(calls: Sequence[_Call]) -> tuple[float, float, torch.dtype]:
     """Return scale and offset of the network's timesteps, and their dtype."""
-    given = [torch.as_tensor(call.given.get("timestep", torch.nan)) for call in calls]
-    if any(len(set(value.flatten().tolist())) != 1 for value in given):
+    tensors = [torch.as_tensor(call.given.get("timestep", torch.nan)) for call in calls]
+    if any(len(set(tensor.flatten().tolist())) != 1 for tensor in tensors):
         raise _StrangeError("it is given several timesteps at once")
-    told = [float(value.flatten()[0]) for value in given]
+    given = [float(tensor.flatten()[0]) for tensor in tensors]
     steps = [call.timestep for call in calls]
-    width = abs(told[0] - told[-1])
-    for scale, offset in TIMES.values():  # which half precision may have rounded
-        off = [abs(scale * t + offset - v) for t, v in zip(steps, told, strict=True)]
-        if max(off) < 0.01 * width:
-            return scale, offset, given[0].dtype
+    width = abs(given[0] - given[-1])
+    for scale, offset in TIMES.values():
+        off = [abs(scale * t + offset - v) for t, v in zip(steps, given, strict=True)]
+        if max(off) < 0.01 * width:  # Half precision may have rounded the values.
+            return scale, offset, tensors[0].dtype
     raise _StrangeError(
-        f"it is given the timesteps {_listed(told)} where its scheduler has {_listed(steps)}"
+        f"it is given the timesteps {_listed(given)} where its scheduler has {_listed(steps)}"
     )
 
 
 def _check_time(backbone: Backbone, found: Watched) -> None:
-    """Raise _StrangeError where a schedule would read another noise level than is meant."""
+    """Raise _StrangeError if a schedule would read another noise level than the scheduler's."""
     for t in (250.0, 750.0):
         read = backbone.scheduler_timestep(found.scale * t + found.offset)
         if abs(read - t) > 1:
@@ -251,7 +268,7 @@ def _check_time(backbone: Backbone, found: Watched) -> None:
 
 
 def _latent_settings(pipe: Any) -> frozenset[str]:
-    """Return the settings by which the latents that a run ends with become those it decodes."""
+    """Return the settings that turn the latents at the end of a run into those it decodes."""
     vae = autoencoder_of(pipe)
     decoded: list[Tensor] = []
 
@@ -266,20 +283,11 @@ def _latent_settings(pipe: Any) -> frozenset[str]:
     for applied in _WAYS:
         try:
             shift, scale = scaling(vae, applied)
-        except AccelkitError:  # the autoencoder lacks these settings
+        except AccelkitError:  # The autoencoder lacks these settings.
             continue
         if torch.allclose(decoded[0].float(), call.sample.float() / scale + shift, atol=1e-2):
             return applied
-    raise _StrangeError("its autoencoder is given something else than the scaled latents")
-
-
-_WAYS = (
-    frozenset({"scaling_factor"}),
-    frozenset({"scaling_factor", "shift_factor"}),
-    frozenset({"latents_mean", "latents_std"}),
-    AT_USE,
-)
-"""Settings that pipelines apply to latents, of which the first that explains a run is taken."""
+    raise _StrangeError("its autoencoder is not given the scaled latents")
 
 
 def _listed(values: Sequence[float]) -> str:
@@ -287,22 +295,15 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def _sign(calls: Sequence[_Call]) -> int:
+    def equal(one: Tensor, other: Tensor) -> bool:
+        # A variance that the network learned may have been cut off.
+        channels = one.shape[1] if one.ndim == other.ndim else 0
+        return channels > 0 and torch.allclose(one.float(), other[:, :channels].float(), atol=1e-2)
+
     for sign in (1, -1):
-        if all(_equal(call.predicted, sign * call.returned) for call in calls):
+        if all(equal(call.predicted, sign * call.returned) for call in calls):
             return sign
     raise _StrangeError("its output is not what the scheduler was given")
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    # a variance that the network learned as well may have been cut off, or not
-    channels = one.shape[1] if one.ndim == other.ndim else 0
-    return channels > 0 and torch.allclose(one.float(), other[:, :channels].float(), atol=1e-2)
-
-
-def _moved(value: Any, latents: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(latents if value.is_floating_point() else latents.device)
 
 
 @torch.no_grad()
@@ -315,9 +316,9 @@ def _run(
 ) -> list[_Call]:
     """Return the calls of a pipeline's network in a run, by default without guidance.
 
-    A single step is left before the scheduler takes it, unless the run is to go to its end.
+    A run of a single step stops before the scheduler takes it, unless ``to_the_end``.
     """
-    takes = inspect.signature(type(pipe).__call__).parameters
+    known = inspect.signature(type(pipe).__call__).parameters
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "output_type": "pt" if to_the_end else "latent",
@@ -328,9 +329,9 @@ def _run(
     side = model.config.get("sample_size")
     if isinstance(side, int) and getattr(pipe, "vae_scale_factor", None):
         options |= dict.fromkeys(("height", "width"), side * pipe.vae_scale_factor)
-    if "guidance" in inspect.signature(type(model).forward).parameters:
-        del options["guidance_scale"]  # a distilled network's is no second pass, and not 1
-    options = {name: value for name, value in options.items() if name in takes}
+    if "guidance" in takes(type(model)):
+        del options["guidance_scale"]  # A distilled network takes the scale as an input.
+    options = {name: value for name, value in options.items() if name in known}
     calls: list[_Call] = []
     try:
         with _stood_in(pipe, calls, stop=steps == 1 and not to_the_end):
@@ -339,21 +340,21 @@ def _run(
         pass
     except (_StrangeError, AccelkitError):
         raise
-    except Exception as error:  # whatever a pipeline needs beside prompts
+    except Exception as error:  # A pipeline that needs more than prompts can raise anything.
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise _StrangeError(f"it does not run on prompts alone: {why}") from error
     return calls
 
 
 def _spacing(pipe: Any, steps: int) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call of ``set_timesteps`` that space the steps."""
+    """Return the arguments of ``set_timesteps`` with which the pipeline spaces the steps."""
     own, scheduler = copy.copy(pipe), copy.copy(pipe.scheduler)
     given: dict[str, Any] = {}
 
-    @wraps(pipe.scheduler.set_timesteps)  # its arguments are looked up
+    @wraps(pipe.scheduler.set_timesteps)  # Pipelines inspect its signature.
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        takes = inspect.signature(pipe.scheduler.set_timesteps)
-        given.update(takes.bind(*args, **kwargs).arguments)
+        signature = inspect.signature(pipe.scheduler.set_timesteps)
+        given.update(signature.bind(*args, **kwargs).arguments)
         raise _Enough
 
     vars(scheduler)["set_timesteps"] = set_timesteps
@@ -365,21 +366,19 @@ def _spacing(pipe: Any, steps: int) -> dict[str, Any]:
 
 @contextmanager
 def _stood_in(pipe: Any, calls: list[_Call], stop: bool) -> Iterator[None]:
-    """Put stand-ins for network and step in a pipeline's place, as long as it is entered.
+    """Replace a pipeline's network and scheduler step by stand-ins while the context is entered.
 
     Args:
         pipe: the pipeline.
-        calls: where its calls are recorded.
-        stop: whether to leave at the first step.
+        calls: list that its calls are appended to.
+        stop: stop the run at the first step.
     """
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     model: Any = denoiser_of(pipe)
     scheduler = copy.deepcopy(pipe.scheduler)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    factor = (
-        2 if model.config.get("out_channels") == 2 * (model.config.get("in_channels") or 0) else 1
-    )
+    names, config = takes(type(model)), model.config
+    variance = config.get("out_channels") == 2 * (config.get("in_channels") or 0)
     step = scheduler.step
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -387,7 +386,7 @@ def _stood_in(pipe: Any, calls: list[_Call], stop: bool) -> Iterator[None]:
         sample = given[names[0]]
         if not isinstance(sample, Tensor):
             raise _StrangeError(f"its {names[0]} were a {type(sample).__name__}")
-        returned = torch.randn_like(torch.cat([sample] * factor, dim=1))
+        returned = torch.randn_like(torch.cat([sample] * (1 + variance), dim=1))
         calls.append(_Call(given, returned))
         if given.get("return_dict", True):
             return Transformer2DModelOutput(sample=returned)
@@ -420,7 +419,7 @@ _ABSENT = object()
 
 @contextmanager
 def _put(part: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object an attribute of its own, as long as it is entered."""
+    """Set an attribute of an object while the context is entered."""
     before = vars(part).get(name, _ABSENT)
     vars(part)[name] = value
     try:

@@ -1,15 +1,17 @@
-"""Checkpoint files: named tensors read without running code and written whole, and their checks.
+"""Checkpoint files: named tensors, read without running code and written whole, and their checks.
 
-What the readers of the families' original layouts share.
+The readers of the families' original layouts are built on these.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ _COMPILED = "_orig_mod"  # before the names of a compiled module, at any depth
 
 
 def read_state_dict(path: str | Path) -> State:
-    """The weights in a checkpoint file, by name, on the CPU in the dtype they were stored in.
+    """Return the weights in a checkpoint file by name, on the CPU, in the dtype they have there.
 
-    ``.safetensors`` files and PyTorch pickles are read, the latter with ``weights_only=True``. A
-    training checkpoint is unwrapped: its ``ema`` weights if it has them, else its ``model``, and
-    names without what wrappers of a module add to them: ``module.`` in front of all, from
-    distributed training, and ``_orig_mod.``, from ``torch.compile``. (Its ``argparse.Namespace`` of
-    arguments is let through: an inert bag of values.) Where the format allows, the tensors are
-    mapped from the file, so leave it in place while they are in use.
+    The file may be ``.safetensors`` or a PyTorch pickle, which is read with ``weights_only=True``.
+    From a training checkpoint the ``ema`` weights are returned if it has them, otherwise its
+    ``model``. Names lose the prefixes that wrappers of a module add: ``module.``, from distributed
+    training, and ``_orig_mod.``, from ``torch.compile``. (An ``argparse.Namespace`` of arguments is
+    accepted, since it holds values only.) Where the format allows, the tensors are mapped from the
+    file, so keep it in place while they are in use.
 
     Raises:
         AccelkitError: as :func:`read_checkpoint`.
@@ -46,8 +48,8 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:
     """Return the weights, as :func:`read_state_dict`, and the arguments of their training, if kept.
 
     Raises:
-        AccelkitError: no such file, truncated or corrupt, a pickle of more than plain data
-            (unpickling it could run code), or anything but named tensors inside.
+        AccelkitError: there is no such file; it is truncated or corrupt; it is a pickle of more
+            than plain data, which could run code; or it holds anything but named tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,7 +85,7 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:
 
 
 def _unwrapped(path: Path, state: State) -> State:
-    """Return a state dict without what wrappers add to its names."""
+    """Return a state dict without the prefixes that wrappers add to its names."""
     names = {
         name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in state
     }
@@ -111,7 +113,7 @@ def _load(path: Path) -> Any:
         raise
     except PermissionError:
         raise AccelkitError(f"{path} cannot be opened: permission denied") from None
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+    except Exception as error:  # A damaged file can raise nearly anything.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise AccelkitError(
                 f"{path} is refused: it holds a {refused[1]}, not only tensors, and unpickling "
@@ -124,7 +126,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise BadZipFile if a member of torch's archive, if it is one, does not match its checksum.
+    """Raise BadZipFile if a member of a zip archive does not match its checksum.
 
     torch itself does not compare them.
     """
@@ -132,7 +134,7 @@ def _check_zip(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.CRC:  # 0 where torch was told to leave it out
+            if member.CRC:  # 0 where torch was set to leave it out
                 with archive.open(member) as file:
                     while file.read(2**20):
                         pass
@@ -147,78 +149,127 @@ def write_state_dict(state: State, path: Path) -> None:
         torch.save(state, part)
 
 
-def shape_of(path: str | Path, state: State, key: str, *axes: str) -> list[int]:
-    """Return the shape of a weight that has these axes.
+@dataclass(frozen=True)
+class Original:
+    """The weights of a file in the layout of an original, with the checks that readers share.
 
-    Raises:
-        AccelkitError: it has others, or one of no width.
-    """
-    found = list(state[key].shape)
-    if len(found) != len(axes) or 0 in found:
-        raise AccelkitError(f"{path}: {key} has shape {found}; expected ({', '.join(axes)})")
-    return found
-
-
-def head_count(
-    path: str | Path, name: str, width: int, given: int | None, published: int | None
-) -> int:
-    """Return the number of attention heads, which no shape shows.
-
-    Args:
+    Attributes:
         path: the file.
-        name: what kind of model it holds.
-        width: of its tokens.
-        given: by the user.
-        published: of the published model of this width.
-
-    Raises:
-        AccelkitError: it is neither given nor known, or does not divide the width.
-        TypeError: it is no integer.
+        state: its weights.
+        kind: what kind of model they should be, for errors.
+        nearest: name of the nearest published configuration, for errors.
     """
-    heads = published if given is None else given
-    if heads is None:
-        raise AccelkitError(
-            f"{path} has width {width}, which no published {name} has; give num_heads, which no "
-            "shape shows"
-        )
-    check_count("num_heads", heads)
-    if width % heads:
-        raise AccelkitError(f"num_heads={heads} does not divide the width {width} of {path}")
-    return heads
+
+    path: str | Path
+    state: State
+    kind: str
+    nearest: str
+
+    def check_names(self, names: Collection[str], optional: Collection[str] = ()) -> None:
+        """Raise AccelkitError unless the file has these weights, in floating point, alone."""
+        missing = [key for key in names if key not in self.state]
+        unexpected = [key for key in self.state if key not in names and key not in optional]
+        if missing or unexpected:
+            raise AccelkitError(
+                f"{self.path} is not a whole {self.kind} (nearest: {self.nearest}); "
+                f"missing: {some(missing)}; unexpected: {some(unexpected)}"
+            )
+        for key, value in self.state.items():
+            if not value.is_floating_point():
+                raise AccelkitError(
+                    f"{self.path}: {key} is {value.dtype}; expected floating point weights"
+                )
+
+    def check_shapes(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """Raise AccelkitError if a weight does not have the shape expected of its name."""
+        wrong = [
+            f"{key} {list(value.shape)} (expected {list(expected[key])})"
+            for key, value in self.state.items()
+            if list(value.shape) != list(expected[key])
+        ]
+        if wrong:
+            raise AccelkitError(
+                f"{self.path} is not a {self.kind} (nearest: {self.nearest}); "
+                f"wrong shapes: {some(wrong)}"
+            )
+
+    def shape(self, key: str, *axes: str) -> list[int]:
+        """Return the shape of a weight that should have these axes.
+
+        Raises:
+            AccelkitError: it has another number of axes, or an empty one.
+        """
+        found = list(self.state[key].shape)
+        if len(found) != len(axes) or 0 in found:
+            raise AccelkitError(
+                f"{self.path}: {key} has shape {found}; expected ({', '.join(axes)})"
+            )
+        return found
+
+    def heads(self, width: int, given: int | None, published: Mapping[int, int]) -> int:
+        """Return the number of attention heads, which no shape shows.
+
+        Args:
+            width: width of the tokens.
+            given: the number that the user gave.
+            published: heads of the published models by width.
+
+        Raises:
+            AccelkitError: the number is neither given nor known, or does not divide the width.
+            TypeError: it is not an integer.
+        """
+        heads = published.get(width) if given is None else given
+        if heads is None:
+            raise AccelkitError(
+                f"{self.path} has width {width}, which no published {self.kind} has; give "
+                "num_heads, which no shape shows"
+            )
+        check_count("num_heads", heads)
+        if width % heads:
+            raise AccelkitError(
+                f"num_heads={heads} does not divide the width {width} of {self.path}"
+            )
+        return heads
+
+    def check_settings(
+        self, model: type[nn.Module], sizes: dict[str, Any], given: dict[str, Any]
+    ) -> None:
+        """Check the user's settings against those that the file determines.
+
+        Raises:
+            AccelkitError: the model has no such setting, or the file another value.
+        """
+        known = set(inspect.signature(model.__init__).parameters) - {"self"}
+        for name, value in given.items():
+            if name not in known:
+                raise AccelkitError(
+                    f"{name}={value!r} is unknown; known: {', '.join(sorted(known))}"
+                )
+            if name in sizes and value != sizes[name]:
+                raise AccelkitError(
+                    f"{name}={value!r} contradicts {self.path}: it has {sizes[name]!r}"
+                )
 
 
-def settle(
-    path: str | Path, kind: type[nn.Module], sizes: dict[str, Any], given: dict[str, Any]
-) -> None:
-    """Check the arguments that a user gives beside those that the file settles.
+def nearest(published: Mapping[str, Sequence[int]], sizes: Sequence[int]) -> str:
+    """Return the name of the published configuration whose sizes have the nearest ratios."""
 
-    Raises:
-        AccelkitError: ``kind`` takes no such argument, or the file says otherwise.
-    """
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    for name, value in given.items():
-        if name not in known:
-            raise AccelkitError(f"{name}={value!r} is unknown; known: {', '.join(sorted(known))}")
-        if name in sizes and value != sizes[name]:
-            raise AccelkitError(f"{name}={value!r} contradicts {path}: it has {sizes[name]!r}")
+    def distance(name: str) -> float:
+        pairs = zip(sizes, published[name], strict=True)
+        return sum(abs(math.log(max(ours, 1) / theirs)) for ours, theirs in pairs)
+
+    return min(published, key=distance)
 
 
 def materialize(model: nn.Module, state: State) -> None:
-    """Allocate a model of the meta device on the CPU, in the dtype of ``state`` or float32."""
+    """Allocate a meta model on the CPU, in the only dtype of ``state`` or else in float32."""
     dtypes = {value.dtype for value in state.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    nn.Module.to(model, dtype).to_empty(device="cpu")  # diffusers' own .to warns of any half dtype
-
-
-def check_floating(path: str | Path, state: State) -> None:
-    """Raise AccelkitError for weights that are no floating point numbers."""
-    for key, value in state.items():
-        if not value.is_floating_point():
-            raise AccelkitError(f"{path}: {key} is {value.dtype}; expected floating point weights")
+    nn.Module.to(model, dtype).to_empty(device="cpu")  # diffusers' .to warns of half precision
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise TypeError for what is no integer, AccelkitError for one below 1."""
+    """Raise TypeError unless ``value`` is an integer, AccelkitError if it is below 1."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
@@ -226,7 +277,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
-    """Return at most ``limit`` names and how many more there are."""
+    """Return at most ``limit`` of the names and the number of the others."""
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "none") + rest

@@ -31,20 +31,17 @@ from accelkit.backbones.dit import (
 )
 from accelkit.errors import AccelkitError
 from accelkit.layouts.checkpoint import (
+    Original,
     State,
     check_count,
-    check_floating,
-    head_count,
     materialize,
-    settle,
-    shape_of,
-    some,
+    nearest,
 )
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-#: The published sizes, DiT Table 1: blocks, width, attention heads. Each comes in every patch size.
+#: The published sizes (DiT Table 1): blocks, width, attention heads. All have every patch size.
 PUBLISHED = {
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -53,7 +50,7 @@ PUBLISHED = {
 }
 PATCH_SIZES = (2, 4, 8)
 
-# What diffusers' constructor can vary and the original layout cannot express.
+# Arguments of diffusers' constructor whose other values the original layout cannot express.
 _FIXED: dict[str, Any] = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
@@ -79,11 +76,12 @@ _ENDS = {
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
+KIND = "DiTTransformer2DModel"
 MARK = re.compile(r"blocks\.(\d{1,3})\.adaLN_modulation\.1\.weight")
 
 
 def _layout(depth: int) -> dict[str, list[str]]:
-    """Original key -> diffusers keys: one, one a block (shared), or three (rows of q, k, v)."""
+    """Return original key -> diffusers keys: one, one per block (shared), or three (q, k, v)."""
 
     def named(target: str, i: int) -> str:
         return f"transformer_blocks.{i}.{target}"
@@ -111,25 +109,30 @@ def read(
 ) -> DiTTransformer2DModel:
     """Return the model of a state dict in the original layout.
 
-    Arguments of ``DiTTransformer2DModel`` that the file does not settle: ``sample_size`` (side of
-    the latents) if it holds no position table, ``dropout``, ``norm_eps`` (default 1e-6, the
+    The file does not determine these arguments of ``DiTTransformer2DModel``: ``sample_size`` (side
+    of the latents) if it has no position table, ``dropout``, and ``norm_eps`` (default 1e-6, the
     original's). ``timestep_freq_shift`` in the model's config records the original's timestep
     frequencies; after ``from_pretrained``, which ignores the entry, call :func:`restore_numerics`.
 
-    ``null_class=None`` says that the label table has no row for no label, its last row being a
-    class like the others: a network trained without label dropout. A training checkpoint shows it
-    by as many classes (``num_classes`` of its ``args``) as the table has rows; else the last row is
-    taken for the null class, as the original's is.
+    ``null_class=None`` means that the label table has no null class, its last row being a class
+    like the others: a network trained without label dropout. A training checkpoint with as many
+    classes (``num_classes`` of its ``args``) as the table has rows implies it; otherwise the last
+    row is the null class, as in the original.
 
-    The weights are copied: into every block those of the shared embedders, since diffusers keeps
+    The weights are copied, those of the shared embedders into every block, since diffusers keeps
     one copy per block and refuses to save blocks that share storage.
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    layout = _check_keys(path, state)
-    sizes = _sizes(path, state, num_heads)
+    depth = max((int(m[1]) for m in map(MARK.fullmatch, state) if m), default=None)
+    if depth is None:
+        raise AccelkitError(f"{path} is no original DiT: it has no blocks.N.adaLN_modulation")
+    layout = _layout(depth + 1)
+    file = Original(path, state, "DiT", _nearest(state))
+    file.check_names(layout, optional=("pos_embed",))
+    sizes = _sizes(file, num_heads)
     null, config = _null_class(path, sizes["num_embeds_ada_norm"], config, arguments)
-    settle(path, DiTTransformer2DModel, sizes, config)
+    file.check_settings(DiTTransformer2DModel, sizes, config)
     config = {"norm_eps": NORM_EPS} | config | sizes
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch, sample = config["patch_size"], config.get("sample_size")
@@ -143,7 +146,7 @@ def read(
     with torch.device("meta"):
         model = DiTTransformer2DModel(**config)
     table = _position_table(sample, patch, width)
-    _check_shapes(path, state, layout, model.state_dict(), table)
+    _check_shapes(file, layout, model.state_dict(), table)
     materialize(model, state)
     model.pos_embed.pos_embed = table
     weights: State = {}
@@ -161,97 +164,69 @@ def read(
 def _null_class(
     path: str | Path, last: int, config: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[int | None, dict[str, Any]]:
-    """Return the label that stands for none, and the settings without it.
+    """Return the null class, and the settings without it.
 
     Args:
         path: the file.
-        last: row of the label table.
-        config: settings given by the user.
-        arguments: of the training.
+        last: the last row of the label table.
+        config: the user's settings.
+        arguments: arguments of the training.
     """
     shown = None if arguments.get("num_classes") == last + 1 else last
     null = config.get(NULL_KEY, shown)
     if null not in (last, None):
         raise AccelkitError(
-            f"{NULL_KEY}={null!r} contradicts {path}: it is the label table's last row, {last}, or "
+            f"{NULL_KEY}={null!r} contradicts {path}: give the label table's last row, {last}, or "
             "None for a network trained without label dropout"
         )
     return null, {name: value for name, value in config.items() if name != NULL_KEY}
 
 
-def _check_keys(path: str | Path, state: State) -> dict[str, list[str]]:
-    numbers = [int(match[1]) for key in state if (match := MARK.fullmatch(key))]
-    if not numbers:
-        raise AccelkitError(f"{path} is no original DiT: it has no blocks.N.adaLN_modulation")
-    layout = _layout(max(numbers) + 1)
-    missing = [key for key in layout if key not in state]
-    unexpected = [key for key in state if key not in layout and key != "pos_embed"]
-    if missing or unexpected:
-        raise AccelkitError(
-            f"{path} is not a whole DiT (nearest: {_nearest(state)}); "
-            f"missing: {some(missing)}; unexpected: {some(unexpected)}"
-        )
-    check_floating(path, state)
-    return layout
-
-
-def _sizes(path: str | Path, state: State, num_heads: int | None) -> dict[str, Any]:
-    """The constructor's arguments that the file settles."""
-
-    def shape(key: str, *axes: str) -> list[int]:
-        return shape_of(path, state, key, *axes)
-
-    width, channels, patch, _ = shape("x_embedder.proj.weight", "D", "C", "p", "p")
-    features, _ = shape("final_layer.linear.weight", "p*p*C_out", "D")
-    rows, _ = shape("y_embedder.embedding_table.weight", "classes + 1", "D")
+def _sizes(file: Original, num_heads: int | None) -> dict[str, Any]:
+    """Return the constructor's arguments that the file determines."""
+    width, channels, patch, _ = file.shape("x_embedder.proj.weight", "D", "C", "p", "p")
+    features, _ = file.shape("final_layer.linear.weight", "p*p*C_out", "D")
+    rows, _ = file.shape("y_embedder.embedding_table.weight", "classes + 1", "D")
     if width % 4:
-        raise AccelkitError(f"{path} has width {width}; DiT's position table needs a multiple of 4")
-    known = next((heads for _, wide, heads in PUBLISHED.values() if wide == width), None)
-    num_heads = head_count(path, "DiT", width, num_heads, known)
+        raise AccelkitError(
+            f"{file.path} has width {width}; DiT's position table needs a multiple of 4"
+        )
+    num_heads = file.heads(width, num_heads, {wide: n for _, wide, n in PUBLISHED.values()})
     sizes = {
         "num_attention_heads": num_heads,
         "attention_head_dim": width // num_heads,
         "in_channels": channels,
         "out_channels": features // patch**2,
-        "num_layers": len(_block_weights(state)),
+        "num_layers": len(_block_weights(file.state)),
         "patch_size": patch,
-        "num_embeds_ada_norm": rows - 1,  # the last row is the null class
+        "num_embeds_ada_norm": rows - 1,  # The last row is the null class.
     }
-    if "pos_embed" in state:
-        _, tokens, _ = shape("pos_embed", "1", "tokens", "D")
+    if "pos_embed" in file.state:
+        _, tokens, _ = file.shape("pos_embed", "1", "tokens", "D")
         sizes["sample_size"] = math.isqrt(tokens) * patch
     return sizes | _FIXED
 
 
 def _check_shapes(
-    path: str | Path, state: State, layout: dict[str, list[str]], model: State, table: Tensor
+    file: Original, layout: dict[str, list[str]], model: State, table: Tensor
 ) -> None:
-    """The file's shapes against the (meta) model's, and its position table against DiT's."""
+    """Check the file's shapes against the (meta) model's, and its position table against DiT's."""
     expected = {key: list(model[targets[0]].shape) for key, targets in layout.items()}
     for key in expected:
         if ".qkv." in key:
             expected[key][0] *= 3
-    expected["pos_embed"] = list(table.shape)
-    wrong = [
-        f"{key} {list(value.shape)} (expected {expected[key]})"
-        for key, value in state.items()
-        if list(value.shape) != expected[key]
-    ]
-    if wrong:
-        raise AccelkitError(
-            f"{path} is not a DiT (nearest: {_nearest(state)}); wrong shapes: {some(wrong)}"
-        )
-    if (stored := state.get("pos_embed")) is not None:
+    file.check_shapes(expected | {"pos_embed": list(table.shape)})
+    if (stored := file.state.get("pos_embed")) is not None:
         rounding = max(1e-4, torch.finfo(stored.dtype).eps)
         if not torch.allclose(stored.float(), table, rtol=0, atol=rounding):
             raise AccelkitError(
-                f"{path}: pos_embed is not DiT's sine-cosine table, which diffusers' model "
+                f"{file.path}: pos_embed is not DiT's sine-cosine table, which diffusers' model "
                 "recomputes, so a trained table would be lost"
             )
 
 
 def _position_table(sample_size: int, patch: int, width: int) -> Tensor:
-    """The fixed sine-cosine table as diffusers computes it, (1, tokens, width), float32."""
+    """Return the fixed sine-cosine table as diffusers computes it, (1, tokens, width), float32."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     grid = sample_size // patch
@@ -259,18 +234,19 @@ def _position_table(sample_size: int, patch: int, width: int) -> Tensor:
 
 
 def to_original(model: DiTTransformer2DModel, allow_inexact: bool = False) -> State:
-    """The weights of a diffusers DiT in the original layout, the inverse of :func:`read`.
+    """Return the weights of a diffusers DiT in the original layout, the inverse of :func:`read`.
 
     Args:
         model: any ``DiTTransformer2DModel`` with the original's architecture.
-        allow_inexact: convert even if the original code would compute something slightly else.
+        allow_inexact: convert even if the original code would compute slightly different outputs.
 
     Returns:
         Detached tensors by original key, on the model's device and in its dtype.
 
     Raises:
-        AccelkitError: the architecture has no original layout; the embedder copies of two blocks
-            differ; or the numerics are not the original's (and ``allow_inexact`` is false).
+        AccelkitError: the original layout cannot express the architecture; two blocks' copies of
+            the embedders differ; or the numerics are not the original's and ``allow_inexact`` is
+            false.
     """
     for name, value in _FIXED.items():
         if model.config[name] != value:
@@ -283,7 +259,7 @@ def to_original(model: DiTTransformer2DModel, allow_inexact: bool = False) -> St
     if found != wanted and not allow_inexact:
         raise AccelkitError(
             f"the model computes with {found}, original code with {wanted}, so the weights would "
-            "give other outputs there; convert them all the same with --allow-inexact "
+            "give other outputs there; to convert them anyway, give --allow-inexact "
             "(allow_inexact=True)"
         )
     weights = model.state_dict()
@@ -310,16 +286,12 @@ def _block_weights(state: State) -> list[Tensor]:
 
 
 def _nearest(state: State) -> str:
-    """The published configuration nearest in depth, width and (where it shows) patch size."""
+    """Return the published configuration nearest in depth, width and, if known, patch size."""
     blocks = _block_weights(state)
     depth, width = len(blocks), blocks[0].shape[-1:].numel()
     conv = state.get("x_embedder.proj.weight")
     patch = conv.shape[-1] if conv is not None and conv.ndim == 4 else PATCH_SIZES[0]
-
-    def distance(candidate: tuple[str, int]) -> float:
-        size, p = candidate
-        pairs = zip((depth, width, patch), (*PUBLISHED[size][:2], p), strict=True)
-        return sum(abs(math.log(max(ours, 1) / theirs)) for ours, theirs in pairs)
-
-    size, p = min(product(PUBLISHED, PATCH_SIZES), key=distance)
-    return f"DiT-{size}/{p}"
+    published = {
+        f"DiT-{size}/{p}": (*PUBLISHED[size][:2], p) for size, p in product(PUBLISHED, PATCH_SIZES)
+    }
+    return nearest(published, (depth, width, patch))

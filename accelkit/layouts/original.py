@@ -1,21 +1,17 @@
 """Checkpoints in the layout of the original repositories, to and from diffusers' models.
 
-One reader and one writer per family, in a file of its own; the names of the weights tell which.
+Each family has a file with a reader and a writer; the names of the weights show which one to use.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelkit.backbones.dit import numerics, restore_numerics
 from accelkit.errors import AccelkitError
 from accelkit.files.weights import check_model
-from accelkit.layouts import dit as dit_original
-from accelkit.layouts import uvit as uvit_original
+from accelkit.layouts import dit, uvit
 from accelkit.layouts.checkpoint import (
     State,
     read_checkpoint,
@@ -34,67 +30,39 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a family's original stores its weights.
-
-    Attributes:
-        mark: a name that only this layout has.
-        read: makes a model of path, state dict, number of heads, further settings, and the
-            arguments of the training, as far as the file has them.
-        kind: name of the model's class.
-        write: makes the state dict of a model, told whether it may be inexact.
-    """
-
-    mark: re.Pattern[str]
-    read: Callable[[str | Path, State, int | None, dict[str, Any], dict[str, Any]], Any]
-    kind: str
-    write: Callable[[Any, bool], State]
-
-
-_LAYOUTS = {
-    "dit": _Layout(
-        dit_original.MARK, dit_original.read, "DiTTransformer2DModel", dit_original.to_original
-    ),
-    "uvit": _Layout(
-        uvit_original.MARK,
-        lambda path, state, heads, config, _: uvit_original.read(path, state, heads, config),
-        "UViTTransformer2DModel",
-        lambda model, _: uvit_original.to_original(model),
-    ),
-}
+_LAYOUTS: dict[str, Any] = {"dit": dit, "uvit": uvit}
+"""Modules of the layouts by family, all with the same four names: ``MARK``, a pattern for a weight
+that only this layout has; ``KIND``, the class of the models; ``read`` and ``to_original``."""
 
 
 def load_original(
     path: str | Path, family: str | None = None, num_heads: int | None = None, **config: Any
 ) -> Any:
-    """A model with the weights of an original checkpoint, on the CPU in eval mode.
+    """Return a model with the weights of an original checkpoint, on the CPU in eval mode.
 
-    Sizes are read off the shapes. The dtype is the file's if it has only one, else float32.
+    Sizes are read from the shapes. The dtype is the file's if it has only one, otherwise float32.
 
     Args:
         path: a checkpoint file, as for :func:`read_state_dict`.
         family: the layout, ``"dit"`` or ``"uvit"``; recognised from the names of the weights if not
             given.
         num_heads: attention heads, which no shape shows; known for the published widths.
-        **config: arguments of the model's class that the file does not settle:
-            :func:`accelkit.layouts.dit.read` and
-            :func:`accelkit.layouts.uvit.read` name them.
+        **config: arguments of the model's class that the file does not determine, listed in
+            :func:`accelkit.layouts.dit.read` and :func:`accelkit.layouts.uvit.read`.
 
     Returns:
-        A ``DiTTransformer2DModel`` or ``UViTTransformer2DModel`` that computes what the original
-        does.
+        A ``DiTTransformer2DModel`` or ``UViTTransformer2DModel`` with the original's outputs.
 
     Raises:
-        AccelkitError: an unreadable file, an unknown family, missing, unexpected or misshapen
-            weights, some that are not finite, or a setting that contradicts the file.
+        AccelkitError: the file is unreadable, the family unknown, weights are missing, unexpected,
+            misshapen or not finite, or a setting contradicts the file.
         TypeError: ``num_heads`` or another count is not an integer.
     """
     if family is not None and family not in _LAYOUTS:
         raise AccelkitError(f"family={family!r} is unknown; known: {', '.join(_LAYOUTS)}")
     state, arguments = read_checkpoint(path)
     if family is None:
-        marked = (name for name, own in _LAYOUTS.items() if any(map(own.mark.fullmatch, state)))
+        marked = (name for name, own in _LAYOUTS.items() if any(map(own.MARK.fullmatch, state)))
         family = next(marked, None)
     if family is None:
         raise AccelkitError(
@@ -107,27 +75,27 @@ def load_original(
 
 
 def to_original(model: Any, allow_inexact: bool = False) -> State:
-    """The weights of a model in its original's layout, the inverse of :func:`load_original`.
+    """Return the weights of a model in its original's layout, the inverse of :func:`load_original`.
 
     Args:
         model: a ``DiTTransformer2DModel`` with the original's architecture, or a
             ``UViTTransformer2DModel``.
-        allow_inexact: convert even if the original code would compute something slightly else.
+        allow_inexact: convert even if the original code would compute slightly different outputs.
 
     Returns:
         Detached tensors by original key, on the model's device and in its dtype.
 
     Raises:
-        AccelkitError: the architecture has no original layout; the embedder copies of two blocks
-            of a DiT differ; or its numerics are not the original's (and ``allow_inexact`` is
-            false).
-        TypeError: a model of another class.
+        AccelkitError: the original layout cannot express the architecture; two blocks of a DiT have
+            different copies of the embedders; or its numerics are not the original's and
+            ``allow_inexact`` is false.
+        TypeError: the model has another class.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     for layout in _LAYOUTS.values():
-        if layout.kind in kinds:
-            return layout.write(model, allow_inexact)
-    known = " or ".join(layout.kind for layout in _LAYOUTS.values())
+        if layout.KIND in kinds:
+            return layout.to_original(model, allow_inexact)
+    known = " or ".join(layout.KIND for layout in _LAYOUTS.values())
     raise TypeError(f"expected a {known}, got {type(model).__name__}")
 
 

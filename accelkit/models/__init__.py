@@ -1,4 +1,4 @@
-"""Networks that no library has, in diffusers' form, and the pipelines around them."""
+"""Networks that no library provides, in the form of diffusers', and their pipelines."""
 
 from accelkit.models.dit_pipeline import DiTPipeline, dit_pipeline_for
 from accelkit.models.uvit import PUBLISHED, UViTTransformer2DModel

@@ -1,6 +1,6 @@
 """diffusers' DiT pipeline for label tables of any size, and for networks in pixels.
 
-diffusers guides away from label 1000, whatever the network's table, and expects an autoencoder.
+diffusers' own guides away from label 1000, whatever the network's table, and needs an autoencoder.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from accelkit.errors import AccelkitError
 
-_NULL = 1000  # the label that diffusers' pipeline takes for none
+_NULL = 1000  # the null class of diffusers' pipeline
 
 
 class DiTPipeline(diffusers.DiTPipeline):
     """Images from a DiT with any number of classes.
 
-    It differs from diffusers' pipeline in guiding away from the network's own null class, and in
-    that it may have no autoencoder. It is saved under the same name in the same files, which
-    :func:`accelkit.from_pretrained` opens. diffusers opens them too, but its own pipeline samples
-    from other tables than those of 1,000 classes without guidance only (``guidance_scale=1``).
+    Unlike diffusers' pipeline, it guides away from the network's own null class and may have no
+    autoencoder. It is saved under the same name in the same files, which
+    :func:`accelkit.from_pretrained` opens. diffusers opens them too, but with tables of other than
+    1,000 classes its own pipeline can only sample without guidance (``guidance_scale=1``).
     """
 
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers' own
@@ -52,16 +52,16 @@ class DiTPipeline(diffusers.DiTPipeline):
 
         Args:
             class_labels: a class for each image.
-            guidance_scale: above 1, guide away from the null class.
-            generator, num_inference_steps, output_type, return_dict: as diffusers has them.
+            guidance_scale: above 1, samples are guided away from the null class.
+            generator, num_inference_steps, output_type, return_dict: as in diffusers.
 
         Raises:
-            AccelkitError: a class that the network lacks, or guidance for a network that was never
-                trained without labels.
+            AccelkitError: a label is not one of the network's classes, or guidance is asked of a
+                network that was never trained without labels.
         """
         guided = guidance_scale > 1
         null = self._null_class(class_labels, guided)
-        own: Any = copy.copy(self)  # of this call, which others at the same time don't see
+        own: Any = copy.copy(self)  # Calls in other threads do not see its changes.
         vars(own)["maybe_free_model_hooks"] = self.maybe_free_model_hooks
         if guided and null is not None and null != _NULL:
             vars(own)["transformer"] = _Unlabelled(self.transformer, null)
@@ -88,7 +88,7 @@ class DiTPipeline(diffusers.DiTPipeline):
 
 
 class _Unlabelled(nn.Module):
-    """A network whose batch's second half has no label, as diffusers orders a guided batch."""
+    """A network that gets the null class in the second half of a batch, diffusers' order."""
 
     def __init__(self, network: nn.Module, null: int) -> None:
         super().__init__()
@@ -110,11 +110,11 @@ _PIXELS = SimpleNamespace(
     config=SimpleNamespace(scaling_factor=1.0),
     decode=lambda latents: SimpleNamespace(sample=latents),
 )
-"""In place of an autoencoder where the latents are the pictures."""
+"""A stand-in for the autoencoder where the latents are the pictures."""
 
 
 def dit_pipeline_for(network: Any, vae: Any | None) -> type[diffusers.DiTPipeline]:
-    """Return diffusers' class of pipelines for a DiT where that is right, else ours."""
+    """Return diffusers' class of pipelines for a DiT if it samples correctly, otherwise ours."""
     from accelkit.backbones import backbone_of
 
     if backbone_of(network).null_class == _NULL and vae is not None:

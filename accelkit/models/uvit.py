@@ -1,8 +1,8 @@
 """U-ViT: a vision transformer with the long skips of a U-Net (Bao et al. 2023).
 
 "All are Worth Words: A ViT Backbone for Diffusion Models", https://arxiv.org/abs/2209.12152. Time
-and label are tokens beside the patches, so that a block takes nothing but tokens; the first half of
-the blocks hands its outputs to the second half, the last to the first. Modules and weights are
+and label are tokens next to the patches, so a block takes tokens only. The first half of the blocks
+passes its outputs to the second half by long skips, the last one first. Modules and weights are
 named as in the released checkpoints.
 """
 
@@ -20,9 +20,9 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from accelkit.errors import AccelkitError
 
-# What the network is told of the time, from the index 0..999 of the linear-beta process: the
-# continuous process was trained with 999 t, where index i is t = (i + 1) / 1000; the discrete one
-# counts its steps from 1.
+# The timestep that the network is given, from the index 0..999 of the linear-beta process: networks
+# of the continuous process were trained with 999 t, where index i is t = (i + 1) / 1000; those of
+# the discrete one with steps counted from 1.
 _CONTINUOUS = {"timestep_scale": 0.999, "timestep_offset": 0.999}
 _DISCRETE = {"timestep_scale": 1.0, "timestep_offset": 1.0}
 
@@ -66,7 +66,7 @@ class UViTAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return what every token gathers from all of them."""
+        """Return the attention's output for every token."""
         batch, tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D / H) each
@@ -83,7 +83,7 @@ class UViTMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return each token's own transform."""
+        """Return every token transformed by itself."""
         return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
@@ -101,12 +101,12 @@ class UViTBlock(nn.Module):
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def join(self, hidden_states: Tensor, skip: Tensor) -> Tensor:
-        """Return the input of a decoder block (B, N, D): all that a dropped one still does."""
+        """Return the input of a decoder block (B, N, D), which a skipped block still computes."""
         assert self.skip_linear is not None
         return self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
 
     def forward(self, hidden_states: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Return the tokens (B, N, D); ``skip`` (B, N, D) is what a decoder block joins."""
+        """Return the tokens (B, N, D); a decoder block joins ``skip`` (B, N, D) to its input."""
         if skip is not None:
             hidden_states = self.join(hidden_states, skip)
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
@@ -121,7 +121,7 @@ class UViTPatches(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Return one token for each patch."""
+        """Return a token for each patch."""
         return self.proj(sample).flatten(2).transpose(1, 2)
 
 
@@ -131,22 +131,22 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
     Args:
         sample_size: side of the pixels or latents.
         patch_size: side of a patch.
-        in_channels: of the sample and of the prediction.
-        num_layers: blocks besides the middle one: half of them encode, half decode.
+        in_channels: channels of the sample and of the prediction.
+        num_layers: number of blocks without the middle one, half encoder and half decoder.
         num_attention_heads, attention_head_dim: their product is the width.
         mlp_ratio: hidden width of the MLPs over the width.
         qkv_bias: whether queries, keys and values have a bias.
         mlp_time_embed: whether an MLP follows the sinusoids of the timestep.
-        num_classes: rows of the label table, one for no label included if there is such a row;
+        num_classes: rows of the label table, including one for the null class if there is one;
             None without labels.
-        null_class: the row that stands for no label, the last; None if none was ever dropped.
+        null_class: the row of the null class, the last; None if labels were never dropped.
         conv: whether a 3 x 3 convolution ends the network.
         timestep_scale, timestep_offset: the timestep that the network is given is
-            ``scale * index + offset`` (:meth:`timestep_of`) of a scheduler's index 0..999. They
-            take no part in the forward pass.
+            ``scale * index + offset`` (:meth:`timestep_of`) for a scheduler's index 0..999. The
+            forward pass does not use them.
 
     Raises:
-        AccelkitError: an odd number of blocks, or sizes that do not fit one another.
+        AccelkitError: the number of blocks is odd, or sizes do not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -207,10 +207,10 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         self.initialize()
 
     def initialize(self) -> None:
-        """Draw the weights anew, as published, from torch's generator.
+        """Initialise the weights as published, from torch's generator.
 
         Linear weights and positions from N(0, 0.02^2) truncated at 2, biases 0; norms 1 and 0;
-        convolutions and the label table as torch has them (Bao et al. 2023, released code).
+        convolutions and the label table with torch's defaults (Bao et al. 2023, released code).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -232,8 +232,8 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
 
         Args:
             sample: (B, C, S, S), floating.
-            timestep: one number or one per sample (B,), as the network was trained with, which
-                need not be whole: 999 t for a continuous process, 1..1000 for a discrete one.
+            timestep: one number or one per sample (B,), as in training and not necessarily whole:
+                999 t for a continuous process, 1..1000 for a discrete one.
             class_labels: (B,) or, for all samples, (1,), int64; None without classes.
             return_dict: False returns a tuple of one.
 
@@ -241,8 +241,8 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
             ``.sample`` (B, C, S, S).
 
         Raises:
-            AccelkitError: labels for a network without classes or none for one with, a sample of
-                another size, or timesteps for another batch.
+            AccelkitError: labels are given to a network without classes, or missing for one with
+                classes; or the sample's size or the number of timesteps is wrong.
         """
         x = self.embed(sample, timestep, class_labels)
         skips = []
@@ -268,7 +268,7 @@ class UViTTransformer2DModel(ModelMixin, ConfigMixin):
         return torch.cat(tokens, dim=1) + self.pos_embed  # (B, 1 or 2 + N, D)
 
     def unembed(self, tokens: Tensor) -> Tensor:
-        """Return the prediction (B, C, S, S) of the last block's tokens."""
+        """Return the prediction (B, C, S, S) from the last block's tokens."""
         x = self.decoder_pred(self.norm(tokens))[:, self.extras :]  # (B, N, p * p * C)
         x = self._unpatchify(x)
         return x if self.final_layer is None else self.final_layer(x)
@@ -331,8 +331,8 @@ def _check(
 ) -> None:
     if num_layers < 2 or num_layers % 2:
         raise AccelkitError(
-            f"num_layers={num_layers}; a U-ViT has as many decoder blocks as encoder blocks beside "
-            "its middle one, so give an even number, at least 2"
+            f"num_layers={num_layers}; a U-ViT has as many decoder blocks as encoder blocks, not "
+            "counting its middle one, so give an even number, at least 2"
         )
     if sample_size % patch_size:
         raise AccelkitError(

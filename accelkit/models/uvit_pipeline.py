@@ -20,7 +20,7 @@ from accelkit.noise.axis import NoiseAxis
 Generators = torch.Generator | list[torch.Generator] | None
 
 _PREDICTED = ("discrete VP", "continuous VP, linear beta")
-"""Processes whose noise the network predicts, at their index."""
+"""Processes for which the network's prediction of the noise is right."""
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -28,13 +28,13 @@ class UViTPipeline(DiffusionPipeline):
 
     Saved, it opens with ``UViTPipeline.from_pretrained`` or :func:`accelkit.from_pretrained`;
     ``diffusers.DiffusionPipeline`` looks for pipelines in diffusers alone. A scheduler's timestep
-    is the index 0..999 of the process; the network was trained with another number, which its
-    config records (:meth:`UViTTransformer2DModel.timestep_of`).
+    is the index 0..999 of the process; the network is given another number, computed from its
+    config (:meth:`UViTTransformer2DModel.timestep_of`).
 
     Args:
         transformer: the network.
-        scheduler: of diffusers, for a model that predicts the noise.
-        vae: the autoencoder of a network for latents; None for one in pixels.
+        scheduler: a scheduler of diffusers for a model that predicts the noise.
+        vae: the autoencoder of a network in latents; None for a network in pixels.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -64,26 +64,26 @@ class UViTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: a class for each image; None without classes.
-            batch_size: number of images of a network without classes; default 1. With classes
-                their labels tell.
+            batch_size: number of images for a network without classes, 1 by default; with classes,
+                it is the number of labels.
             guidance_scale: s in u + s (c - u), for the prediction without (u) and with label (c),
-                as DiT and diffusers write it; 1 is no guidance. The U-ViT paper writes
+                as in DiT and diffusers; 1 is no guidance. The U-ViT paper writes
                 c + s' (c - u), which is s = 1 + s': its 0.4 and 0.7 on ImageNet are 1.4 and 1.7.
-            num_inference_steps: of the scheduler.
-            generator: one for all images, or one for each, whose image then depends on nothing else
-                in the batch.
+            num_inference_steps: number of steps of the scheduler.
+            generator: one for all images, or one for each image, which then does not depend on the
+                rest of the batch.
             output_type: ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W), floats in
-                [0, 1], or ``"latent"``: what the sampler ends with.
+                [0, 1], or ``"latent"``, the sampler's result.
             return_dict: False returns a tuple of one.
 
         Returns:
             ``.images``.
 
         Raises:
-            AccelkitError: labels that the network lacks or none where it has classes, as many
-                generators as images are not given, guidance of a network that knows no missing
-                label, another output type, or a scheduler of another process than those with
-                betas and the VP SDE.
+            AccelkitError: labels are missing or not among the network's classes; there are neither
+                one generator nor as many as images; guidance is asked of a network that was never
+                trained without labels; the output type is unknown; or the scheduler's process is
+                neither one with betas nor the VP SDE.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise AccelkitError(f"output_type={output_type!r}; give pil, np, pt or latent")
@@ -106,9 +106,11 @@ class UViTPipeline(DiffusionPipeline):
         shape = (batch, config.in_channels, side, side)
         x = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
 
-        # Timesteps stay on the CPU, where reading one does not wait for the device.
+        # Timesteps stay on the CPU, where reading one does not synchronise with the device.
         self.scheduler.set_timesteps(num_inference_steps)
-        if hasattr(self.scheduler, "set_begin_index"):  # two timesteps may be rounded alike
+        if hasattr(
+            self.scheduler, "set_begin_index"
+        ):  # Two timesteps may be rounded to the same number.
             self.scheduler.set_begin_index(0)
         x = x * self.scheduler.init_noise_sigma
         options = self._step_options(generator)
@@ -142,8 +144,8 @@ class UViTPipeline(DiffusionPipeline):
         config = self.transformer.config
         if guided and config.null_class is None:
             raise AccelkitError(
-                "guidance needs a network trained without labels now and then, which this one was "
-                "not; leave guidance_scale at 1"
+                "guidance needs a network whose labels were sometimes dropped in training, which "
+                "this one's were not; leave guidance_scale at 1"
             )
         if config.num_classes is None:
             if labels is not None:
@@ -163,6 +165,6 @@ class UViTPipeline(DiffusionPipeline):
         return torch.tensor(given, device=self._execution_device)
 
     def _step_options(self, generator: Generators) -> dict[str, Any]:
-        """A sampler that draws noise takes the generators, others don't."""
+        """Return the generators as an option, if the sampler draws noise and takes them."""
         takes = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in takes else {}

@@ -50,7 +50,7 @@ OPTIONS = {
 
 
 class Stack(Backbone):
-    """Of a family that this test is not about."""
+    """Any family, for tests that do not depend on it."""
 
     family = "stack"
 
@@ -60,7 +60,7 @@ class Stack(Backbone):
 
 
 def recorded(pipe, family, latents):
-    """What the pipeline gave its network at its only step, and what it got."""
+    """The arguments and the output of the pipeline's network at its only step."""
     seen = []
     model = denoiser_of(pipe)
     handle = model.register_forward_hook(
@@ -160,7 +160,7 @@ class EnoughError(Exception):
 
 
 def given(pipe, **options):
-    """What the pipeline gives its network at its first step."""
+    """The arguments of the pipeline's network at its first step."""
     seen = []
 
     def record(module, args, kwargs):
@@ -197,7 +197,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 5])
+@pytest.mark.parametrize("levels", [2, 4])
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2)])
 def test_the_size_that_a_pipeline_states(family, levels, shape):
@@ -223,7 +223,7 @@ def test_the_size_that_a_pipeline_states(family, levels, shape):
 
 
 def test_the_size_that_a_pipeline_states_with_another_autoencoder():
-    """It goes by the one that it was made with."""
+    """The pipeline keeps the factor of the autoencoder that it was made with."""
     pipe = sized("sdxl", 4)
     pipe.vae = text_pipes.vae(levels=3, shift=None)
     calls = conditioning(pipe)
@@ -305,7 +305,7 @@ def test_a_network_without_conditions():
 
 
 class Strange(ModelMixin):
-    """Takes what nobody can know."""
+    """Takes an argument of unknown meaning."""
 
     def forward(self, hidden_states, timestep, melody, class_labels=None):
         raise AssertionError
@@ -348,7 +348,7 @@ def test_what_is_known_is_not_watched(pipe):
 
 
 class Grows(AuraFlowPipeline):
-    """Pads prompts to the longest of a call alone."""
+    """Pads prompts to the longest in a call."""
 
     def encode_prompt(self, prompt, *args, **kwargs):
         states, *rest = super().encode_prompt(prompt, *args, **kwargs)
@@ -368,7 +368,7 @@ class Squares(AuraFlowPipeline):
 
 
 class Doubles(AuraFlowPipeline):
-    """Makes something else of a prediction."""
+    """Changes the prediction before the scheduler gets it."""
 
     @functools.wraps(AuraFlowPipeline.__call__)
     def __call__(self, *args, **kwargs):
@@ -378,7 +378,7 @@ class Doubles(AuraFlowPipeline):
 
 
 class Paints(AuraFlowPipeline):
-    """Needs an image beside a prompt."""
+    """Needs an image next to a prompt."""
 
     def __call__(self, prompt=None, image=None, num_inference_steps=3):
         raise ValueError("give an image")
@@ -420,9 +420,9 @@ def test_registering_one(monkeypatch):
     [
         (
             {"addition_embed_type": "text", "encoder_hid_dim": 8},
-            "conditions of the kind 'text' beside text",
+            "conditions of the kind 'text' next to text",
         ),
-        ({"in_channels": 9}, "takes 9 channels and returns 4, so that an image or a mask"),
+        ({"in_channels": 9}, "takes 9 channels and returns 4; it needs an image or a mask"),
     ],
     ids=["IF", "inpainting"],
 )

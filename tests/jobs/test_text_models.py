@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.backbones import denoiser_of, prompted
+from accelkit.backbones import denoiser_of, flux, wan
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.runtime.switch import enabled_on
@@ -87,8 +87,8 @@ def command(model, data, run, *more):
 )
 def test_from_captions_to_an_artifact(models, data, tmp_path, monkeypatch, family, options):
     # they do not tell their size, which is taken for 1024 and 512 pixels
-    monkeypatch.setattr(prompted._Flux, "shape", (4, 8, 8))
-    monkeypatch.setattr(prompted._Wan, "shape", (4, 4, 4))
+    monkeypatch.setattr(flux._FluxCaptions, "shape", (4, 8, 8))
+    monkeypatch.setattr(wan._WanCaptions, "shape", (4, 4, 4))
     model, run = models(family), tmp_path / "run"
     schedule = "3@0.5,1@1" if family == "hunyuan" else "4@0.5,2@1"  # of its decoder's blocks
     done = cli(*command(model, data, run, "--schedule", schedule, *options, "--json"))

@@ -97,7 +97,7 @@ def theirs(model, vae, labels=LABELS, **options):
     return pictures(pipe, labels, **options)
 
 
-@pytest.mark.parametrize("classes", [3, 10, 999, 1001, 1200])
+@pytest.mark.parametrize("classes", [3, 999, 1001])
 def test_a_table_of_any_size_is_guided_away_from_its_last_row(classes, vae, place, tmp_path):
     pipe = open_pipeline(written(network(classes), tmp_path / "dit.pt"), vae=place, num_heads=2)
     assert isinstance(pipe, diffusers.DiTPipeline)

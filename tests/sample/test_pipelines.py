@@ -8,7 +8,7 @@ import text_pipes
 import torch
 from test_generate import build as dit
 
-from accelkit.backbones import prompted
+from accelkit.backbones import flux, sana, wan
 from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
 from accelkit.models import UViTPipeline, UViTTransformer2DModel
@@ -32,7 +32,11 @@ OPTIONS = {
     "auraflow": SMALL,
     "lumina2": {"cfg_normalization": False, **LARGE},
 }
-SHAPES = {"_Flux": (4, 8, 8), "_Wan": (4, 8, 8), "_Sana": (4, 16, 16)}
+SHAPES = {
+    flux._FluxCaptions: (4, 8, 8),
+    wan._WanCaptions: (4, 8, 8),
+    sana._SanaCaptions: (4, 16, 16),
+}
 CLASSES = {
     "ddim": diffusers.DDIMScheduler,
     "ddpm": diffusers.DDPMScheduler,
@@ -57,8 +61,8 @@ def text_pipe(family):
 @pytest.fixture
 def made(monkeypatch):
     """Pipelines of small images, each with the scheduler that it is saved with."""
-    for name, shape in SHAPES.items():
-        monkeypatch.setattr(getattr(prompted, name), "shape", shape)
+    for kind, shape in SHAPES.items():
+        monkeypatch.setattr(kind, "shape", shape)
 
     def make(family):
         pipe, pipe.scheduler = text_pipe(family)
@@ -235,7 +239,7 @@ def test_watching_leaves_a_pipeline_as_it_was():
 def test_a_pipeline_that_does_not_come_to_its_timesteps(monkeypatch):
     pipe, pipe.scheduler = text_pipe("lumina2")
     monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(AccelkitError, match="cannot tell the timesteps of Lumina2Pipeline") as no:
+    with pytest.raises(AccelkitError, match="cannot find the timesteps of Lumina2Pipeline") as no:
         sampler_for(pipe, "flow", 3)
     assert "\n" not in str(no.value)
 
