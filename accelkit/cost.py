@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones import Backbone
 from accelkit.backbones.example import Design, call
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.runtime.switch import enable
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 
 def macs_by_depth(model: nn.Module) -> list[int]:
@@ -51,7 +52,7 @@ def macs(model: nn.Module, compute: Compute) -> int:
 
 
 def ideal_saving(
-    model: nn.Module, schedule: Schedule, timesteps: Iterable[float] | None = None
+    model: nn.Module | Subject, schedule: Schedule, timesteps: Iterable[float] | None = None
 ) -> float:
     """Return the share of a full call's cost that ``schedule`` saves on ``model``, of 1.
 
@@ -60,14 +61,15 @@ def ideal_saving(
     they cannot be counted, it is that of the counted blocks again, and AccelkitWarning says so.
 
     Args:
-        model: the network.
+        model: the network or its subject.
         schedule: made for its depth.
         timesteps: as :meth:`Schedule.mean` takes them.
     """
-    if schedule.full or (_alike(backbone_of(model)) and not schedule.merges):
+    subject = Subject.of(model)
+    if schedule.full or (_alike(subject.backbone) and not schedule.merges):
         return schedule.ideal_saving(timesteps)
     try:
-        return schedule.ideal_saving(timesteps, cost_of(model))
+        return schedule.ideal_saving(timesteps, cost_of(subject))
     except AccelkitError as error:
         warnings.warn(
             f"the ideal saving is given as the share of counted blocks: {error}",
@@ -77,15 +79,19 @@ def ideal_saving(
         return schedule.ideal_saving(timesteps)
 
 
-def cost_of(model: nn.Module) -> Callable[[Compute], int]:
+def cost_of(model: nn.Module | Subject) -> Callable[[Compute], int]:
     """Return what gives the multiply-accumulates of a call by what it spends."""
-    costs, full = macs_by_depth(model), backbone_of(model).depth
-    return lambda spent: costs[spent.depth - full - 1] if not spent.merge else macs(model, spent)
+    subject = Subject.of(model)
+    costs, full = macs_by_depth(subject.model), subject.backbone.depth
+    return lambda spent: (
+        macs(subject.model, spent) if spent.merge else costs[spent.depth - full - 1]
+    )
 
 
-def parameters_of(model: nn.Module) -> Callable[[Compute], int]:
+def parameters_of(model: nn.Module | Subject) -> Callable[[Compute], int]:
     """Return what gives the number of parameters that a call reads by what it spends."""
-    counts, full = parameters_by_depth(model), backbone_of(model).depth
+    subject = Subject.of(model)
+    counts, full = parameters_by_depth(subject.model), subject.backbone.depth
     return lambda spent: counts[spent.depth - full - 1]
 
 
@@ -106,7 +112,7 @@ class _Count:
 
 @lru_cache(maxsize=16)
 def _by_depth(design: Design) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    backbone = backbone_of(design.twin())
+    backbone = Subject.of(design.twin()).backbone
     least, depth = backbone.least, backbone.depth
     ran, skipped = (_count(design, Compute(d)) for d in (depth, least))
     macs, parameters = [ran.macs], [ran.parameters]
@@ -123,8 +129,8 @@ def _macs(design: Design, compute: Compute) -> int:
 
 
 def _count(design: Design, compute: Compute) -> _Count:
-    twin = design.twin()
-    backbone = backbone_of(twin)
+    subject = Subject.of(design.twin())
+    twin, backbone = subject.model, subject.backbone
     backbone.restore()
     counter = FlopCounterMode(display=False)
     flops = [0] * backbone.depth
@@ -145,7 +151,7 @@ def _count(design: Design, compute: Compute) -> _Count:
     given = backbone.example()
     schedule = Schedule((1.0,), (compute,), backbone.depth)
     try:
-        with enable(twin, schedule, kernels="off"), counter, torch.no_grad():
+        with enable(subject, schedule, kernels="off"), counter, torch.no_grad():
             for module in set(twin.modules()) - set(backbone.blocks[compute.depth :]):
                 own = {p: p.numel() for p in module.parameters(recurse=False)}
                 module.register_forward_hook(lambda *_, own=own: read.update(own))

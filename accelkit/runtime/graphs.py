@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from accelkit.backbones import denoiser_of
 from accelkit.errors import AccelkitError
 from accelkit.runtime.fused.graphs import Graphs, captured, compiled
 from accelkit.runtime.switch import enabled_on
+from accelkit.subject import Subject
 
 GRAPHS = "graphs"
 
@@ -22,8 +22,8 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
     that move or are exchanged drop all graphs. :func:`accelkit.disable` ends it.
 
     Args:
-        target: a pipeline or network with a schedule in force (:func:`accelkit.enable`; ``full``
-            for all blocks at every noise level).
+        target: a pipeline, network or subject with a schedule in force (:func:`accelkit.enable`;
+            ``full`` for all blocks at every noise level).
         mode: ``graphs`` captures CUDA graphs of the fused forward; the name of a backend of
             ``torch.compile``, such as ``inductor``, compiles it.
         limit: most graphs to keep; the least recently used is dropped for another.
@@ -32,8 +32,9 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
         AccelkitError: no schedule is in force, its model has no fused forward or kernels are off,
             there is no CUDA device to capture graphs on, or the backend is unknown.
     """
-    state = enabled_on(target)
-    name = type(denoiser_of(target)).__name__
+    subject = Subject.of(target)
+    state = enabled_on(subject)
+    name = type(subject.model).__name__
     if state is None:
         raise AccelkitError(
             f"this {name} runs no schedule; call accelkit.enable first, with 'full' for all blocks"

@@ -106,6 +106,7 @@ class Router:
         schedule: what to spend at which noise level.
         scheduler: returns the scheduler in use, or None for the reference process. Asked at every
             call, since a pipeline's scheduler may be exchanged.
+        axis: the noise axis of the scheduler at present, if it is known.
 
     Attributes:
         taps: what taps the exits on the way (:class:`accelkit.runtime.taps.Taps`), if anything.
@@ -113,7 +114,11 @@ class Router:
     """
 
     def __init__(
-        self, backbone: Backbone, schedule: Schedule, scheduler: Callable[[], Any]
+        self,
+        backbone: Backbone,
+        schedule: Schedule,
+        scheduler: Callable[[], Any],
+        axis: NoiseAxis | None = None,
     ) -> None:
         self.backbone = backbone
         self.schedule = schedule
@@ -121,7 +126,7 @@ class Router:
         self.fused: Any = None
         self.scheduler = scheduler
         self._plans = WeakTensorKeyDictionary()  # a recomputed block belongs to an earlier call
-        self._axis: tuple[Any, NoiseAxis] | None = None
+        self._axis: tuple[Any, NoiseAxis] | None = None if axis is None else (scheduler(), axis)
         self._visited: tuple[Tensor, int, list[float]] | None = None
         self._calls = _Calls()
 

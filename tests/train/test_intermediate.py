@@ -17,6 +17,7 @@ from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.runtime.switch import enabled_on
 from accelkit.runtime.taps import Tap
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
 from accelkit.train.dvd import Supervision, intermediate_target
@@ -327,8 +328,7 @@ def fit(path, config=CONFIG, schedule=PARTS, *, scheduler=None, channels=8, **op
         accelerator = make_accelerator(config)
         run.open({}, resume=(path / "run.json").exists(), overwrite=False, free=frozenset())
         train(
-            model,
-            scheduler or DDIMScheduler(),
+            Subject.of(model, scheduler or DDIMScheduler()),
             Schedule.parse(schedule, LAYERS),
             Toy(),
             config,

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 import accelkit
 from accelkit.noise.forward import DiscreteProcess
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
 from accelkit.train.loop import Watch, make_accelerator, train
@@ -102,7 +103,7 @@ def fit(path, config=CONFIG, schedule=RAGGED, *, samples=None, model=None, **opt
             run.open({}, resume=(path / "run.json").exists(), overwrite=False, free=frozenset())
         parsed = Schedule.parse(schedule, LAYERS)
         samples = samples or Toy()
-        train(model, DDIMScheduler(), parsed, samples, config, run, accelerator, watch)
+        train(Subject.of(model, DDIMScheduler()), parsed, samples, config, run, accelerator, watch)
     finally:
         run.close()
     return model
