@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelkit.backbones import Backbone, backbone_of
+from accelkit.backbones import Backbone
 from accelkit.backbones.example import Design, call
 from accelkit.compute import Compute
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.runtime.switch import enable
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 
 def macs_by_depth(model: nn.Module) -> list[int]:
@@ -50,7 +51,7 @@ def macs(model: nn.Module, compute: Compute) -> int:
 
 
 def ideal_saving(
-    model: nn.Module, schedule: Schedule, timesteps: Iterable[float] | None = None
+    model: nn.Module | Subject, schedule: Schedule, timesteps: Iterable[float] | None = None
 ) -> float:
     """Return the share of a full call's cost that ``schedule`` saves on ``model``, from 0 to 1.
 
@@ -59,14 +60,15 @@ def ideal_saving(
     be counted, it is the share of counted blocks, and AccelkitWarning says so.
 
     Args:
-        model: the network.
+        model: the network or its subject.
         schedule: a schedule for its depth.
         timesteps: as for :meth:`Schedule.mean`.
     """
-    if schedule.full or (_alike(backbone_of(model)) and not schedule.merges):
+    subject = Subject.of(model)
+    if schedule.full or (_alike(subject.backbone) and not schedule.merges):
         return schedule.ideal_saving(timesteps)
     try:
-        return schedule.ideal_saving(timesteps, cost_of(model))
+        return schedule.ideal_saving(timesteps, cost_of(subject))
     except AccelkitError as error:
         warnings.warn(
             f"the ideal saving is given as the share of counted blocks: {error}",
@@ -76,15 +78,19 @@ def ideal_saving(
         return schedule.ideal_saving(timesteps)
 
 
-def cost_of(model: nn.Module) -> Callable[[Compute], int]:
+def cost_of(model: nn.Module | Subject) -> Callable[[Compute], int]:
     """Return a function from a Compute to the multiply-accumulates of a call that spends it."""
-    costs, full = macs_by_depth(model), backbone_of(model).depth
-    return lambda spent: costs[spent.depth - full - 1] if not spent.merge else macs(model, spent)
+    subject = Subject.of(model)
+    costs, full = macs_by_depth(subject.model), subject.backbone.depth
+    return lambda spent: (
+        macs(subject.model, spent) if spent.merge else costs[spent.depth - full - 1]
+    )
 
 
-def parameters_of(model: nn.Module) -> Callable[[Compute], int]:
+def parameters_of(model: nn.Module | Subject) -> Callable[[Compute], int]:
     """Return a function from a Compute to the number of parameters that such a call reads."""
-    counts, full = parameters_by_depth(model), backbone_of(model).depth
+    subject = Subject.of(model)
+    counts, full = parameters_by_depth(subject.model), subject.backbone.depth
     return lambda spent: counts[spent.depth - full - 1]
 
 
@@ -107,7 +113,7 @@ class _Counts(NamedTuple):
 
 def _by_depth(model: nn.Module, quantity: str) -> list[int]:
     design = Design.of(model)
-    backbone = backbone_of(design.twin())
+    backbone = Subject.of(design.twin()).backbone
     least, depth = backbone.least, backbone.depth
     ran, skipped = (getattr(_count(design, Compute(d)), quantity) for d in (depth, least))
     totals = [ran.total]
@@ -118,8 +124,8 @@ def _by_depth(model: nn.Module, quantity: str) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _count(design: Design, compute: Compute) -> _Counts:
-    twin = design.twin()
-    backbone = backbone_of(twin)
+    subject = Subject.of(design.twin())
+    twin, backbone = subject.model, subject.backbone
     backbone.restore()
     counter = FlopCounterMode(display=False)
     flops = [0] * backbone.depth
@@ -140,7 +146,7 @@ def _count(design: Design, compute: Compute) -> _Counts:
     given = backbone.example()
     schedule = Schedule((1.0,), (compute,), backbone.depth)
     try:
-        with enable(twin, schedule, kernels="off"), counter, torch.no_grad():
+        with enable(subject, schedule, kernels="off"), counter, torch.no_grad():
             for module in set(twin.modules()) - set(backbone.blocks[compute.depth :]):
                 own = {p: p.numel() for p in module.parameters(recurse=False)}
                 module.register_forward_hook(lambda *_, own=own: read.update(own))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import accelkit
-from accelkit.artifact.artifact import config_of
+from accelkit.artifact.names import named
 from accelkit.bench.results import read_results
 from accelkit.cli.settings import read_recipe
 from accelkit.compute import Compute, Merge
@@ -181,7 +181,7 @@ def test_computes(data):
 @given(content=spoiled(ARTIFACT))
 def test_artifacts(content, tmp_path):
     (tmp_path / "accelkit.json").write_bytes(content)
-    found = value_or_refusal(config_of, tmp_path)
+    found = value_or_refusal(lambda path: named(path).config, tmp_path)
     if found is not None:
         assert Schedule.from_dict(found["schedule"]).layers > 0
         assert isinstance(found["base_model_name_or_path"], str)

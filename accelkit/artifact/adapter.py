@@ -1,4 +1,4 @@
-"""Low-rank adapters as an artifact holds them, and how they are added to a model's weights."""
+"""Low-rank adapters of an artifact, and their addition to a model's weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Adapter:
     """A low-rank change of linear layers: weight + B A (Hu et al. 2022, eq. 3, alpha = rank).
 
     Attributes:
-        rank: of all products.
+        rank: the rank of every product.
         tensors: ``NAME.lora_A.weight`` (rank, in) and ``NAME.lora_B.weight`` (out, rank) for each
             layer, as PEFT and diffusers name them.
     """
@@ -28,11 +28,11 @@ class Adapter:
 
     @property
     def targets(self) -> list[str]:
-        """Names of the layers."""
+        """Names of the adapted layers."""
         return sorted({key.rsplit(".lora_", 1)[0] for key in self.tensors})
 
     def check(self, model: nn.Module) -> None:
-        """Raise AccelkitError if ``model`` lacks a layer or has another shape, or none is given."""
+        """Raise AccelkitError if the adapter is empty or its layers are not those of ``model``."""
         if not self.tensors:
             raise AccelkitError("the adapter has no tensors; give it as it was saved")
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -48,7 +48,7 @@ class Adapter:
         """Add the change to the weights of ``model``, computed in float32.
 
         Raises:
-            AccelkitError: the model lacks a layer or has it in another shape; it is as it was.
+            AccelkitError: the model lacks a layer or has it in another shape; it is unchanged.
         """
         self.check(model)
         for name in self.targets:
@@ -57,11 +57,11 @@ class Adapter:
             weight.copy_(weight.float() + up @ down)
 
     def about(self, model: nn.Module) -> dict[str, Any]:
-        """Return plain data of this adapter, whose change is in the weights of ``model``.
+        """Return plain data about this adapter, which the weights of ``model`` contain.
 
-        Its ``probes`` are a few of the weights as they were before (:meth:`check_base`): of some
-        rows the one that the change makes most of, which tells a model that has the change already,
-        and the one that it makes least of, which tells another model.
+        Its ``probes`` are a few of the weights before the change, for :meth:`check_base`. Each
+        probed row has two: the weight that the change affects most, which identifies a model that
+        has the change already, and the one that it affects least, which identifies other weights.
         """
         return {"rank": self.rank, "targets": self.targets, "probes": self._probes(model)}
 
@@ -80,11 +80,11 @@ class Adapter:
         return found
 
     def check_base(self, model: nn.Module, probes: list[dict[str, Any]]) -> None:
-        """Raise AccelkitError unless ``model`` has the weights that the change is to be added to.
+        """Raise AccelkitError unless ``model`` has the weights that the adapter was trained for.
 
         Args:
-            model: one that :meth:`check` lets pass, in whatever dtype.
-            probes: of :meth:`about`.
+            model: a network that passes :meth:`check`, in any dtype.
+            probes: the probes of :meth:`about`.
         """
         kind = type(model).__name__
         try:
@@ -97,14 +97,13 @@ class Adapter:
         before, after = ([pair[i] for pair in compared] for i in (0, 1))
         if all(after) and not all(before):
             raise AccelkitError(
-                f"this {kind} has the adapter in its weights already, where it stays when a "
+                f"this {kind} has the adapter in its weights already, where it stays when the "
                 "schedule is disabled; accelkit.enable switches the schedule on again"
             )
         if not all(before):
             raise AccelkitError(
                 f"the adapter was trained for other weights than this {kind} has, such as those of "
-                f"{probes[before.index(False)]['layer']}; open the base model that it was trained "
-                "for, anew"
+                f"{probes[before.index(False)]['layer']}; open its base model again"
             )
 
     def _compared(self, model: nn.Module, probe: dict[str, Any]) -> tuple[bool, bool]:
@@ -114,7 +113,7 @@ class Adapter:
         change = float(self._change(probe["layer"], probe["row"])[probe["column"]])
         dtypes = (weight.dtype, getattr(torch, probe["dtype"]))
         rounding = sum(torch.finfo(dtype).eps for dtype in dtypes)
-        # products of less precision, as TF32's, may have made the change
+        # the change may have been computed at lower precision, such as TF32
         near = 2 * rounding * (abs(probe["weight"]) + abs(change)) + 0.01 * abs(change)
         off = found - probe["weight"]
         return abs(off) <= near, abs(off - change) <= near
@@ -131,11 +130,11 @@ class Adapter:
 
 
 _PROBED = 16
-"""Most layers that are probed."""
+"""Most layers to probe."""
 
 
 def refuse_peft(model: nn.Module) -> None:
-    """Raise AccelkitError for a model whose weights PEFT has put adapters around."""
+    """Raise AccelkitError for a model whose layers are wrapped in PEFT adapters."""
     names: Any = getattr(model, "peft_config", ())
     wrapped = any(name.endswith("base_layer") for name, _ in model.named_modules())
     if names or wrapped:
@@ -150,8 +149,8 @@ def refuse_peft(model: nn.Module) -> None:
 def targets_of(backbone: Backbone) -> list[str]:
     """Return the names of the linear layers that adapters are trained for.
 
-    All of the attention and the feed-forward nets of every block, skip projections included; not
-    those that make a block's modulation from timestep and condition.
+    These are the layers of attention, feed-forward nets and skip projections in every block, but
+    not those that compute a block's modulation from timestep and condition.
     """
     blocks = {id(block): None for block in backbone.all_blocks}
     inside = [name for name, module in backbone.model.named_modules() if id(module) in blocks]

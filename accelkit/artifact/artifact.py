@@ -1,4 +1,4 @@
-"""What a retrofit leaves behind: tuned weights, the schedule they were tuned for, a model card."""
+"""Artifacts: tuned weights, the schedule they were tuned for, and a model card."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from accelkit.artifact.adapter import Adapter, refuse_peft
-from accelkit.artifact.loading import (
+from accelkit.artifact.loading import open_pipeline
+from accelkit.artifact.names import (
+    CARD,
+    CONFIG,
     FETCH_AGAIN,
-    is_alone,
-    open_pipeline,
+    FORMAT,
+    WEIGHTS,
+    Named,
+    artifact_of,
+    named,
+    named_base,
     reading,
     refuse_original_settings,
-    refuse_revision,
 )
 from accelkit.assets import BUILTIN, builtin
-from accelkit.backbones import backbone_of, denoiser_of
+from accelkit.backbones import Backbone
 from accelkit.cost import ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.files.documents import check_regular
 from accelkit.files.tensors import load_tensors, recorded_sum, write_tensors
 from accelkit.files.weights import check_weights
-from accelkit.files.writing import read_record, write_bytes, write_record
+from accelkit.files.writing import write_bytes, write_record
 from accelkit.runtime.switch import Enabled, enable, enabled_on
 from accelkit.schedule import Schedule
-
-CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
-FORMAT = 1
+from accelkit.subject import Subject
+from accelkit.version import __version__
 
 
 def save(
@@ -47,19 +52,18 @@ def save(
     """Write the denoiser's weights, its schedule and where both come from.
 
     Args:
-        pipe: a pipeline with a schedule in force.
-        directory: where ``accelkit.safetensors``, ``accelkit.json`` and ``README.md`` go; made if
-            missing, files of these names are replaced.
-        base_model: what the rest of the pipeline is loaded from: ``builtin``, a directory or hub
-            id. Default: where ``pipe`` was loaded from.
-        revision: of the base model.
-        variant: of the base model's weights.
+        pipe: a pipeline with a schedule in force, or its subject.
+        directory: the directory for ``accelkit.safetensors``, ``accelkit.json`` and ``README.md``,
+            made if missing; files of these names are replaced.
+        base_model: the model that the rest of the pipeline is loaded from: ``builtin``, a directory
+            or hub id. Default: where ``pipe`` was loaded from.
+        revision: revision of the base model.
+        variant: variant of the base model's weights.
         vae: directory or hub id of the autoencoder of a base model in the original layout.
-        num_heads: attention heads of such a model of unpublished size.
-        training: settings worth keeping, plain data.
-        metrics: results worth keeping, plain data.
-        adapter: what was added to the base model's weights, and is in those of ``pipe``; kept in
-            place of all weights.
+        num_heads: attention heads of such a base model of unpublished size.
+        training: settings to record, plain data.
+        metrics: results to record, plain data.
+        adapter: the adapter that the weights of ``pipe`` contain, saved in place of all weights.
 
     Returns:
         The directory.
@@ -69,25 +73,24 @@ def save(
             PEFT adapters, or ``vae`` or ``num_heads`` is given for a base model that is not in the
             original layout.
     """
-    state = enabled_on(pipe)
+    subject = Subject.of(pipe)
+    pipe, state = subject.pipe, enabled_on(subject)
     if state is None:
         raise AccelkitError("this pipeline runs no schedule; accelkit.enable one, then save")
     base = base_model or getattr(pipe, "name_or_path", None) or pipe.config.get("_name_or_path")
     if not base:
         raise AccelkitError(
-            "this pipeline was not loaded from anywhere; say with base_model= what "
-            "accelkit.from_pretrained should load it from"
+            "this pipeline does not record where it was loaded from; give base_model=, the model "
+            "that accelkit.from_pretrained is to load"
         )
     base = BUILTIN if Path(base) == builtin() else _findable(base)
-    if not is_alone(base):
+    if not named_base(base).alone:
         refuse_original_settings(base, vae, num_heads)
     model = state.backbone.model
     refuse_peft(model)
     directory = Path(directory)
     weights = model.state_dict() if adapter is None else adapter.tensors
     write_tensors(directory / WEIGHTS, {k: v.detach().cpu().clone() for k, v in weights.items()})
-    from accelkit.version import __version__
-
     config = {
         "format": FORMAT,
         "accelkit": __version__,
@@ -104,14 +107,15 @@ def save(
         "metrics": metrics or {},
     }
     write_record(directory / CONFIG, config)
-    saving = ideal_saving(model, state.schedule)
-    card = _card(config, directory, state.schedule, saving, _call(pipe))
+    saving = ideal_saving(subject, state.schedule)
+    call = _call(pipe, state.backbone)
+    card = _card(config, directory, state.schedule, saving, call)
     write_bytes(directory / CARD, card.encode(errors="backslashreplace"))
     return directory
 
 
 def _findable(name: str | Path) -> str:
-    """Make a local path absolute, so that it is found from any working directory."""
+    """Return a local path as an absolute one, which holds in any working directory."""
     local = str(name) != BUILTIN and Path(name).exists()
     return str(Path(name).resolve()) if local else str(name)
 
@@ -119,34 +123,39 @@ def _findable(name: str | Path) -> str:
 def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabled:
     """Give ``pipe`` the tuned weights and the schedule of an artifact.
 
-    Disabling the schedule later leaves the tuned weights in place.
+    The tuned weights stay when the schedule is disabled.
 
     Args:
-        pipe: a pipeline of the artifact's base model, without a schedule. Adapters of PEFT's are
-            loaded after this.
+        pipe: a pipeline of the artifact's base model, without a schedule, or its subject. Load
+            adapters of PEFT afterwards.
         source: a directory that :func:`save` wrote, or a hub id.
-        revision: of a hub id.
+        revision: revision of a hub id.
 
     Returns:
-        The handle that :func:`accelkit.enable` gives.
+        The handle that :func:`accelkit.enable` returns.
 
     Raises:
-        AccelkitError: nothing is there, it is broken or damaged, its weights are not finite, it
-            was made for another model or, if an adapter, for other weights, or ``pipe`` carries
-            PEFT adapters; ``pipe`` is then as it was.
+        AccelkitError: the artifact is missing, broken or damaged, its weights are not finite, it
+            was made for another model or, if it is an adapter, for other weights, or ``pipe``
+            carries PEFT adapters. ``pipe`` is then unchanged.
     """
-    folder, config = _fetch(source, revision)
-    model = denoiser_of(pipe)
-    if enabled_on(model) is not None:
+    return _load(Subject.of(pipe), artifact_of(named_base(source, revision)))
+
+
+def _load(subject: Subject, found: Named) -> Enabled:
+    source, folder, config = found.name, found.path, found.config
+    assert folder is not None
+    assert config is not None
+    model, backbone = subject.model, subject.backbone
+    if enabled_on(subject) is not None:
         raise AccelkitError("this pipeline runs a schedule already; call accelkit.disable first")
-    backbone = backbone_of(model)
     schedule = Schedule.from_dict(config["schedule"])
     if (config["family"], schedule.layers) != (backbone.family, backbone.depth):
         raise AccelkitError(
             f"{source} was made for a {config['family']} of {schedule.layers} blocks, this is a "
             f"{backbone.family} of {backbone.depth}"
         )
-    with reading(str(source)):
+    with reading(source):
         check_regular(folder / WEIGHTS)
         weights = load_tensors(folder / WEIGHTS, FETCH_AGAIN)
         _refuse_mixture(folder, config)
@@ -154,11 +163,11 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
     floating = {k: w for k, w in weights.items() if k not in own or own[k].is_floating_point()}
     check_weights(floating, str(folder / WEIGHTS))
     refuse_peft(model)
-    if (found := config.get("lora")) is not None:
-        adapter = Adapter(found["rank"], weights)
+    if (lora := config.get("lora")) is not None:
+        adapter = Adapter(lora["rank"], weights)
         adapter.check(model)
-        adapter.check_base(model, found["probes"])
-        state = enable(pipe, schedule)
+        adapter.check_base(model, lora["probes"])
+        state = enable(subject, schedule)
         adapter.apply(model)
         return state
     strange = set(weights.keys() ^ own.keys())
@@ -168,7 +177,7 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             f"the weights in {source} do not fit this model: {len(strange)} keys differ, e.g. "
             f"{', '.join(sorted(strange)[:3])}"
         )
-    state = enable(pipe, schedule)  # first, for it may refuse
+    state = enable(subject, schedule)  # may raise, so before the weights change
     model.load_state_dict(weights)
     return state
 
@@ -185,91 +194,38 @@ def from_pretrained(
 
     Args:
         source: an artifact's directory or hub id. A plain pipeline (``builtin``, a directory, an
-            original-layout file, a hub id) is returned as it is, without a schedule, with the
-            original DiT's numerics restored where its config records them.
-        revision: of a hub id.
-        variant: of a pipeline's weights, such as ``fp16``, or of an artifact's base model's.
-        vae: directory or hub id of the autoencoder that goes with an original-layout file.
+            original-layout file, a hub id) is returned without a schedule, with the original DiT's
+            numerics restored if its config records them.
+        revision: revision of a hub id.
+        variant: variant of the weights of a pipeline or of an artifact's base model, such as
+            ``fp16``.
+        vae: directory or hub id of the autoencoder of an original-layout file.
         num_heads: attention heads of an original-layout file of unpublished size.
 
     Raises:
-        AccelkitError: as :func:`load`, the base model cannot be read, or ``vae`` or ``num_heads``
-            is given for what is no original-layout file.
+        AccelkitError: as of :func:`load`, the base model cannot be read, or ``vae`` or
+            ``num_heads`` is given for something other than an original-layout file.
     """
-    config = config_of(source, revision)
-    if config is None:
-        return open_pipeline(
-            source, revision=revision, variant=variant, vae=vae, num_heads=num_heads
-        )
-    refuse_original_settings(str(source), vae, num_heads)
-    base = base_of(config)
-    pipe = open_pipeline(**base | {"variant": variant or base["variant"]})
-    load(pipe, source, revision=revision)
-    return pipe
+    return open_named(named(source, revision), variant, vae, num_heads).pipe
 
 
-def config_of(source: str | Path, revision: str | None = None) -> dict[str, Any] | None:
-    """Return the ``accelkit.json`` of an artifact, None if ``source`` is no artifact.
-
-    Raises:
-        AccelkitError: it is one, but broken or of another format.
-    """
-    return _fetch(source, revision)[1] if _is_artifact(source, revision) else None
-
-
-def base_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what an artifact's base model is opened by, as :func:`open_pipeline` takes it."""
-    rest = {name: config.get(name) for name in ("revision", "variant", "vae", "num_heads")}
-    return {"model": config["base_model_name_or_path"], **rest}
-
-
-def _is_artifact(source: str | Path, revision: str | None) -> bool:
-    path = Path(source)
-    if path.exists() or str(source) == BUILTIN:
-        return (path / CONFIG).is_file() and str(source) != BUILTIN
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(str(source), CONFIG, revision=revision)  # offline: from the hub's cache
-    except Exception:  # no hub id, or no way to the hub: opening it as a pipeline says which
-        return False
-    return True
-
-
-def _fetch(source: str | Path, revision: str | None) -> tuple[Path, dict[str, Any]]:
-    folder = Path(source)
-    if folder.is_dir():
-        refuse_revision(str(source), revision)
-    else:
-        with reading(str(source)):
-            from huggingface_hub import snapshot_download
-
-            folder = Path(
-                snapshot_download(
-                    str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS, CARD]
-                )
-            )
-    if not (folder / CONFIG).is_file():
-        raise AccelkitError(f"{source} is no accelkit artifact: it has no {CONFIG}")
-    config = read_record(folder / CONFIG, FETCH_AGAIN)
-    known = isinstance(config, dict) and config.get("format") == FORMAT and "schedule" in config
-    known = known and all(isinstance(config.get(n), kinds) for n, kinds in _FORM.items())
-    lora = known and config.get("lora", {"rank": 0, "probes": []})  # none: whole weights
-    if not (isinstance(lora, dict) and {"rank", "probes"} <= lora.keys()):
-        raise AccelkitError(
-            f"{folder / CONFIG} is not of format {FORMAT}, which this version of accelkit reads"
-        )
-    try:
-        Schedule.from_dict(config["schedule"])
-    except AccelkitError as error:
-        raise AccelkitError(f"cannot read the schedule in {folder / CONFIG}: {error}") from error
-    return folder, config
+def open_named(
+    found: Named, variant: str | None = None, vae: str | None = None, num_heads: int | None = None
+) -> Subject:
+    """Return the subject of a ready pipeline; the rest as :func:`from_pretrained`."""
+    if found.config is None:
+        return Subject.of(open_pipeline(found, variant=variant, vae=vae, num_heads=num_heads))
+    refuse_original_settings(found.name, vae, num_heads)
+    base = found.base
+    subject = Subject.of(open_pipeline(**base | {"variant": variant or base["variant"]}))
+    _load(subject, found)
+    return subject
 
 
 def _refuse_mixture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise AccelkitError for weights and settings of two saves, the second of which was killed."""
+    """Raise AccelkitError if weights and settings come from two saves, the second one killed."""
     recorded, found = config.get("weights"), recorded_sum(folder / WEIGHTS)
-    # weights that another program has written again have no checksum, earlier settings record none
+    # There is no checksum in weights rewritten by another program, nor in older settings.
     if recorded and found and recorded != found:
         raise AccelkitError(
             f"{CONFIG} and {WEIGHTS} in {folder} were not saved together; save the artifact again, "
@@ -277,22 +233,11 @@ def _refuse_mixture(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-_FORM: dict[str, Any] = {
-    "family": str,
-    "base_model_name_or_path": str,
-    "revision": str | None,
-    "vae": str | None,
-    "num_heads": int | None,
-}
-"""Settings of ``accelkit.json`` that are read again, each with its type."""
-
-
-def _call(pipe: Any) -> str:
-    """How a pipeline makes images, as far as a card can know."""
+def _call(pipe: Any, backbone: Backbone) -> str:
+    """Return the example call of a model card."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    if "num_frames" in takes:  # trained on images, videos of one frame
+    if "num_frames" in takes:  # trained on images, which are videos of one frame
         return 'pipe("a red bird", num_frames=1).frames'
-    backbone = backbone_of(denoiser_of(pipe))
     labels = f"class_labels={list(range(min(3, backbone.num_classes or 3)))}"
     if "guidance_scale" in takes and backbone.null_class is None:
         labels += ", guidance_scale=1"
@@ -303,7 +248,7 @@ def _call(pipe: Any) -> str:
 def _card(
     config: dict[str, Any], directory: Path, schedule: Schedule, saving: float, call: str
 ) -> str:
-    name = directory.resolve().name  # nothing of where this machine keeps it, if that was given
+    name = directory.resolve().name  # an absolute path would publish this machine's folders
     place = name if directory.is_absolute() or not directory.name else directory.as_posix()
     base = config["base_model_name_or_path"]
     task = "text-to-image" if '"' in call else "unconditional-image-generation"

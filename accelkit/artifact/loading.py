@@ -1,98 +1,85 @@
-"""Finds and opens the pipeline that a user names: built in, a directory, a file or on the hub."""
+"""Opens the pipeline that a name stands for: built in, a directory, a file or on the hub."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelkit.assets import BUILTIN, builtin
+from accelkit.artifact.names import (
+    ALONE,
+    FETCH_AGAIN,
+    Named,
+    named_base,
+    reading,
+    refuse_original_settings,
+)
 from accelkit.errors import AccelkitError, AccelkitWarning
-from accelkit.files.documents import is_utf8, read_object
+from accelkit.files.documents import read_object
 from accelkit.files.tensors import check_tensors
 from accelkit.models.sizes import check_configs
 from accelkit.noise.axis import reference_process
 
-FETCH_AGAIN = "download, copy or save it again"
-"""What to do about a damaged file of weights."""
-ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"
 """The autoencoder DiT was evaluated with (Peebles and Xie 2023, section 4)."""
 
 
 def open_pipeline(
-    model: str | Path,
+    model: str | Path | Named,
     *,
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
     num_heads: int | None = None,
 ) -> Any:
-    """Return the pipeline that ``model`` names, in float32 on the CPU.
+    """Return the pipeline that ``model`` stands for, in float32 on the CPU.
 
-    The bars of diffusers and transformers for the loading of components stay off from then on.
+    From then on diffusers and transformers show no progress bars while components are loaded.
 
     Args:
         model: ``builtin``, a pipeline's directory, a DiT or U-ViT alone (an original-layout
             checkpoint, ``.pt``, ``.pth`` or ``.safetensors``, or the directory that ``accelkit
             convert`` makes of one) or a hub id. The original's numerics are restored where
             recorded.
-        revision: of a hub id: branch, tag or commit.
-        variant: of the weights, as in ``diffusion_pytorch_model.fp16.safetensors``; components that
-            lack it are opened from their plain weights.
-        vae: directory or hub id of the autoencoder that goes with a network alone.
+        revision: branch, tag or commit of a hub id.
+        variant: variant of the weights, as in ``diffusion_pytorch_model.fp16.safetensors``;
+            components without it are opened from their plain weights.
+        vae: directory or hub id of the autoencoder of a network alone.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
 
     Raises:
-        AccelkitError: nothing is there, it is no pipeline, it cannot be read, its weights are of a
-            variant that is not asked for, or ``vae`` or ``num_heads`` is given for what is no
-            original-layout checkpoint; its weights are damaged, not finite or no floating point
-            numbers.
+        AccelkitError: the model is missing, is not a pipeline or cannot be read; its weights come
+            in other variants only, are damaged, not finite or not floating-point numbers; or
+            ``vae`` or ``num_heads`` is given for something other than an original-layout
+            checkpoint.
     """
-    name = str(model)
-    refuse_revision(name, revision)
-    if is_alone(model):
-        return _around(Path(model), vae, num_heads, variant)
-    refuse_original_settings(name, vae, num_heads)
-    with reading(name):
+    found = model if isinstance(model, Named) else named_base(model, revision)
+    if found.alone:
+        return _around(found, vae, num_heads, variant)
+    refuse_original_settings(found.name, vae, num_heads)
+    with reading(found.name):
         import diffusers.utils.logging
         import transformers.utils.logging
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        pipe, folder = _diffusers_pipeline(located(name), revision, variant)
-        return _ready(pipe, name, folder)
-
-
-def is_original(model: str | Path) -> bool:
-    """Return whether ``model`` is a file, or named as one, of the original layout."""
-    path = Path(model)
-    return str(model) != BUILTIN and (path.suffix in ORIGINAL_SUFFIXES or path.is_file())
-
-
-def is_alone(model: str | Path) -> bool:
-    """Return whether ``model`` is a network without a pipeline that accelkit can put it into."""
-    path = Path(model)
-    if str(model) == BUILTIN or not path.is_dir():
-        return is_original(model)
-    alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-    return alone and read_object(path / "config.json").get("_class_name") in _PIPELINES
+        pipe, folder = _diffusers_pipeline(found, variant)
+        return _ready(pipe, found.name, folder)
 
 
 def open_network(path: Path, num_heads: int | None = None, variant: str | None = None) -> Any:
-    """Return a DiT or U-ViT alone, as :func:`open_pipeline` takes it, in eval mode.
+    """Return a DiT or U-ViT alone in eval mode; see :func:`open_pipeline`.
 
     Args:
         path: file or directory.
         num_heads: attention heads of an original-layout checkpoint of unpublished size.
-        variant: of the weights in a directory.
+        variant: variant of the weights in a directory.
 
     Raises:
-        AccelkitError: it cannot be read, its weights are of a variant that is not asked for, or has
-            its heads told by its config.
+        AccelkitError: the network cannot be read, its weights come in other variants only, or
+            ``num_heads`` is given for a directory.
     """
     if not path.is_dir():
         if variant is not None:
@@ -117,32 +104,16 @@ def open_network(path: Path, num_heads: int | None = None, variant: str | None =
     return network
 
 
-def refuse_revision(name: str, revision: str | None) -> None:
-    """Raise AccelkitError if a revision is given for what is not on the hub."""
-    if revision is not None and (name == BUILTIN or Path(name).exists()):
-        raise AccelkitError(f"{name} has no revisions; leave --revision out, which is of a hub id")
-
-
-def refuse_original_settings(name: str, vae: str | None, num_heads: int | None) -> None:
-    """Raise AccelkitError if either is given for ``name``, which brings its own."""
-    given = {"an autoencoder": vae, "a number of heads": num_heads}
-    if words := " and ".join(word for word, value in given.items() if value is not None):
-        raise AccelkitError(
-            f"{name} has its own settings; leave {words} out, which go with an original-layout "
-            f"checkpoint ({', '.join(sorted(ORIGINAL_SUFFIXES))})"
-        )
-
-
-def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -> tuple[Any, Path]:
+def _diffusers_pipeline(found: Named, variant: str | None) -> tuple[Any, Path]:
     """Return a pipeline and the folder that it was read from."""
     import diffusers
 
     from accelkit import models
 
-    load = diffusers.DiffusionPipeline
+    load, place = diffusers.DiffusionPipeline, found.place
     folder = place
-    if not Path(place).is_dir():
-        folder = load.download(place, revision=revision, variant=variant)
+    if found.path is None:
+        folder = load.download(place, revision=found.revision, variant=variant)
     index = read_object(Path(folder) / "model_index.json")
     check_configs(Path(folder))
     there = {part.name: variants(part) for part in Path(folder).iterdir() if part.is_dir()}
@@ -163,7 +134,7 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
     else:
         load = getattr(models, name, load)
     if isinstance(names := index.get("id2label"), dict):
-        # JSON has text for keys only, of which diffusers warns, expecting numbers
+        # JSON has strings for keys, and diffusers warns if they are not numbers
         given["id2label"] = {int(label): name for label, name in names.items()}
     pipe = load.from_pretrained(folder, variant=variant, **given)
     pipe.register_to_config(_name_or_path=place)
@@ -173,17 +144,17 @@ def _diffusers_pipeline(place: str, revision: str | None, variant: str | None) -
 def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:
     """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
 
-    Warns of weights that the network has no place for.
+    Warns of weights that the network does not have.
 
     Args:
         kind: the network's class.
         place: directory or hub id.
-        variant: of the weights; the plain ones are opened where a directory lacks it.
-        **options: of ``from_pretrained``.
+        variant: variant of the weights; a directory without it is opened from its plain weights.
+        **options: options of ``from_pretrained``.
 
     Raises:
-        AccelkitError: the files lack some of its weights, which diffusers would leave random, or
-            are of a variant that is not asked for.
+        AccelkitError: the files lack weights, which diffusers would leave random, or come in other
+            variants only.
     """
     folder = Path(place, options.get("subfolder", ""))
     _check_variant(folder, variant)
@@ -212,7 +183,7 @@ _WEIGHTS = re.compile(
 
 
 def variants(folder: Path) -> set[str]:
-    """Return the variants of the weights in a component's directory, "" for the plain ones."""
+    """Return the variants of the weights in a component's directory, "" for plain weights."""
     if not folder.is_dir():
         return set()
     found = (_WEIGHTS.fullmatch(path.name) for path in folder.iterdir())
@@ -220,7 +191,7 @@ def variants(folder: Path) -> set[str]:
 
 
 def _check_variant(folder: Path, variant: str | None) -> None:
-    """Raise AccelkitError if a component's weights are all of variants, ``variant`` not among."""
+    """Raise AccelkitError if a component's weights come in other variants than ``variant`` only."""
     found = sorted(variants(folder))
     if not found or "" in found or variant in found:
         return
@@ -230,58 +201,12 @@ def _check_variant(folder: Path, variant: str | None) -> None:
     )
 
 
-def located(name: str | Path, index: str = "model_index.json") -> str:
-    """Return the directory that ``name`` means, or the hub id that it must be.
-
-    Raises:
-        AccelkitError: a directory without ``index``, or neither a directory nor of a hub id's form.
-    """
-    path = builtin() if str(name) == BUILTIN else Path(name)
-    if path.is_dir():
-        if not (path / index).is_file():
-            alone = " (a network alone: put it into a pipeline)"
-            raise AccelkitError(
-                f"{path} is no pipeline directory: it has no {index}"
-                + (alone if (path / "config.json").is_file() else "")
-            )
-        return str(path)
-    text = str(name)
-    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1
-    if looks_local:
-        raise AccelkitError(
-            f"no model at {text}; give {BUILTIN!r}, a pipeline's directory, an original-layout "
-            "file or a hub id such as facebook/DiT-XL-2-256"
-        )
-    return text
-
-
-@contextmanager
-def reading(name: str) -> Any:
-    """Turn what a library raises over a missing or broken model into one line."""
-    try:
-        yield
-    except AccelkitError:
-        raise
-    except Exception as error:  # each library beneath has its own family of errors
-        if not is_utf8(name):
-            raise AccelkitError(
-                f"cannot read the model {name}: its path is not UTF-8, and safetensors opens no "
-                "other; rename it"
-            ) from error
-        where = "" if Path(name).exists() or name == BUILTIN else " here or from the hub"
-        raise AccelkitError(
-            f"cannot read the model {name}{where}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _around(path: Path, vae: str | None, num_heads: int | None, variant: str | None) -> Any:
+def _around(found: Named, vae: str | None, num_heads: int | None, variant: str | None) -> Any:
+    """Return a pipeline around a network alone."""
     from accelkit.backbones.autoencoders import channels_of
 
+    path = found.path
+    assert path is not None
     transformer = open_network(path, num_heads, variant).float()
     channels = transformer.config.in_channels
     autoencoder = None
@@ -311,7 +236,7 @@ def open_autoencoder(place: str, variant: str | None = None) -> Any:
             check_configs(Path(place))
         named = diffusers.AutoencoderKL.load_config(place).get("_class_name")
         kind: Any = getattr(diffusers, str(named), None)
-        if not hasattr(kind, "encode"):  # no autoencoder: its weights will not fit one
+        if not hasattr(kind, "encode"):  # not an autoencoder, as loading the weights will say
             kind = diffusers.AutoencoderKL
         kind_of_class(kind)
         return open_whole(kind, place, variant=variant)
@@ -343,21 +268,18 @@ def _uvit_pipeline(transformer: Any, vae: Any) -> Any:
     return UViTPipeline(transformer, scheduler, vae)
 
 
-_PIPELINES = {
-    "DiTTransformer2DModel": _dit_pipeline,
-    "UViTTransformer2DModel": _uvit_pipeline,
-}
-"""What goes around a network alone, by its class."""
+_PIPELINES = dict(zip(ALONE, (_dit_pipeline, _uvit_pipeline), strict=True))
+"""The pipelines of networks alone, by class."""
 
 
 def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
-    """Check that a pipeline is one accelkit can drive, and quieten its progress bar."""
+    """Check a pipeline and its weights, restore its numerics and switch off its progress bar."""
     from torch import nn
 
-    from accelkit.backbones import backbone_of, denoiser_of
     from accelkit.files.weights import check_model
+    from accelkit.subject import Subject
 
-    backbone_of(denoiser_of(pipe)).restore()
+    Subject.of(pipe).backbone.restore()
     for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
             check_model(module, f"the {part} of {name}", folder and _folder_of(part, folder))
@@ -366,14 +288,11 @@ def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
 
 
 def _folder_of(part: str, folder: Path) -> Path:
-    """Return where a component's files are, ``folder`` itself for a network alone."""
+    """Return the directory of a component's files, ``folder`` itself for a network alone."""
     return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def quiet() -> None:
-    """Silence the libraries' notices that say nothing about the task at hand.
-
-    Has effect if it is called before they are imported.
-    """
+    """Silence notices of diffusers and transformers, if they are not imported yet."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""A comparison of methods over several samplers: what is measured, and what was before."""
+"""A comparison of methods over several samplers, which measures nothing twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import Item
 from accelkit.bench import harness
 from accelkit.bench.cells import Cells
@@ -24,33 +23,33 @@ from accelkit.bench.results import blank_row, identity, installed, machine
 from accelkit.compute import Compute
 from accelkit.data.shards import fingerprint
 from accelkit.files.writing import AGAIN, sum_of_file, write_bytes, writing
-from accelkit.noise.axis import NoiseAxis
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.sample.many import Work, World
-from accelkit.sample.samplers import sampler_for
+from accelkit.sample.samplers import visited_levels
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.version import __version__
 
-_PACKAGES = ("torch", "diffusers", "cache-dit")  # what images may depend on
-_IN_A_PICTURE = 10  # images of a row's samples
+_PACKAGES = ("torch", "diffusers", "cache-dit")  # packages that images may depend on
+_IN_A_PICTURE = 10  # images in the picture of a row's samples
 
 
 class Comparison:
-    """Measures every method with every sampler, one cell after another.
+    """Measures every method with every sampler.
 
-    All processes make images; the main one times and judges, and returns the results.
+    All processes make images. The main one also times and judges, and returns the results.
 
     Args:
-        pipe: a pipeline without a schedule, with its own weights.
-        tuned: schedules, and pipelines with weights tuned for each.
-        plan: what and how.
-        items: classes or captions to make images of in turn.
-        folder: where what was measured is kept.
+        subject: a pipeline without a schedule, with its own weights.
+        tuned: schedules, each with a pipeline whose weights are tuned for it.
+        plan: the settings.
+        items: classes or captions to make images of, in turn.
+        folder: the folder of measurements.
         world: the processes.
-        advance: told the task, how much of it is done, and of how much.
+        advance: called with a task, how much of it is done, and its total.
 
     Attributes:
-        judge: what images are judged by, None for no figures of quality.
+        judge: what images are judged by, None to measure no quality.
         first_levels: the noise level of each sampling's first network call, by ``name:steps``.
 
     Raises:
@@ -59,27 +58,26 @@ class Comparison:
 
     def __init__(
         self,
-        pipe: Any,
-        tuned: Sequence[tuple[Schedule, Any]],
+        subject: Subject,
+        tuned: Sequence[tuple[Schedule, Subject]],
         plan: Plan,
         items: tuple[Item, ...],
         folder: Path,
         world: World,
         advance: Callable[[str, int, int], None],
     ) -> None:
-        self.pipe, self.tuned, self.plan, self.items = pipe, list(tuned), plan, items
+        self.subject, self.tuned, self.plan, self.items = subject, list(tuned), plan, items
         self.cells, self.world, self._advance = Cells(folder), world, advance
         self.judge: Judge | None = None
-        self.samplings: list[Sampling] = plan.samplings(pipe)
+        self.samplings: list[Sampling] = plan.samplings(subject)
         self._works = [Work(plan.images, items, how, plan.seed) for how in self.samplings]
         self._methods = self._all_methods()
         self.first_levels: dict[str, float] = {}
-        for work in self._works:  # whose steps the process may not have
+        for work in self._works:  # refuses numbers of steps that the process does not have
             for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
-                sampler = sampler_for(pipe, how.sampler, how.steps)
-                first = NoiseAxis.of(sampler).level(float(sampler.timesteps[0]))
-                self.first_levels[_worded(how)] = first
-        self._weights = {id(p): fingerprint(p) for p in (pipe, *(p for _, p in tuned))}
+                levels = visited_levels(subject, how.sampler, how.steps)
+                self.first_levels[_worded(how)] = levels[0]
+        self._weights = {id(s): fingerprint(s.pipe) for s in (subject, *(s for _, s in tuned))}
         self._machine = machine()
         self._common = {  # what all measurements depend on
             "accelkit": __version__,
@@ -90,7 +88,7 @@ class Comparison:
         }
 
     def run(self) -> dict[str, Any]:
-        """Return ``rows``, ``depths``, ``throughput`` and ``samples`` as the results have them.
+        """Return ``rows``, ``depths``, ``throughput`` and ``samples`` of ``results.json``.
 
         Raises:
             AccelkitError: the disk is full.
@@ -99,7 +97,7 @@ class Comparison:
         skipped: list[tuple[Run, str]] = []
         for work in self._works:
             before = [_key(run) for run in (*able, *(run for run, _ in skipped))]
-            for run, reason in self._told(work, but=before):
+            for run, reason in self._checked(work, known=before):
                 if reason:
                     skipped.append((run, reason))
                 else:
@@ -119,14 +117,13 @@ class Comparison:
         rows += [{**_row(v, work.sampling), "skipped": why} for (v, work), why in skipped]
         return {"rows": rows, "depths": depths, "throughput": throughput, "samples": samples}
 
-    # what there is to measure
+    # which runs there are
 
     def _all_methods(self) -> list[Method]:
         """The plan's methods, full depth first, and the schedules that weights were tuned for."""
-        model = denoiser_of(self.pipe)
-        methods = parse_methods(self.plan.methods, model)
+        methods = parse_methods(self.plan.methods, self.subject)
         if not any(method.kind == "full" for method in methods):
-            methods = [*parse_methods("full", model), *methods]
+            methods = [*parse_methods("full", self.subject), *methods]
         for schedule, _ in self.tuned:
             alone = Method(schedule.name or str(schedule), schedule)
             methods += [alone] if alone not in methods else []
@@ -135,33 +132,32 @@ class Comparison:
 
     def _variants(self, work: Work) -> list[Variant]:
         how = work.sampling
-        sampler = sampler_for(self.pipe, how.sampler, how.steps)
-        levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
-        methods = fewer_steps(self._methods, how.steps, denoiser_of(self.pipe), levels)
-        variants = [Variant(self.pipe, method) for method in methods]
-        for schedule, pipe in self.tuned:
+        levels = visited_levels(self.subject, how.sampler, how.steps)
+        methods = fewer_steps(self._methods, how.steps, self.subject, levels)
+        variants = [Variant(self.subject, method) for method in methods]
+        for schedule, subject in self.tuned:
             of_it = [m for m in methods if schedule in (m.schedule, _unmerged(m.schedule))]
-            variants += [Variant(pipe, method, tuned=True) for method in of_it]
+            variants += [Variant(subject, method, tuned=True) for method in of_it]
         return variants
 
-    def _told(self, work: Work, but: Sequence[tuple[Any, ...]]) -> list[tuple[Run, str]]:
-        """Return what is to be run of a sampler, each with why it cannot, "" if it can.
+    def _checked(self, work: Work, known: Sequence[tuple[Any, ...]]) -> list[tuple[Run, str]]:
+        """Return a sampler's runs, each with the reason why it cannot run, "" if it can.
 
-        The main process finds out: what is installed there holds for all, or they would not meet.
-        ``but`` are left out: fewer steps of one sampler may be those of another.
+        The main process decides by what it has installed, so that all processes run the same.
+        Runs that are ``known`` already are left out: ``steps`` of one sampler may be another one.
         """
         runs = [(variant, work) for variant in self._variants(work)]
-        runs = [run for run in runs if _key(run) not in but]
+        runs = [run for run in runs if _key(run) not in known]
         reasons = [self._reason(*run) for run in runs] if self.world.main else None
         return list(zip(runs, self.world.broadcast(reasons), strict=True))
 
     def _reason(self, variant: Variant, work: Work) -> str:
-        """Return why a variant cannot run with what is installed here, "" if it can."""
+        """Return why a variant cannot run on this machine, "" if it can."""
         how = variant.sampling(work.sampling)
 
         def make() -> str:
             try:
-                check(variant.pipe, variant.method, how, self.plan.kernels)
+                check(variant.subject, variant.method, how, self.plan.kernels)
             except Unavailable as error:
                 return str(error)
             return ""
@@ -169,10 +165,10 @@ class Comparison:
         settings = self._settings([(variant, work)], kind="check", machine=self._machine)
         return self.cells.made(settings, make)
 
-    # what is measured, unless it was
+    # measurements, each taken from the cells if it was made before
 
     def _settings(self, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
-        """What a measurement of runs depends on."""
+        """Everything that a measurement of runs depends on."""
         described = [self._described(variant, work.sampling) for variant, work in runs]
         return {**self._common, "runs": described, **more}
 
@@ -182,11 +178,11 @@ class Comparison:
             **{name: getattr(method, name) for name in ("baseline", "options", "compile", "eager")},
             "schedule": [method.schedule.layers, method.schedule.to_dict()["intervals"]],
             "sampling": asdict(how),
-            "weights": self._weights[id(variant.pipe)],
+            "weights": self._weights[id(variant.subject)],
         }
 
     def _timed(self, kind: str, make: Callable[[], Any], settings: dict[str, Any]) -> Any:
-        """Return what the main process timed, on this machine."""
+        """Return what the main process timed on this machine; an empty list on others."""
         return self.cells.made(self._here(kind, settings), make) if self.world.main else []
 
     def _here(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -217,23 +213,23 @@ class Comparison:
         return self._timed("throughput", make, settings) if sizes else []
 
     def _depths(self, work: Work) -> list[dict[str, Any]]:
-        deepest = backbone_of(denoiser_of(self.pipe)).depth
+        deepest = self.subject.backbone.depth
         depths = sorted({deepest, *(d for m in self._methods for d in m.schedule.depths)})
         size = self.plan.timing_batch_size
 
         def make() -> list[dict[str, Any]]:
             on_run = self._on("timing by depth")
-            return harness.time_depths(self.pipe, depths, work, size, self.plan.kernels, on_run)
+            return harness.time_depths(self.subject, depths, work, size, self.plan.kernels, on_run)
 
         full = (self._variants(work)[0], work)
         settings = self._settings([full], depths=depths, batch_size=size)
         return self._timed("depths", make, settings)
 
     def _quality(self, variant: Variant, work: Work) -> dict[str, Any]:
-        """Make images with all processes; return the quality's fields of a row on the main one."""
+        """Make images on all processes; return the quality fields of a row on the main one."""
         if self.judge is None:
             return {}
-        # a cache may decide for a batch as a whole, so that its images depend on what is in it
+        # a cache may decide for a batch as a whole, so that images depend on the batch
         batch = self.plan.batch_size if variant.method.baseline else None
         settings = self._settings(
             [(variant, work)],
@@ -262,35 +258,38 @@ class Comparison:
         return found
 
     def _samples(self, variant: Variant, work: Work) -> dict[str, Any]:
-        """Leave a row's first images as a picture, the same items and seeds for all rows."""
+        """Write a picture of a row's first images; all rows share items and seeds."""
         settings = self._settings([(variant, work)], kind="samples", images=_IN_A_PICTURE)
         named, how = variant.identity(work.sampling), variant.sampling(work.sampling)
         path = self.cells.path(settings) / "samples.png"
         file = f"samples/{_slug(named)}.png"
 
         def make() -> str:
-            with applied(variant.pipe, variant.method, how, self.plan.kernels):
-                images = generate(variant.pipe, *work.part(range(_IN_A_PICTURE)), how)
+            with applied(variant.subject, variant.method, how, self.plan.kernels) as subject:
+                images = generate(subject, *work.part(range(_IN_A_PICTURE)), how)
             with writing(path, AGAIN) as part:
                 Image.fromarray(grid(images, columns=_IN_A_PICTURE)).save(part, format="png")
             return sum_of_file(path)
 
         if self.world.main:
             known = self.cells.get(settings) if path.exists() else None
-            if known is None or known not in (True, sum_of_file(path)):  # True: it was not recorded
+            if known is None or known not in (
+                True,
+                sum_of_file(path),
+            ):  # older cells hold True in place of a sum
                 self.cells.put(settings, make())
             write_bytes(self.cells.folder.parent / file, path.read_bytes(), AGAIN)
         return {**named, "file": file}
 
 
 def _unmerged(schedule: Schedule) -> Schedule:
-    """The same depths, no tokens merged."""
+    """Return the same depths without merging."""
     computes = tuple(Compute(compute.depth) for compute in schedule.computes)
     return Schedule(schedule.edges, computes, schedule.layers)
 
 
 def _slug(named: dict[str, Any]) -> str:
-    """A row's name as one of a file, that of a long literal cut."""
+    """Return a row's name as a file name, which is cut if a literal is long."""
     text = "-".join(map(str, identity(named)))
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", text)
     if len(slug) <= 80:
@@ -304,7 +303,7 @@ def _key(run: Run) -> tuple[Any, ...]:
 
 
 def _row(variant: Variant, sampling: Sampling) -> dict[str, Any]:
-    """What is known of a row before anything is measured."""
+    """Return a row before anything is measured."""
     method = variant.method
     known = {"kind": method.kind, "schedule": str(method.schedule)}
     return {**blank_row(), **variant.identity(sampling), **known}

@@ -1,4 +1,4 @@
-"""Measures variants of a pipeline: time, interleaved in one process, and quality, by any number."""
+"""Measures the time, throughput and cost of variants of a pipeline, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import Method, applied
 from accelkit.bench.timing import Energy, Peak, Stopwatch, median_ratio
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.files.writing import AGAIN, read_record, write_record
-from accelkit.noise.axis import NoiseAxis
 from accelkit.runtime.switch import enable
 from accelkit.sample.generate import Sampling, decode, generate_latents
 from accelkit.sample.many import Work
-from accelkit.sample.samplers import sampler_for
+from accelkit.sample.samplers import sampler_for, visited_levels
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 DEPTH_ROUNDS = 10
 THROUGHPUT_ROUNDS = 3
@@ -33,34 +31,34 @@ OnRun = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a row is about: a pipeline without a schedule, and the method that it runs by.
+    """The pipeline and the method of a row.
 
     Attributes:
-        pipe: the pipeline.
-        method: what is done to it.
+        subject: the pipeline, without a schedule.
+        method: how it runs.
         tuned: whether its weights are tuned for the method's schedule.
     """
 
-    pipe: Any
+    subject: Subject
     method: Method
     tuned: bool = False
 
     @property
     def base(self) -> bool:
-        """Whether it is what the others are measured against."""
+        """Whether the others are measured against this variant."""
         return self.method.kind == "full" and not self.tuned
 
     def sampling(self, of: Sampling) -> Sampling:
-        """Return how it samples where the sampler is asked for as ``of``."""
+        """Return the variant's own sampling settings, given those of the comparison."""
         return self.method.sampling(of)
 
     @property
     def title(self) -> str:
-        """Its name for people."""
+        """The variant's name in progress messages."""
         return self.method.name + (" tuned" if self.tuned else "")
 
     def identity(self, of: Sampling) -> dict[str, Any]:
-        """Return what tells its row from others, where the sampler is asked for as ``of``."""
+        """Return the fields that identify its row, given the comparison's sampling settings."""
         return {
             "method": self.method.name,
             "weights": "tuned" if self.tuned else "original",
@@ -73,23 +71,22 @@ class Variant:
 def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> dict[str, Any]:
     """Make the first ``size`` images; return seconds, peak memory and energy of the whole call.
 
-    Unless it is to be ``cold``, a call of two steps goes before: a user puts a method on once, and
-    what that costs at the next call is no part of every run.
+    Unless ``cold``, a call of two steps goes first: a user puts a method on only once, so the cost
+    of the first call after that does not belong to every run.
     """
     how = variant.sampling(work.sampling)
     items, seeds = work.part(range(size))
-    with applied(variant.pipe, variant.method, how, kernels):
+    with applied(variant.subject, variant.method, how, kernels) as subject:
         if not cold:
-            generate_latents(variant.pipe, items, seeds, replace(how, steps=min(2, how.steps)))
-        model: Any = denoiser_of(variant.pipe)
-        device = model.device
+            generate_latents(subject, items, seeds, replace(how, steps=min(2, how.steps)))
+        device = subject.model.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         watch, peak, energy = Stopwatch(device), Peak(device), Energy(device)
         watch.mark()
-        latents = generate_latents(variant.pipe, items, seeds, how)
+        latents = generate_latents(subject, items, seeds, how)
         watch.mark()
-        decode(variant.pipe, latents)
+        decode(subject, latents)
         watch.mark()
         denoiser, decoder = watch.parts()
         return {
@@ -101,7 +98,7 @@ def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> di
 
 
 def _run_if_there_is_room(*arguments: Any) -> dict[str, Any] | None:
-    """Return what :func:`run` does, None if the GPU's memory does not suffice."""
+    """Return the result of :func:`run`, None if the GPU has too little memory."""
     try:
         return run(*arguments)
     except torch.OutOfMemoryError:
@@ -110,7 +107,7 @@ def _run_if_there_is_room(*arguments: Any) -> dict[str, Any] | None:
 
 
 Run = tuple[Variant, Work]
-"""What is timed: a variant, and what it is asked to make."""
+"""What is timed: a variant, and the images that it makes."""
 
 
 def time_runs(
@@ -121,25 +118,25 @@ def time_runs(
     kept: Path | None = None,
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Time whole calls, noise to bytes, of ``size`` images; return the time's fields of a row each.
+    """Time whole calls of ``size`` images, from noise to bytes; return each row's time fields.
 
     Rounds are interleaved, A B C A B C, over all samplers, so that a drift of the machine's speed
-    hits all alike; one before them, which warms up, gives the first call's seconds. The saving is 1
-    less the median over rounds of the ratio to the base of the same work, null without one. A row
-    that the GPU's memory does not suffice for has ``skipped`` alone, which says so.
+    affects all alike. A first round warms up and gives the seconds of the first call. The saving is
+    1 minus the median ratio of a round's time to that of the base of the same work, and null if
+    there is no base. A row that does not fit the GPU's memory has the field ``skipped`` only.
 
     Args:
         runs: what to time.
-        size: images of a call.
-        rounds: that are counted.
-        kernels: as :func:`accelkit.enable` takes it.
-        kept: a JSON file of the rounds that were run; those that it holds are not run again.
-        on_run: called with the runs done and their total.
+        size: images per call.
+        rounds: how many rounds are counted.
+        kernels: as for :func:`accelkit.enable`.
+        kept: a JSON file that keeps the rounds; rounds that it holds are not run again.
+        on_run: called with the number of runs done and their total.
     """
     found = _read_rounds(kept)
     resumed = len(found)
     for index in range(resumed, rounds + 1):
-        if index and index == resumed:  # what an earlier process has warmed up is cold again
+        if index and index == resumed:  # this process has not warmed up yet
             for variant, work in runs:
                 _run_if_there_is_room(variant, work, size, kernels, True)
         row = []
@@ -161,13 +158,13 @@ def time_runs(
 
 
 def _whole(runs: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]] | None:
-    """Return a row's rounds, None if there was no room for one."""
+    """Return a row's rounds, None if one of them did not fit the memory."""
     made = [run for run in runs if run is not None]
     return made if len(made) == len(runs) else None
 
 
 def _read_rounds(kept: Path | None) -> list[list[dict[str, Any] | None]]:
-    """Return the rounds that a file holds, none if it is damaged, which warns."""
+    """Return the rounds that a file holds; warn and return none if the file is damaged."""
     if kept is None or not kept.exists():
         return []
     try:
@@ -208,9 +205,9 @@ def throughput(
     kernels: str,
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Return the images per second of each variant at each batch size, sizes within variants.
+    """Return the images per second of each variant at each batch size, variant by variant.
 
-    A size that the GPU's memory does not suffice for is left out.
+    Batch sizes that do not fit the GPU's memory are left out.
     """
     runs = [(variant, work) for variant in variants]
     timed = []
@@ -236,7 +233,7 @@ def throughput(
 
 @torch.no_grad()
 def time_depths(
-    pipe: Any,
+    subject: Subject,
     depths: Sequence[int],
     work: Work,
     size: int,
@@ -244,21 +241,19 @@ def time_depths(
     on_run: OnRun = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Return the time of one network call on ``size`` samples at each depth, interleaved."""
-    model: Any = denoiser_of(pipe)
-    backbone = backbone_of(model)
-    calls = conditioning_of(backbone)
-    sampler = sampler_for(pipe, work.sampling.sampler, work.sampling.steps)
+    model, backbone, calls = subject.model, subject.backbone, subject.calls
+    sampler = sampler_for(subject, work.sampling.sampler, work.sampling.steps)
     latents = torch.randn(size, *calls.shape, generator=torch.Generator().manual_seed(0))
     latents = latents.to(model.device, model.dtype)
     timestep = sampler.timesteps[len(sampler.timesteps) // 2].expand(size).to(model.device)
     items, _ = work.part(range(size))
-    arguments = calls.arguments(latents, timestep, calls.encode(pipe, items))
+    arguments = calls.arguments(latents, timestep, calls.encode(subject.pipe, items))
     watch = Stopwatch(model.device)
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
     for done in range(DEPTH_ROUNDS * len(depths)):
         depth = depths[done % len(depths)]
-        with enable(pipe, Schedule.uniform(depth, backbone.depth), kernels=kernels):
-            model(**arguments, return_dict=False)  # what is made at a first call is not its cost
+        with enable(subject, Schedule.uniform(depth, backbone.depth), kernels=kernels):
+            model(**arguments, return_dict=False)  # a first call also builds what later calls reuse
             watch.mark()
             model(**arguments, return_dict=False)
             watch.mark()
@@ -268,7 +263,7 @@ def time_depths(
         {
             "depth": depth,
             **_spread(seconds[depth]),
-            "macs": _counted(pipe, Schedule.uniform(depth, backbone.depth), None),
+            "macs": _counted(subject, Schedule.uniform(depth, backbone.depth), None),
             "batch_size": size,
         }
         for depth in depths
@@ -276,18 +271,17 @@ def time_depths(
 
 
 def cost(variant: Variant, sampling: Sampling) -> dict[str, Any]:
-    """Return the cost's fields of a row: what is saved ideally, multiply-accumulates, mean depth.
+    """Return the cost fields of a row: ideal saving, multiply-accumulates and mean depth.
 
-    What a cache computes depends on the images; its fields are null.
+    The fields are null for a cache, whose cost depends on the images.
     """
-    schedule, model = variant.method.schedule, denoiser_of(variant.pipe)
+    subject, schedule = variant.subject, variant.method.schedule
     how = variant.sampling(sampling)
-    sampler = sampler_for(variant.pipe, how.sampler, how.steps)
-    levels = NoiseAxis.of(sampler).levels(sampler.timesteps)
+    levels = visited_levels(subject, how.sampler, how.steps)
     known = variant.method.baseline is None
-    kept = (1 - ideal_saving(model, schedule, levels)) * how.steps / sampling.steps
+    kept = (1 - ideal_saving(subject, schedule, levels)) * how.steps / sampling.steps
     calls = how.steps * (1 + (how.guidance != 1))
-    macs = _counted(variant.pipe, schedule, levels) if known else None
+    macs = _counted(subject, schedule, levels) if known else None
     return {
         "ideal_saving": 1 - kept if known else None,
         "macs_per_image": None if macs is None else round(macs * calls),
@@ -296,8 +290,8 @@ def cost(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _counted(pipe: Any, schedule: Schedule, levels: Any) -> float | None:
+def _counted(subject: Subject, schedule: Schedule, levels: Any) -> float | None:
     try:
-        return schedule.mean(cost_of(denoiser_of(pipe)), levels)
-    except AccelkitError:  # a network that needs its weights to be called
+        return schedule.mean(cost_of(subject), levels)
+    except AccelkitError:  # some networks cannot be called without their weights
         return None

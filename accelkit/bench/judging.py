@@ -1,4 +1,4 @@
-"""The quality of a variant's images, made and judged in a stream by any number of processes."""
+"""The quality of a variant's images, made and judged as a stream by any number of processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accelkit.sample.many import RowShards, Work, World, generate_shards
 
 @dataclass(frozen=True)
 class Judge:
-    """What images are judged by: features, and real images in the same."""
+    """What images are judged by: a feature extractor, and the features of real images."""
 
     extractor: FeatureExtractor
     reference: Reference
@@ -32,15 +32,15 @@ def judge_variant(
     world: World,
     on_images: OnRun = lambda done, total: None,
 ) -> dict[str, Any] | None:
-    """Make a variant's images with all processes; return the quality's fields on the main one.
+    """Make a variant's images on all processes; return the row's quality fields on the main one.
 
-    Features are streamed into ``folder``; a run that was killed goes on with what is there.
+    Features are streamed into ``folder``, from where a killed run continues.
     """
     how = replace(work, sampling=variant.sampling(work.sampling))
     shards = RowShards(folder)
-    with applied(variant.pipe, variant.method, how.sampling, kernels):
+    with applied(variant.subject, variant.method, how.sampling, kernels) as subject:
         generate_shards(
-            variant.pipe,
+            subject,
             how,
             batch_size,
             lambda _, images: judge.extractor.extract(images),

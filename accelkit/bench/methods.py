@@ -1,19 +1,19 @@
-"""What a comparison runs beside full depth: schedules, other people's methods, and both at once.
+"""The methods of a comparison: schedules, methods of other libraries, and combinations of both.
 
-A method is spelled in parts between ``+``, in any order::
+A method is written as parts joined by ``+``, in any order::
 
     D4                    a schedule, as accelkit.Schedule.parse reads it
     tome:0.3              token merging, at full depth
-    first_block_cache     a cache (accelkit.bench.baselines.registry), its options behind colons
+    first_block_cache     a cache (accelkit.bench.baselines.registry), its options after colons
     compile               torch.compile; compile:BACKEND, or compile:graphs for CUDA graphs
     eager                 the model's own modules, where full depth runs fused kernels
     steps:20              full depth in another number of steps
     steps                 full depth in as many steps as cost what each of the schedules does
-    D4+pab:3+compile      and so on
+    D4+pab:3+compile      a combination
 
-Full depth and schedules run as :func:`accelkit.enable` runs them, by fused kernels where there are
-some; caches and torch.compile run the model's own modules, and so does ``eager``, which is what
-they compare with. With ``kernels="off"`` all do.
+Full depth and schedules run as :func:`accelkit.enable` runs them, by fused kernels where a model
+has them. Caches and torch.compile run the model's own modules; ``eager`` does so too, for
+comparison with these. With ``kernels="off"`` all methods do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelkit.backbones import Backbone, backbone_of, denoiser_of
+from accelkit.backbones import Backbone
 from accelkit.bench.baselines.registry import BASELINES, Value, cached
-from accelkit.bench.baselines.target import Target, Unavailable, cannot_run, some_items
+from accelkit.bench.baselines.trials import Unavailable, cannot_run, some_items
 from accelkit.bench.twins import in_place_of_its_own, twin_of
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError
@@ -41,25 +41,28 @@ from accelkit.runtime.graphs import GRAPHS
 from accelkit.runtime.switch import enable, enabled_on
 from accelkit.sample.generate import Sampling, generate_latents
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 FEWER = 0
 """The steps of the method ``steps``, which :func:`fewer_steps` replaces."""
 
 _MOST_GRAPHS = 64
-"""Of all methods and sizes of batch. Beyond them torch.compile would run, and be timed, without."""
+"""Most graphs of all methods and batch sizes together. torch.compile would run calls beyond its
+limit without a graph, and they would be timed like that."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How images are made, one row of a comparison. The name takes no part in comparing two.
+    """How images are made: one row of a comparison. Methods are equal whatever their names.
 
     Attributes:
-        name: as it was asked for.
-        schedule: full depth where none was named; merging of tokens is part of it.
+        name: the method as the user wrote it.
+        schedule: the schedule, which includes merging of tokens; full depth if none was named.
         baseline: a key of :data:`accelkit.bench.baselines.registry.BASELINES`, None for no cache.
         options: all options of the baseline.
-        compile: ``graphs`` or a backend of torch.compile's, None for neither.
-        eager: whether it runs the model's own modules; False where a cache or torch.compile does.
+        compile: ``graphs``, a backend of torch.compile, or None.
+        eager: whether the model's own modules run; False with a cache or torch.compile, where
+            they always do.
         steps: sampling steps; None for the sampler's own, :data:`FEWER` for ``steps``.
     """
 
@@ -82,21 +85,25 @@ class Method:
         return ("full", "baseline", "combination")[min(count, 2)]
 
     def sampling(self, how: Sampling) -> Sampling:
-        """Return how it is sampled, given how all others are."""
+        """Return the sampling settings of this method, given those of the comparison."""
         return replace(how, steps=self.steps) if self.steps else how
 
 
-def parse_methods(text: str, model: nn.Module) -> list[Method]:
-    """Read methods for ``model``: commas between them, semicolons if a literal is among them.
+def parse_methods(text: str, target: Any) -> list[Method]:
+    """Read methods separated by commas, or by semicolons if one of them is a literal.
 
-    What does the same as one before it is left out.
+    Methods equal to an earlier one are dropped.
+
+    Args:
+        text: the methods.
+        target: a pipeline, network or subject.
 
     Raises:
         AccelkitError: a part of a method is unknown, or its options cannot be read.
     """
     between = ";" if "@" in text or ";" in text else r",(?!\s*\w+=)"
     names = [name.strip() for name in re.split(between, text) if name.strip()]
-    backbone, methods = backbone_of(model), list[Method]()
+    backbone, methods = Subject.of(target).backbone, list[Method]()
     for name in names:
         if (method := _read(name, backbone)) not in methods:
             methods.append(method)
@@ -104,19 +111,20 @@ def parse_methods(text: str, model: nn.Module) -> list[Method]:
 
 
 def fewer_steps(
-    methods: Sequence[Method], steps: int, model: nn.Module, levels: Sequence[float]
+    methods: Sequence[Method], steps: int, target: Any, levels: Sequence[float]
 ) -> list[Method]:
-    """Replace ``steps`` by full depth in as many steps as cost what each of the schedules does.
+    """Replace ``steps`` by full depth in as many steps as cost what each of the schedules costs.
 
-    The cost is that of multiply-accumulates. Equal numbers are one method, and a schedule that
-    saves less than half a step has none.
+    Cost means multiply-accumulates. Schedules with equal numbers of steps share one method; a
+    schedule that saves less than half a step adds none.
 
     Args:
-        methods: all of a comparison.
-        steps: of the sampler.
-        model: the network.
+        methods: all methods of a comparison.
+        steps: the sampler's number of steps.
+        target: a pipeline, network or subject.
         levels: the noise levels that the sampler visits.
     """
+    subject = Subject.of(target)
     found: list[Method] = []
     for method in methods:
         if method.steps != FEWER:
@@ -125,7 +133,7 @@ def fewer_steps(
         for other in methods:
             if other.kind != "schedule":
                 continue
-            count = max(1, round(steps * (1 - _saving(model, other.schedule, levels))))
+            count = max(1, round(steps * (1 - _saving(subject, other.schedule, levels))))
             fewer = replace(method, name=f"steps:{count}", steps=count)
             if count != steps and fewer not in [*methods, *found]:
                 found.append(fewer)
@@ -133,61 +141,68 @@ def fewer_steps(
 
 
 @contextmanager
-def applied(pipe: Any, method: Method, sampling: Sampling, kernels: str = "auto") -> Iterator[None]:
-    """Run a pipeline's network by a method while entered; afterwards it is what it was.
+def applied(
+    target: Any, method: Method, sampling: Sampling, kernels: str = "auto"
+) -> Iterator[Subject]:
+    """Run a pipeline's network by a method while entered, and restore it afterwards.
 
-    What is compiled is a copy on the same weights (of its own for CUDA graphs, which ask for them
-    to stay where they are), in place of the pipeline's own network while entered. It is kept until
-    that network is gone, so that graphs are made but once.
+    torch.compile and CUDA graphs run a copy of the network on the same weights, which replaces the
+    network while entered. (The copy for CUDA graphs has parameters of its own, since graphs require
+    weights to stay at their addresses.) The copy and its graphs are kept until the network is gone.
 
     Args:
-        pipe: a pipeline whose network runs no schedule.
-        method: how to run it.
-        sampling: how it is sampled from: :meth:`Method.sampling`. Caches are told of it.
-        kernels: as :func:`accelkit.enable` takes it.
+        target: a pipeline whose network runs no schedule, or its subject.
+        method: how to run the network.
+        sampling: how images are sampled (:meth:`Method.sampling`), which caches depend on.
+        kernels: as for :func:`accelkit.enable`.
+
+    Yields:
+        The subject to sample from, whose network may be the copy.
 
     Raises:
-        Unavailable: the method is not installed, cannot run on this network, or its parts not with
-            each other.
+        Unavailable: the method is not installed or cannot run on this network, or its parts cannot
+            be combined.
     """
+    subject = Subject.of(target)
     with ExitStack() as stack:
         if method.compile is None:
-            _put_on(stack, pipe, method, sampling, kernels)
-            yield
+            _put_on(stack, subject, method, sampling, kernels)
+            yield subject
             return
-        stack.enter_context(in_place_of_its_own(pipe, _compiled(pipe, method, sampling, kernels)))
+        twin = _compiled(subject, method, sampling, kernels)
+        stack.enter_context(in_place_of_its_own(subject.pipe, twin))
         if method.compile != GRAPHS:
             limit = {"recompile_limit": _MOST_GRAPHS, "fail_on_recompile_limit_hit": True}
             stack.enter_context(torch._dynamo.config.patch(limit))
-        yield
+        yield replace(subject, model=twin)
 
 
-def check(pipe: Any, method: Method, sampling: Sampling, kernels: str = "auto") -> None:
-    """Raise Unavailable if a method fails on two images, in ten steps at most.
+def check(target: Any, method: Method, sampling: Sampling, kernels: str = "auto") -> None:
+    """Raise Unavailable if a method fails on two images, in at most ten steps.
 
-    That is more than the steps that caches begin with, and do nothing at. Arguments as of
-    :func:`applied`. An error of full depth or of a schedule alone is raised as it is.
+    Caches do nothing in a run's first steps, and ten steps are more than these. Arguments are those
+    of :func:`applied`. An error of full depth or of a schedule alone is raised unchanged.
     """
     brief = replace(sampling, steps=min(sampling.steps, 10))
-    model = denoiser_of(pipe)
-    with applied(pipe, method, brief, kernels):
+    with applied(target, method, brief, kernels) as subject:
         try:
-            generate_latents(pipe, some_items(model, 2), range(2), brief)
+            generate_latents(subject, some_items(subject, 2), range(2), brief)
         except AccelkitError:
             raise
-        except Exception as error:  # whatever a library says that does not know the model
+        except Exception as error:  # libraries raise anything for a model they do not know
             if method.baseline is None and method.compile is None:
                 raise
-            raise cannot_run(method.name, model, error) from error
-        if method.compile == GRAPHS and not enabled_on(pipe).fused.graphs:  # type: ignore[union-attr]
+            raise cannot_run(method.name, subject.model, error) from error
+        state = enabled_on(subject)
+        if method.compile == GRAPHS and not state.fused.graphs:  # type: ignore[union-attr]
             raise Unavailable(f"no call of {method.name} can be captured as a graph")
 
 
-def _saving(model: nn.Module, schedule: Schedule, levels: Sequence[float]) -> float:
+def _saving(subject: Subject, schedule: Schedule, levels: Sequence[float]) -> float:
     try:
-        return schedule.ideal_saving(levels, cost_of(model))
-    except AccelkitError:  # it cannot be counted: the share of blocks, with a warning
-        return ideal_saving(model, schedule, levels)
+        return schedule.ideal_saving(levels, cost_of(subject))
+    except AccelkitError:  # the cost cannot be counted: use the share of blocks, with a warning
+        return ideal_saving(subject, schedule, levels)
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[nn.Module, ExitStack]]] = (
@@ -195,9 +210,8 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[nn.Module, ExitStack
 )
 
 
-def _compiled(pipe: Any, method: Method, sampling: Sampling, kernels: str) -> nn.Module:
-    """Return the copy of a pipeline's network that runs by a method, compiled."""
-    model = denoiser_of(pipe)
+def _compiled(subject: Subject, method: Method, sampling: Sampling, kernels: str) -> nn.Module:
+    """Return the compiled copy of a pipeline's network that runs by a method."""
     key = (
         str(method.schedule),
         method.baseline and (method.baseline, *method.options.items(), sampling),
@@ -205,33 +219,34 @@ def _compiled(pipe: Any, method: Method, sampling: Sampling, kernels: str) -> nn
         method.eager,
         kernels,
     )
-    kept = _kept.setdefault(model, {})
+    kept = _kept.setdefault(subject.model, {})
     if key not in kept:
         try:
-            twin = twin_of(model, shared=method.compile != GRAPHS)
+            twin = twin_of(subject.model, shared=method.compile != GRAPHS)
         except AccelkitError as error:
             raise Unavailable(str(error)) from error
-        with in_place_of_its_own(pipe, twin), ExitStack() as stack:
-            _put_on(stack, pipe, method, sampling, kernels)
+        with in_place_of_its_own(subject.pipe, twin), ExitStack() as stack:
+            _put_on(stack, replace(subject, model=twin), method, sampling, kernels)
             if method.compile != GRAPHS:
                 twin.compile(backend=method.compile, dynamic=False)
-            kept[key] = twin, stack.pop_all()  # what was put on it stays
+            kept[key] = twin, stack.pop_all()  # the schedule and cache stay on the copy
     return kept[key][0]
 
 
-def _put_on(stack: ExitStack, pipe: Any, method: Method, sampling: Sampling, kernels: str) -> None:
-    """Put schedule and cache on a pipeline's network until ``stack`` is closed."""
+def _put_on(
+    stack: ExitStack, subject: Subject, method: Method, sampling: Sampling, kernels: str
+) -> None:
+    """Put a method's schedule and cache on a network until ``stack`` is closed."""
     schedule, by_torch = method.schedule, method.compile not in (None, GRAPHS)
     kernels = "off" if by_torch or method.eager else kernels
     try:
         if not schedule.full or not (by_torch or method.baseline):
-            stack.enter_context(enable(pipe, schedule, kernels=kernels))
+            stack.enter_context(enable(subject, schedule, kernels=kernels))
         if method.compile == GRAPHS:
-            graphs.compile(pipe)
+            graphs.compile(subject)
         if method.baseline is not None:
-            target = Target(pipe, sampling)
-            stack.enter_context(cached(target, method.baseline, method.options))
-            conflicts.check(target.backbone, schedule)
+            stack.enter_context(cached(subject, sampling, method.baseline, method.options))
+            conflicts.check(subject.backbone, schedule)
     except Unavailable:
         raise
     except AccelkitError as error:
@@ -241,7 +256,7 @@ def _put_on(stack: ExitStack, pipe: Any, method: Method, sampling: Sampling, ker
 
 
 def _read(name: str, backbone: Backbone) -> Method:
-    """Read one method; what is no cache, compile, eager or steps is the schedule."""
+    """Read one method; parts that are not a cache, compile, eager or steps form the schedule."""
     baseline: str | None = None
     backend: str | None = None
     steps: int | None = None
@@ -264,17 +279,17 @@ def _read(name: str, backbone: Backbone) -> Method:
             backend = _backend(":".join(rest) or "inductor")
         else:
             steps = _steps(":".join(rest), name)
-    eager = eager and baseline is None and backend in (None, GRAPHS)  # the others are, anyway
+    eager = eager and baseline is None and backend in (None, GRAPHS)  # the others always are
     parsed = _schedule(schedule, name, backbone)
     return Method(name, parsed, baseline, options, backend, eager, steps)
 
 
 def _schedule(parts: list[str], name: str, backbone: Backbone) -> Schedule:
-    """Read what is left of a method; Schedule.parse has one that merges end in how."""
+    """Read the schedule of a method, with merging last as Schedule.parse expects."""
     merging = [part for part in parts if re.fullmatch(r"tome:[^@]*", part, re.IGNORECASE)]
     whole = [part for part in parts if part not in merging]
     plain = [part for part in whole if re.fullmatch(r"[\w-]+(:[^@.]*)?", part)]
-    if "@" in name:  # its + may be of a literal's intervals
+    if "@" in name:  # a + may be part of a literal's intervals
         plain = []
     for part in plain:
         _check_name(part, backbone)
@@ -315,6 +330,6 @@ def _steps(text: str, name: str) -> int:
     if re.fullmatch(r"0*[1-9]\d{0,8}", text):
         return int(text)
     raise AccelkitError(
-        f"cannot read {name!r}: write steps:20 for 20 steps, or steps alone for as many as cost "
-        "what each of the schedules does"
+        f"cannot read {name!r}: write steps:20 for 20 steps, or steps alone for as many as each of "
+        "the schedules costs"
     )

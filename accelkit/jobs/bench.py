@@ -1,4 +1,4 @@
-"""Compare methods with full depth on one model, and leave a report."""
+"""Compares methods with full depth on one model and writes a report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from accelkit.artifact import artifact
-from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.conditioning import conditioning_of
+from accelkit.artifact.names import named
 from accelkit.bench.comparison import Comparison
 from accelkit.bench.judging import Judge
 from accelkit.bench.protocol import Plan
@@ -25,20 +23,14 @@ from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_result
 from accelkit.bench.timing import Stopwatch
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import (
-    Reporter,
-    Silent,
-    Source,
-    image_size,
-    items_of,
-    open_images,
-    open_unscheduled,
-)
+from accelkit.jobs.common import Reporter, Silent, Source
+from accelkit.jobs.inputs import items_of, named_in, open_images, open_unscheduled, origin_of
 from accelkit.jobs.sample import parse_labels
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.references import open_reference
 from accelkit.sample.many import World
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train.rundir import SETTINGS
 from accelkit.version import __version__
 
@@ -55,43 +47,44 @@ def bench(
     published: Sequence[dict[str, Any]] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Compare, write a report, and return what ``results.json`` holds; see its schema.
+    """Compare, write a report, and return the content of ``results.json`` (see its schema).
 
-    Whatever was measured there before with the same settings is not measured again, so that a run
-    that was killed goes on with the same call. Of an artifact, all methods run on its base model's
-    weights, and the schedule it was tuned for on the tuned ones as well.
+    Measurements in ``output`` with the same settings are not repeated, so that the same call
+    continues a killed run. For an artifact, all methods run on the weights of its base model, and
+    the schedule that it was tuned for on its tuned weights as well.
 
-    Under ``accelerate launch`` all processes make images and the main one measures time; only that
-    one returns results, the others an empty dict.
+    Under ``accelerate launch`` all processes make images and the main one measures time. It returns
+    the results, and the others return an empty dict.
 
     Args:
-        source: names of model and data.
-        plan: what and how.
-        output: directory, made if missing.
-        reporter: told how far it is.
-        tuned: directories of artifacts by the schedules that they are tuned for and compared with.
-        published: figures that are shown beside the measured ones, as the schema has them.
-        overwrite: forget what was measured there before.
+        source: the names of model and data.
+        plan: the settings of the comparison.
+        output: the directory, made if missing.
+        reporter: receives progress.
+        tuned: directories of artifacts to compare as well, by the schedules that they are tuned
+            for.
+        published: published figures to show next to the measured ones, as in the schema.
+        overwrite: measure everything again.
 
     Raises:
-        AccelkitError: any input that does not fit.
+        AccelkitError: an input does not fit.
     """
     world = World.launched()
-    config = artifact.config_of(source.model, source.revision)
-    origin = replace(source, **artifact.base_of(config)) if config else source
+    found = named_in(source)
     recorded = _prepare(output, overwrite) if world.main else None
-    pipe = open_unscheduled(origin)
-    weights: list[tuple[Schedule, Any]] = []
-    if config:
-        weights.append((Schedule.from_dict(config["schedule"]), open_unscheduled(source)))
-    weights += [_tuned(text, folder, source, pipe) for text, folder in (tuned or {}).items()]
+    subject = open_unscheduled(origin_of(source, found), None if found.config else found)
+    weights: list[tuple[Schedule, Subject]] = []
+    if found.config:
+        schedule = Schedule.from_dict(found.config["schedule"])
+        weights.append((schedule, open_unscheduled(source, found)))
+    weights += [_tuned(text, folder, source, subject) for text, folder in (tuned or {}).items()]
     schedules = [schedule for schedule, _ in weights]
     if twice := [s for s in schedules if schedules.count(s) > 1]:
         raise AccelkitError(
             f"there are two sets of weights tuned for {twice[0].name or twice[0]}; give one of them"
         )
     return compare(
-        pipe,
+        subject,
         weights,
         source,
         plan,
@@ -105,8 +98,8 @@ def bench(
 
 
 def compare(
-    pipe: Any,
-    tuned: Sequence[tuple[Schedule, Any]],
+    subject: Subject,
+    tuned: Sequence[tuple[Schedule, Subject]],
     source: Source,
     plan: Plan,
     output: Path,
@@ -122,34 +115,35 @@ def compare(
     """Run the comparison on pipelines that are open, without a schedule; see :func:`bench`.
 
     Args:
-        pipe: with its own weights.
-        tuned: schedules, and pipelines with weights tuned for each.
-        source: names of model and data.
-        plan: what and how.
-        output: directory.
-        reporter: told how far it is.
-        images: the data of ``source``, if they are open, and described, already.
-        world: the processes, by default this one alone.
-        published: figures that are shown beside the measured ones.
-        training: how the tuned weights were made, for the record.
-        recorded: the feature extractor of results that are there.
-        overwrite: forget what was measured there before.
+        subject: the pipeline with its own weights.
+        tuned: schedules, each with a pipeline whose weights are tuned for it.
+        source: the names of model and data.
+        plan: the settings of the comparison.
+        output: the directory.
+        reporter: receives progress.
+        images: the data of ``source``, if they are open and reported already.
+        world: the processes. Default: this one alone.
+        published: published figures to show next to the measured ones.
+        training: the training of the tuned weights, for the record.
+        recorded: the feature extractor of earlier results in ``output``.
+        overwrite: measure everything again.
     """
     world = world or World()
     reporter = reporter if world.main else Silent()
-    model = denoiser_of(pipe)
-    told = images is not None
-    images = images or open_images(source, model)
-    items = items_of(images, model)
+    reported = images is not None
+    images = images or open_images(source, subject)
+    items = items_of(images, subject)
     if plan.labels:
         if items == (None,) or any(isinstance(item, str) for item in items):
-            raise AccelkitError(f"this {type(model).__name__} has no classes; leave --labels out")
+            kind = type(subject.model).__name__
+            raise AccelkitError(f"this {kind} has no classes; leave --labels out")
         items = tuple(parse_labels(plan.labels))
-        conditioning_of(backbone_of(model)).encode(pipe, items)  # refuses classes that it lacks
-    comparison = Comparison(pipe, tuned, plan, items, output / CELLS, world, reporter.advance)
-    for turn in (True, False):  # the main process first, whose features of the reference are kept
+        subject.calls.encode(subject.pipe, items)  # refuses classes that the model lacks
+    comparison = Comparison(subject, tuned, plan, items, output / CELLS, world, reporter.advance)
+    size = subject.calls.pixels(subject.pipe)
+    for turn in (True, False):  # the main process first: it caches the features of the reference
         if world.main is turn:
-            comparison.judge = _judge(plan, images, image_size(pipe), reporter, recorded)
+            comparison.judge = _judge(plan, images, size, reporter, recorded)
         world.wait()
     with comparison.cells.claimed() if world.main else nullcontext():
         if overwrite and world.main:
@@ -157,7 +151,7 @@ def compare(
             shutil.rmtree(output / SAMPLES, ignore_errors=True)
             (output / RESULTS).unlink(missing_ok=True)
         world.wait()
-        if not told:
+        if not reported:
             reporter.say(f"comparing with {images.summary()}")
         measured = comparison.run()
     if not world.main:
@@ -174,9 +168,10 @@ def compare(
 
 
 def _prepare(output: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Refuse a place that holds something else.
+    """Return the feature extractor of earlier results; None without any, or to overwrite them.
 
-    Returns the feature extractor of the results that are there, None without or to ``overwrite``.
+    Raises:
+        AccelkitError: ``output`` holds something other than a bench.
     """
     if output.exists() and not output.is_dir():
         raise AccelkitError(f"the output {output} is a file; give a directory")
@@ -187,25 +182,23 @@ def _prepare(output: Path, overwrite: bool) -> dict[str, Any] | None:
     return read_results(output / RESULTS)["protocol"]["extractor"]
 
 
-def _tuned(text: str, folder: str, source: Source, pipe: Any) -> tuple[Schedule, Any]:
-    """Open weights that are said to be tuned for a schedule of ``pipe``'s network."""
-    model = denoiser_of(pipe)
-    backbone = backbone_of(model)
+def _tuned(text: str, folder: str, source: Source, subject: Subject) -> tuple[Schedule, Subject]:
+    """Open the artifact in ``folder``, which has to be tuned for a schedule of the same network."""
+    backbone = subject.backbone
     schedule = Schedule.parse(text, backbone.depth, backbone.family)
-    config = artifact.config_of(folder)
-    if config is None:
+    found = named(folder)
+    if found.config is None:
         raise AccelkitError(
             f"{folder} holds no model that was fine-tuned to a schedule; give one of accelkit "
             f"finetune for {text}"
         )
-    if (found := Schedule.from_dict(config["schedule"])) != schedule:
+    if (other := Schedule.from_dict(found.config["schedule"])) != schedule:
         raise AccelkitError(
-            f"{folder} is tuned for {found.name or found}, not for {text}; give the one that is"
+            f"{folder} is tuned for {other.name or other}, not for {text}; give the one that is"
         )
-    tuned = open_unscheduled(
-        replace(source, model=folder, revision=None, variant=None, vae=None, num_heads=None)
-    )
-    if _network(tuned) != _network(pipe):
+    own = replace(source, model=folder, revision=None, variant=None, vae=None, num_heads=None)
+    tuned = open_unscheduled(own, found)
+    if _network(tuned) != _network(subject):
         raise AccelkitError(
             f"{folder} is tuned from another network than {source.model}; give one that was made "
             "of it"
@@ -213,9 +206,9 @@ def _tuned(text: str, folder: str, source: Source, pipe: Any) -> tuple[Schedule,
     return schedule, tuned
 
 
-def _network(pipe: Any) -> tuple[type, dict[str, Any]]:
-    model: Any = denoiser_of(pipe)
-    return type(model), {k: v for k, v in model.config.items() if k[0] != "_"}
+def _network(subject: Subject) -> tuple[type, dict[str, Any]]:
+    """Return the class and the sizes of a network."""
+    return type(subject.model), {k: v for k, v in subject.model.config.items() if k[0] != "_"}
 
 
 def _judge(
@@ -225,16 +218,16 @@ def _judge(
     reporter: Reporter,
     recorded: dict[str, Any] | None,
 ) -> Judge | None:
-    """Return what images are judged by, None where nothing for such images comes with accelkit."""
+    """Return what images are judged by, None if accelkit has no feature extractor for them."""
     if plan.features is None and (images.name != "digits" or size != 32):
         if plan.reference or plan.features_sha256:
             raise AccelkitError(
-                f"nothing that comes with accelkit judges {images.name} at {size}x{size}; give "
-                "--features beside --reference or --features-sha256"
+                f"accelkit has no feature extractor for {images.name} at {size}x{size}; give "
+                "--features with --reference or --features-sha256"
             )
         reporter.say(
-            f"no feature extractor for {images.name} at {size}x{size} comes with accelkit, so "
-            "there are no figures of quality; accelkit bench takes one by --features"
+            f"accelkit has no feature extractor for {images.name} at {size}x{size}, so quality is "
+            "not measured; accelkit bench takes one as --features"
         )
         return None
     extractor = open_extractor(
@@ -245,9 +238,10 @@ def _judge(
     )
     if recorded and (extractor.name, extractor.sha256) != (recorded["name"], recorded["sha256"]):
         raise AccelkitError(
-            f"the results there are by {recorded['name']} with SHA-256 {recorded['sha256'][:12]}…, "
-            f"this is {extractor.name} with {extractor.sha256[:12]}…; figures of the two do not "
-            "compare: give the same --features, another -o, or --overwrite"
+            f"the results there were measured by {recorded['name']} with SHA-256 "
+            f"{recorded['sha256'][:12]}…, this is {extractor.name} with {extractor.sha256[:12]}…, "
+            "and figures of the two do not compare; give the same --features, another -o, or "
+            "--overwrite"
         )
     reference = open_reference(
         plan.reference or images,
@@ -262,8 +256,7 @@ def _protocol(
     comparison: Comparison, source: Source, images: ImageSource, training: dict[str, Any] | None
 ) -> dict[str, Any]:
     plan, judge = comparison.plan, comparison.judge
-    model: Any = denoiser_of(comparison.pipe)
-    backbone = backbone_of(model)
+    model, backbone = comparison.subject.model, comparison.subject.backbone
     return {
         "command": shlex.join(["accelkit", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

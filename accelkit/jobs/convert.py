@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from accelkit.artifact.loading import ORIGINAL_SUFFIXES, is_alone, open_network
+from accelkit.artifact.loading import open_network
+from accelkit.artifact.names import ALONE, ORIGINAL_SUFFIXES, named_base
 from accelkit.errors import AccelkitError
 from accelkit.files.documents import read_object
 from accelkit.files.writing import AGAIN
-from accelkit.jobs.common import save_pipeline
+from accelkit.jobs.outputs import save_pipeline
 from accelkit.layouts.original import load_original, save_original
 
 
@@ -21,13 +22,14 @@ def convert(
     overwrite: bool,
     variant: str | None = None,
 ) -> Path:
-    """Write ``source`` in the other layout to ``target`` and return it.
+    """Write ``source`` in the other layout to ``target`` and return ``target``.
 
-    A file becomes a directory that the network's ``from_pretrained`` reads; a directory, of
-    a transformer or of a pipeline, becomes a file. Every key is accounted for.
+    A file becomes a directory that the network's ``from_pretrained`` reads. A directory of a
+    transformer or a pipeline becomes a file. Every key is accounted for.
 
     Raises:
-        AccelkitError: nothing to read, no DiT, the target exists, or the conversion is inexact.
+        AccelkitError: ``source`` cannot be read or has no original layout, ``target`` exists, or
+            the conversion is inexact.
     """
     if target.exists() and not overwrite:
         raise AccelkitError(f"{target} exists; replace it with --overwrite")
@@ -44,11 +46,10 @@ def convert(
     folder = source / "transformer" if (source / "model_index.json").is_file() else source
     if not (folder / "config.json").is_file():
         raise AccelkitError(f"{source} is no model directory: it has no config.json")
-    if not is_alone(folder):
+    if not named_base(folder).alone:
         named = read_object(folder / "config.json").get("_class_name")
         raise AccelkitError(
-            f"{source} holds a {named}; what has an original layout is DiTTransformer2DModel, "
-            "UViTTransformer2DModel"
+            f"{source} holds a {named}; the networks with an original layout are {', '.join(ALONE)}"
         )
     save_original(open_network(folder, variant=variant), target, allow_inexact=allow_inexact)
     return target
@@ -58,7 +59,7 @@ _WRITTEN = re.compile(r"config\.json|diffusion_pytorch_model.*\.(safetensors|ind
 
 
 def _check_replaced(target: Path) -> None:
-    """Raise AccelkitError for a directory that holds what no conversion wrote."""
+    """Raise AccelkitError for a directory with files that no conversion wrote."""
     entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     if others := [name for name in entries if not _WRITTEN.fullmatch(name)]:
         raise AccelkitError(

@@ -1,4 +1,4 @@
-"""Adapt a pretrained model to a schedule, save it and measure what it gained and kept."""
+"""Adapts a pretrained model to a schedule, saves it and measures its speed and quality."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit.artifact import artifact
-from accelkit.backbones import Backbone, backbone_of, denoiser_of
-from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.protocol import Plan
 from accelkit.data.shards import fingerprint
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
 from accelkit.jobs.bench import compare
-from accelkit.jobs.common import (
-    Reporter,
-    Run,
-    Source,
-    announce,
-    claimed,
+from accelkit.jobs.common import Reporter, Run, Source
+from accelkit.jobs.inputs import (
     encoded,
-    identify,
     items_of,
+    named_in,
     open_images,
     open_unscheduled,
+    origin_of,
     prompted,
-    watch,
 )
+from accelkit.jobs.training import announce, claimed, identify, watch
 from accelkit.runtime.switch import enable, fitting
+from accelkit.subject import Subject
 from accelkit.train import lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import supervision_for
@@ -46,34 +42,36 @@ def finetune(
     where: Run,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Fine-tune, save and compare.
+    """Fine-tune a model to a schedule, save it as an artifact and compare it.
 
-    Leaves in the output directory the artifact, ``checkpoints``, and what ``accelkit bench`` does.
-    Returns what ``results.json`` holds: rows of full depth, the schedule before fine-tuning, what
-    else ``plan`` has, the schedule after; on processes other than the main one an empty dict.
-    Without ``plan`` nothing is compared.
+    The output directory holds the artifact, ``checkpoints`` and the files of ``accelkit bench``.
+    Nothing is compared without ``plan``.
+
+    Returns:
+        The content of ``results.json``: rows of full depth, of the schedule before fine-tuning, of
+        the other methods of ``plan``, and of the schedule after fine-tuning. An empty dict without
+        ``plan``, and on processes other than the main one.
 
     Raises:
-        AccelkitError: any input that does not fit, or a loss that is not finite.
-        accelkit.errors.Stopped: a signal ended it; it can be resumed.
+        AccelkitError: an input does not fit, or a loss is not finite.
+        accelkit.errors.Stopped: a signal ended the run, which can be resumed.
     """
-    pipe = open_unscheduled(source)
-    model = denoiser_of(pipe)
-    backbone = backbone_of(model)
+    found = named_in(source)
+    subject = open_unscheduled(source, found)
+    backbone, scheduler = subject.backbone, subject.scheduler
     parsed = fitting(schedule, backbone)
-    images = open_images(source, model)
+    images = open_images(source, subject)
     if plan is not None:
-        plan.samplings(pipe)
-        parse_methods(plan.methods, model)
-    process = process_for(pipe.scheduler, config)
-    supervision_for(config, backbone, parsed, pipe.scheduler, process)
+        plan.samplings(subject)
+        parse_methods(plan.methods, subject)
+    process = process_for(scheduler, config)
+    supervision_for(config, backbone, parsed, scheduler, process)
     lora.check(config.lora_rank)
     if config.lora_rank:
         lora.check_rank(backbone, config.lora_rank)
         lora.check_reach(backbone, parsed)
-    tuned = artifact.config_of(source.model, source.revision)
-    origin = replace(source, **artifact.base_of(tuned)) if tuned else source
-    if config.lora_rank and tuned:
+    origin = origin_of(source, found)
+    if config.lora_rank and found.config:
         raise AccelkitError(
             f"{source.model} holds weights that were tuned already, to which no adapter can be "
             f"added; train all weights, or start from {origin.model}"
@@ -86,32 +84,23 @@ def finetune(
         "evaluation": plan and asdict(plan),
     }
     with claimed(settings, config, where) as (run, accelerator):
-        identify(run, accelerator, images, model=fingerprint(pipe), **_captions(images, backbone))
-        before = _own_copy(pipe) if plan else None
-        latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        made_of = {"model": fingerprint(subject.pipe), **_captions(images, subject)}
+        identify(run, accelerator, images, **made_of)
+        before = _copy_of(subject) if plan else None
+        latents = encoded(subject, images, source.flip, accelerator, reporter)
         announce(images, where, accelerator, reporter)
-        prompts = prompted(pipe, images, latents, accelerator, reporter)
-        items = items_of(images, model)
-        watching = watch(pipe, items, config, where, accelerator, reporter)
-        adapter = train(
-            model,
-            pipe.scheduler,
-            parsed,
-            latents,
-            config,
-            run,
-            accelerator,
-            watching,
-            prompts,
-            conditioning_of(backbone, pipe),
-        )
+        prompts = prompted(subject, images, latents, accelerator, reporter)
+        items = items_of(images, subject)
+        watching = watch(subject, items, config, where, accelerator, reporter)
+        subject.calls.read_factor(subject.pipe)
+        adapter = train(subject, parsed, latents, config, run, accelerator, watching, prompts)
         if not accelerator.is_main_process:
             return {}
 
         def save(metrics: dict[str, Any]) -> None:
-            with enable(pipe, parsed):
+            with enable(subject, parsed):
                 artifact.save(
-                    pipe,
+                    subject,
                     where.output,
                     base_model=origin.model,
                     revision=origin.revision,
@@ -123,12 +112,12 @@ def finetune(
                     adapter=adapter,
                 )
 
-        save({})  # before measuring, which can be interrupted
+        save({})  # in case measuring is interrupted
         if plan is None or before is None:
             return {}
         results = compare(
             before,
-            [(parsed, pipe)],
+            [(parsed, subject)],
             source,
             plan,
             where.output,
@@ -140,18 +129,17 @@ def finetune(
     return results
 
 
-def _captions(images: ImageSource, backbone: Backbone) -> dict[str, str]:
-    """Return a fingerprint of the captions, if the model is prompted by text."""
-    if not conditioning_of(backbone).text:
+def _captions(images: ImageSource, subject: Subject) -> dict[str, str]:
+    """Return a fingerprint of the captions if the model is prompted by text."""
+    if not subject.calls.text:
         return {}
     text = json.dumps(images.captions)
     return {"captions": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _own_copy(pipe: Any) -> Any:
-    """Return the same pipeline around a denoiser of its own."""
-    model = denoiser_of(pipe)
-    made = copy.copy(pipe)
-    name = next(name for name, part in pipe.components.items() if part is model)
-    made.register_modules(**{name: copy.deepcopy(model)})
-    return made
+def _copy_of(subject: Subject) -> Subject:
+    """Return the same pipeline around a copy of its network."""
+    pipe, model = copy.copy(subject.pipe), copy.deepcopy(subject.model)
+    name = next(name for name, part in pipe.components.items() if part is subject.model)
+    pipe.register_modules(**{name: model})
+    return replace(subject, target=pipe, model=model)

@@ -67,14 +67,14 @@ class ModelConfig:
 
 
 def check_sizes(config: ModelConfig, vae: Any) -> None:
-    """Try out whether a network can be built and trained; nothing is allocated.
+    """Check that a network can be built and trained; nothing is allocated.
 
     Args:
         config: the network's architecture.
-        vae: the autoencoder, an ``AutoencoderKL`` on any device, the meta device too.
+        vae: the autoencoder, an ``AutoencoderKL`` on any device, the meta device included.
 
     Raises:
-        AccelkitError: sizes that do not go together, or more parameters than there is memory for.
+        AccelkitError: the sizes do not fit each other, or the parameters do not fit the memory.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1) * config.patch_size
     if config.image_size % factor:
@@ -85,7 +85,7 @@ def check_sizes(config: ModelConfig, vae: Any) -> None:
     try:
         with torch.device("meta"):
             network = _PIPELINES[config.family](config, vae, {}).transformer
-    except Exception as error:  # of torch, over sizes whose product is no number of bytes
+    except Exception as error:  # torch raises several kinds for sizes that overflow
         raise AccelkitError(
             f"no network of these sizes can be built ({error}); give smaller ones in [model]"
         ) from error
@@ -102,7 +102,7 @@ def check_sizes(config: ModelConfig, vae: Any) -> None:
 
 
 _BYTES_TO_TRAIN = 5 * 4
-"""Of a parameter in float32: itself, its gradient, AdamW's two moments and the EMA teacher's."""
+"""Bytes for a float32 parameter: itself, its gradient, AdamW's two moments, the EMA teacher's."""
 
 
 def _memory() -> int:
@@ -117,8 +117,8 @@ def fresh_pipeline(config: ModelConfig, vae: Any, classes: Mapping[int, str], se
     Args:
         config: the network's architecture.
         vae: the autoencoder, an ``AutoencoderKL``.
-        classes: names of the data's classes by label; a pipeline that keeps names keeps them.
-        seed: of the weights, which are drawn as the family's authors draw them.
+        classes: names of the data's classes by label, for pipelines that record names.
+        seed: seed of the weights, which are drawn as the family's authors draw them.
     """
     pipe = _PIPELINES[config.family](config, vae, classes)
     backbone_of(pipe.transformer).initialize(seed)  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ def fresh_pipeline(config: ModelConfig, vae: Any, classes: Mapping[int, str], se
 
 
 def _latents(config: ModelConfig, vae: Any) -> dict[str, int]:
-    """What a network of any family takes of the latents that it works on."""
+    """Return the sizes that networks of all families take."""
     return {
         "in_channels": vae.config.latent_channels,
         "sample_size": config.image_size // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -153,7 +153,7 @@ def _dit(config: ModelConfig, vae: Any, classes: Mapping[int, str]) -> Any:
     names = dict(classes)
     kind = dit_pipeline_for(network, vae)
     pipe = kind(network, vae, reference_process(), id2label=names or None)
-    pipe.register_to_config(id2label=names)  # which diffusers reads back but does not write
+    pipe.register_to_config(id2label=names)  # diffusers reads it back but does not write it
     return pipe
 
 

@@ -1,23 +1,22 @@
-"""What accelkit sees in a model."""
+"""Describes a model: family, blocks, numerics and cost per depth."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from accelkit.artifact import artifact
-from accelkit.artifact.loading import is_alone, open_network, refuse_revision
-from accelkit.backbones import Backbone, backbone_of, denoiser_of
+from accelkit.artifact.artifact import open_named
+from accelkit.artifact.loading import open_network
+from accelkit.artifact.names import named
 from accelkit.cost import cost_of, macs_by_depth, parameters_of
 from accelkit.errors import AccelkitError
-from accelkit.noise.axis import NoiseAxis
 from accelkit.runtime.fused import paths
 from accelkit.runtime.switch import enabled_on, fitting
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 
 def inspect(
@@ -29,33 +28,27 @@ def inspect(
 ) -> dict[str, Any]:
     """Return family, class, blocks, parameters, numerics, process and cost per depth.
 
-    ``gmacs_by_depth`` begins at ``least_depth``. Where the cost cannot be counted, ``cost`` says
-    why in its place.
+    ``gmacs_by_depth`` begins at ``least_depth``. If the cost cannot be counted, ``cost`` gives the
+    reason instead.
 
     Args:
-        model: as :func:`accelkit.from_pretrained` takes it; of a network alone nothing else is
-            read.
-        revision: of a hub id.
-        schedule: whose mean cost is added; default the one in force, if any.
+        model: a name as for :func:`accelkit.from_pretrained`; a network alone is opened without an
+            autoencoder.
+        revision: revision of a hub id.
+        schedule: the schedule to add the mean cost of. Default: the one in force, if any.
         num_heads: attention heads of an original-layout file of unpublished size.
-        variant: of the weights.
+        variant: variant of the weights.
 
     Raises:
         AccelkitError: the model cannot be read, or the schedule does not fit it.
     """
-    refuse_revision(model, revision)
-    alone = is_alone(model)
-    target: Any = (
-        open_network(Path(model), num_heads, variant)
-        if alone
-        else artifact.from_pretrained(
-            model, revision=revision, variant=variant, num_heads=num_heads
-        )
-    )
-    network = denoiser_of(target)
-    backbone = backbone_of(network)
-    scheduler = None if alone else target.scheduler
-    state = enabled_on(network)
+    found = named(model, revision)
+    if found.alone:
+        assert found.path is not None
+        subject = Subject.of(open_network(found.path, num_heads, variant))
+    else:
+        subject = open_named(found, variant, num_heads=num_heads)
+    network, backbone, state = subject.model, subject.backbone, enabled_on(subject)
     seen: dict[str, Any] = {
         "model": model,
         "family": backbone.family,
@@ -66,7 +59,7 @@ def inspect(
         "parameters": sum(p.numel() for p in network.parameters()),
         "block_parameters": _range(backbone.blocks),
         "dtype": str(network.dtype).removeprefix("torch."),
-        "noise_axis": NoiseAxis.of(scheduler).kind,
+        "noise_axis": subject.axis.kind,
         **backbone.notes(),
     }
     chosen = fitting(schedule, backbone) if schedule else None
@@ -79,14 +72,14 @@ def inspect(
         }
     seen["path_of_blocks"] = _ranges(paths(backbone))
     try:
-        seen |= _costs(network, backbone, chosen)
+        seen |= _costs(subject, chosen)
     except AccelkitError as error:
         seen["cost"] = f"not counted: {error}"
     return seen
 
 
 def _ranges(paths: list[str]) -> str:
-    """Say what consecutive blocks have in common: ``0-27 fused``."""
+    """Return the paths of consecutive blocks in words, such as ``0-27 fused``."""
     said, start = [], 0
     for path, group in groupby(paths):
         last = start + len(list(group)) - 1
@@ -95,19 +88,19 @@ def _ranges(paths: list[str]) -> str:
     return "; ".join(said)
 
 
-def _costs(network: Any, backbone: Backbone, schedule: Schedule | None) -> dict[str, Any]:
-    shape = next(iter(backbone.example().values())).shape
+def _costs(subject: Subject, schedule: Schedule | None) -> dict[str, Any]:
+    shape = next(iter(subject.backbone.example().values())).shape
     costs: dict[str, Any] = {
         "cost_of_a_sample": " x ".join(map(str, shape[1:])),
-        "gmacs_by_depth": [cost / 1e9 for cost in macs_by_depth(network)],
+        "gmacs_by_depth": [cost / 1e9 for cost in macs_by_depth(subject.model)],
     }
     if schedule is not None:
-        costs["mac_saving"] = f"{schedule.ideal_saving(cost=cost_of(network)):.2%}"
-        costs["mean_parameters_read"] = round(schedule.mean(parameters_of(network)))
+        costs["mac_saving"] = f"{schedule.ideal_saving(cost=cost_of(subject)):.2%}"
+        costs["mean_parameters_read"] = round(schedule.mean(parameters_of(subject)))
     return costs
 
 
 def _range(blocks: Iterable[nn.Module]) -> int | list[int]:
-    """Parameters of a block, or of the smallest and the largest where they differ."""
+    """Return the parameters of a block, or of the smallest and the largest if they differ."""
     sizes = sorted({sum(p.numel() for p in block.parameters()) for block in blocks})
     return sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]]

@@ -1,4 +1,4 @@
-"""Run a published comparison: train what it needs, then one bench over all of it."""
+"""Reproduces a published comparison: trains the models it needs, then runs one bench over all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from accelkit.bench.protocol import Plan
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.files.writing import AGAIN
 from accelkit.jobs.bench import bench
-from accelkit.jobs.common import Reporter, Run, Source, save_pipeline
+from accelkit.jobs.common import Reporter, Run, Source
 from accelkit.jobs.finetune import finetune
 from accelkit.jobs.fresh import ModelConfig
+from accelkit.jobs.outputs import save_pipeline
 from accelkit.jobs.published import Experiment, Publication
 from accelkit.jobs.scratch import PIPELINE, scratch
 from accelkit.runtime.switch import enable
@@ -32,14 +33,14 @@ _CHECKPOINTS = 50  # of a whole training, but at least every 100 steps
 
 @dataclass(frozen=True)
 class Given:
-    """What a user brings to a reproduction beside model and data.
+    """What a user brings to a reproduction besides model and data.
 
     Attributes:
-        tuned: directories of artifacts by the schedules that they are tuned for; the rest is
-            trained.
-        kernels: as :func:`accelkit.enable` takes it.
-        features, features_sha256, reference: as of :class:`accelkit.bench.protocol.Plan`.
-        seed: of all trainings; its images have seeds that no other's have.
+        tuned: directories of artifacts by the schedules that they are tuned for; weights for other
+            schedules are trained.
+        kernels: as for :func:`accelkit.enable`.
+        features, features_sha256, reference: as in :class:`accelkit.bench.protocol.Plan`.
+        seed: seed of all trainings; another seed also has other seeds for its images.
     """
 
     tuned: Mapping[str, str] = field(default_factory=dict)
@@ -58,24 +59,24 @@ def reproduce(
     output: Path,
     reporter: Reporter,
 ) -> dict[str, dict[str, Any]]:
-    """Train what is missing, compare, and return the results by variant of the training.
+    """Train the missing weights, compare, and return the results by variant of the training.
 
-    Weights go to ``OUTPUT/SCHEDULE`` (a model that is trained first to ``OUTPUT/base``), results
-    to ``OUTPUT``; where trainings are compared, each has a directory of its own there. What is
-    there already is not done again.
+    Weights go to ``OUTPUT/SCHEDULE`` (a base model trained first goes to ``OUTPUT/base``) and
+    results to ``OUTPUT``. If variants of a training are compared, each has a directory of its own
+    in ``OUTPUT``. Finished work is not repeated.
 
     Args:
-        publication: what is reproduced.
+        publication: the publication to reproduce.
         scale: ``full`` or ``digits``.
-        source: model and data, "" for what the publication brings itself; the autoencoder is that
-            of an original-layout file, or what is trained from scratch works behind it.
-        given: what there is already, and how images are judged.
-        output: directory.
-        reporter: told how far it is.
+        source: model and data, "" for those of the publication; the autoencoder is that of an
+            original-layout file, or of models trained from scratch.
+        given: existing weights, and how images are judged.
+        output: the directory.
+        reporter: receives progress.
 
     Raises:
-        AccelkitError: something that is needed is not given, or any input does not fit.
-        accelkit.errors.Stopped: a signal ended a training; the same call goes on.
+        AccelkitError: a required input is missing, or an input does not fit.
+        accelkit.errors.Stopped: a signal ended a training; the same call continues it.
     """
     World.launched()
     experiment = publication.experiment(scale)
@@ -91,7 +92,7 @@ def reproduce(
                 if schedule not in tuned:
                     tuned[schedule] = str(output / variant / schedule)
                     work.train(base, schedule, change, Path(tuned[schedule]))
-            World.launched().wait()  # for the main process, which writes
+            World.launched().wait()  # the main process writes the weights
             results[variant] = bench(
                 base,
                 plan,
@@ -109,7 +110,7 @@ def reproduce(
 def _named(
     publication: Publication, experiment: Experiment, source: Source, given: Given
 ) -> Source:
-    """Return model and data with what the publication brings; refuse what does not fit it."""
+    """Return model and data, completed by the publication; AccelkitError if they do not fit."""
     source = replace(
         source,
         model=source.model or experiment.model,
@@ -144,7 +145,7 @@ def _named(
 
 @dataclass
 class _Work:
-    """The trainings of one reproduction; those that lie there finished are not run again."""
+    """The trainings of one reproduction; finished ones are not run again."""
 
     publication: Publication
     experiment: Experiment
@@ -154,11 +155,11 @@ class _Work:
     reporter: Reporter
 
     def base(self) -> Source:
-        """Return what everything is compared on, trained if no model is named."""
+        """Return the model that everything is compared on, trained if no model is named."""
         if self.source.model:
             return self.source
         change = {**self.experiment.base}
-        if self.experiment.from_scratch:  # as the others, but at full depth all along
+        if self.experiment.from_scratch:  # trained like the others, but at full depth
             change = {**self.experiment.training, "intermediate_weight": 0.0, **change}
         folder = self.output / BASE
         self._scratch("full", self._config(change), folder)
@@ -171,7 +172,7 @@ class _Work:
         return replace(self.source, model=str(place), vae=None)
 
     def train(self, base: Source, schedule: str, change: Mapping[str, Any], folder: Path) -> None:
-        """Leave in ``folder`` an artifact with weights for ``schedule``."""
+        """Train weights for ``schedule`` and save them as an artifact in ``folder``."""
         config = self._config({**self.experiment.training, **change})
         self.reporter.say(f"weights for {schedule}, in {folder}")
         if not self.experiment.from_scratch:
@@ -199,9 +200,9 @@ class _Work:
         scratch(source, schedule, sizes, AutoencoderConfig(), config, where, self.reporter)
 
 
-def _finished(folder: Path, left: Path, config: TrainConfig) -> bool:
-    """Whether a training with these settings has ended; one with others is refused by itself."""
-    return left.exists() and RunDirectory(folder).stored().get("train") == config.to_dict()
+def _finished(folder: Path, result: Path, config: TrainConfig) -> bool:
+    """Whether a training with these settings has ended; with others, the training itself raises."""
+    return result.exists() and RunDirectory(folder).stored().get("train") == config.to_dict()
 
 
 def _run(folder: Path, config: TrainConfig) -> Run:
@@ -210,7 +211,7 @@ def _run(folder: Path, config: TrainConfig) -> Run:
 
 
 def _continuous(trained: Path, target: Path) -> None:
-    """Copy a pipeline of the linear-beta process as one of the VP SDE that it discretises."""
+    """Copy a pipeline of the linear-beta process with the VP SDE that it discretises."""
     from accelkit.noise.vp_sde import VPSDEEulerMaruyamaScheduler
 
     pipe = open_pipeline(trained)
@@ -233,7 +234,7 @@ def _plan(experiment: Experiment, given: Given) -> Plan:
         kernels=given.kernels,
         rounds=experiment.rounds,
         timing_batch_size=experiment.timing_batch_size,
-        throughput=(),  # no table has one
+        throughput=(),  # no published table has any
         features=given.features,
         features_sha256=given.features_sha256,
         reference=given.reference,

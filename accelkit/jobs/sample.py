@@ -1,26 +1,27 @@
-"""Sample images to files."""
+"""Samples images to files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.conditioning import Item, conditioning_of
+from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
 from accelkit.files.locks import LOCK, alone_in
 from accelkit.files.writing import AGAIN, PARTIAL, explain_failure, remove, write_json
-from accelkit.jobs.common import Reporter, Source, open_model, save_picture
+from accelkit.jobs.common import Reporter, Source
+from accelkit.jobs.inputs import open_model
+from accelkit.jobs.outputs import save_picture
 from accelkit.runtime import graphs
 from accelkit.runtime.switch import disable, enable, enabled_on
 from accelkit.sample.generate import Sampling, check_seed, generate, grid
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
-_MOST_CLASSES = 1_000_000  # a slip of the finger should not fill the memory
+_MOST_CLASSES = 1_000_000  # a typing error should not fill the memory
 _DIGITS = 9
 GRID, INDEX = "grid.png", "samples.json"
 _AGAIN = f"{AGAIN} with --overwrite"
@@ -44,48 +45,49 @@ def sample(
     """Write ``number`` PNG files, a grid and an index; return the files of the images.
 
     Args:
-        source: which model.
-        schedule: runs instead of the one the model was tuned for, if any.
-        labels: classes to go round, such as ``3,1,4`` or ``0-9``; None for all the model names.
-        number: how many images; image i has seed ``seed + i``.
-        seed: of the first image.
+        source: the model.
+        schedule: the schedule to run. Default: the one that the model was tuned for, if any.
+        labels: classes to cycle through, such as ``3,1,4`` or ``0-9``. Default: all classes that
+            the model names.
+        number: number of images; image i has seed ``seed + i``.
+        seed: seed of the first image.
         batch_size: images per batch.
         how: sampler, steps and guidance.
-        output: directory.
-        overwrite: remove what an earlier run left there, and nothing else.
-        kernels: as :func:`accelkit.enable` takes it.
-        mode: as :func:`accelkit.compile` takes it, None for no graphs.
-        reporter: told how far it is.
+        output: the directory.
+        overwrite: remove the files of an earlier run, and nothing else.
+        kernels: as for :func:`accelkit.enable`.
+        mode: as for :func:`accelkit.compile`, None for no graphs.
+        reporter: receives progress.
 
     Raises:
-        AccelkitError: any input that does not fit.
+        AccelkitError: an input does not fit.
     """
     if number < 1 or batch_size < 1:
         raise AccelkitError(f"give at least 1 image and a batch of 1, got {number}, {batch_size}")
     check_seed(seed)
     _check_free(output, overwrite)
-    pipe = open_model(source)
+    subject = open_model(source)
     runs: str | Schedule | None = schedule
-    if (tuned_for := enabled_on(pipe)) is not None:
+    if (tuned_for := enabled_on(subject)) is not None:
         runs = tuned_for.schedule if schedule is None else schedule
-        disable(pipe)
+        disable(subject)
     if runs is not None:
-        enable(pipe, runs, kernels=kernels)
+        enable(subject, runs, kernels=kernels)
     if mode is not None:
-        graphs.compile(pipe, mode)
-    how = how.check(pipe)
-    items = _items(pipe, labels)
+        graphs.compile(subject, mode)
+    how = how.check(subject)
+    items = _items(subject, labels)
     with explain_failure(output, _AGAIN):
         output.mkdir(parents=True, exist_ok=True)
     images: list[np.ndarray] = []
     rows, files = [], []
     with alone_in(output, "another accelkit sample"):
-        _check_free(output, overwrite)  # another may have come and gone since
+        _check_free(output, overwrite)  # another run may have ended in the meantime
         for start in range(0, number, batch_size):
             places = range(start, min(start + batch_size, number))
             chosen = [items[i % len(items)] for i in places]
-            batch = generate(pipe, chosen, [seed + i for i in places], how)
-            if not images:  # nothing of the input is refused from here on
+            batch = generate(subject, chosen, [seed + i for i in places], how)
+            if not images:  # no input is refused from here on
                 _clear(output)
             images.append(batch)
             for place, label, image in zip(places, chosen, batch, strict=True):
@@ -94,7 +96,7 @@ def sample(
                 rows.append({"file": files[-1].name, "label": label, "seed": seed + place})
             reporter.advance("sampling", places.stop, number)
         save_picture(grid(np.concatenate(images)), output / GRID, _AGAIN)
-        state = enabled_on(pipe)
+        state = enabled_on(subject)
         about = {
             "model": source.model,
             "schedule": state and state.schedule.to_dict(),
@@ -106,7 +108,7 @@ def sample(
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
-    """Raise AccelkitError for a place that holds something, unless it may be overwritten."""
+    """Raise AccelkitError for a directory that is not empty, unless it may be overwritten."""
     content = [e for e in output.iterdir() if e.name != LOCK] if output.is_dir() else []
     if (output.exists() and not output.is_dir()) or (content and not overwrite):
         raise AccelkitError(
@@ -115,14 +117,14 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 
 def _clear(output: Path) -> None:
-    """Remove the files that a run writes, of which an earlier one may have written more."""
+    """Remove the files of an earlier run, which may have written more than this one will."""
     for entry in output.iterdir():
         if _WRITTEN.fullmatch(entry.name) and (entry.is_file() or entry.suffix == PARTIAL):
             remove(entry)
 
 
 def parse_labels(text: str) -> list[int]:
-    """Return the classes that ``"3,1,4"`` or ``"0-9"`` means."""
+    """Return the classes in a list such as ``"3,1,4"`` or ``"0-9"``."""
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -140,21 +142,17 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-def known_labels(pipe: Any) -> Sequence[Item]:
-    """Return the classes a pipeline has names for, or all that its model has; None for none."""
-    named = sorted(set(getattr(pipe, "labels", {}).values()))
-    count = backbone_of(denoiser_of(pipe)).num_classes
-    return named or ([None] if count is None else range(count))
-
-
-def _items(pipe: Any, labels: str | None) -> Sequence[Item]:
-    model = denoiser_of(pipe)
-    backbone = backbone_of(model)
-    if conditioning_of(backbone).text:
+def _items(subject: Subject, labels: str | None) -> Sequence[Item]:
+    """Return the classes of ``labels``, or else those that the pipeline names, or else all."""
+    kind, count = type(subject.model).__name__, subject.backbone.num_classes
+    if subject.calls.text:
         raise AccelkitError(
-            f"accelkit sample makes images of classes, a {type(model).__name__} is prompted by "
-            "text; open it with accelkit.from_pretrained and call it with your prompts"
+            f"accelkit sample makes images of classes, a {kind} is prompted by text; open it with "
+            "accelkit.from_pretrained and call it with your prompts"
         )
-    if labels and backbone.num_classes is None:
-        raise AccelkitError(f"this {type(model).__name__} has no classes; leave --labels out")
-    return parse_labels(labels) if labels else known_labels(pipe)
+    if labels and count is None:
+        raise AccelkitError(f"this {kind} has no classes; leave --labels out")
+    if labels:
+        return parse_labels(labels)
+    named = sorted(set(getattr(subject.pipe, "labels", {}).values()))
+    return named or ([None] if count is None else range(count))

@@ -1,4 +1,4 @@
-"""Train a small latent model from scratch: autoencoder, denoiser, a pipeline for diffusers."""
+"""Trains a small latent model from scratch: its autoencoder, then its denoiser."""
 
 from __future__ import annotations
 
@@ -10,26 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from accelkit.artifact.loading import FETCH_AGAIN, open_whole, reading
+from accelkit.artifact.loading import open_whole
+from accelkit.artifact.names import FETCH_AGAIN, reading
 from accelkit.data.shards import fingerprint_of
 from accelkit.data.sources import ImageSource, iter_images
 from accelkit.files.tensors import check_tensors
 from accelkit.files.weights import check_model
-from accelkit.jobs.common import (
-    Reporter,
-    Run,
-    Source,
-    announce,
-    claimed,
-    encoded,
-    identify,
-    items_of,
-    open_data,
-    save_pipeline,
-    watch,
-)
+from accelkit.jobs.common import Reporter, Run, Source
 from accelkit.jobs.fresh import ModelConfig, check_sizes, fresh_pipeline
+from accelkit.jobs.inputs import encoded, items_of, open_data
+from accelkit.jobs.outputs import save_pipeline
+from accelkit.jobs.training import announce, claimed, identify, watch
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train.autoencoder import AutoencoderConfig, build_autoencoder, train_autoencoder
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import parts_of
@@ -47,13 +40,13 @@ def scratch(
     where: Run,
     reporter: Reporter,
 ) -> None:
-    """Train and leave a half-precision pipeline directory at ``OUTPUT/pipeline``.
+    """Train a model and write it to ``OUTPUT/pipeline``, in half precision, for diffusers.
 
     The autoencoder is trained first, unless ``source`` names one.
 
     Raises:
-        AccelkitError: any input that does not fit, or a loss that is not finite.
-        accelkit.errors.Stopped: a signal ended it; it can be resumed.
+        AccelkitError: an input does not fit, or a loss is not finite.
+        accelkit.errors.Stopped: a signal ended the run, which can be resumed.
     """
     images = open_data(source, model.num_classes, "raise num_classes")
     given = None if source.vae is None else _open(source.vae, FETCH_AGAIN)
@@ -72,34 +65,35 @@ def scratch(
         vae = given or _autoencoder(images, model, autoencoder, where, accelerator, reporter)
         identify(run, accelerator, images, autoencoder=fingerprint_of(vae))
         pipe = fresh_pipeline(model, vae, images.names, config.seed)
-        latents = encoded(pipe, images, source.flip, accelerator, reporter)
+        subject = Subject.of(pipe)
+        latents = encoded(subject, images, source.flip, accelerator, reporter)
         announce(images, where, accelerator, reporter)
-        items = items_of(images, pipe.transformer)
-        watching = watch(pipe, items, config, where, accelerator, reporter)
-        train(pipe.transformer, pipe.scheduler, parsed, latents, config, run, accelerator, watching)
+        items = items_of(images, subject)
+        watching = watch(subject, items, config, where, accelerator, reporter)
+        train(subject, parsed, latents, config, run, accelerator, watching)
         if accelerator.is_main_process:
             for network in (pipe.transformer, pipe.vae):
-                nn.Module.to(network, torch.float16)  # diffusers' own to() warns of nothing
+                nn.Module.to(network, torch.float16)  # diffusers' own to() warns needlessly
             save_pipeline(pipe, where.output / PIPELINE)
 
 
 def checked_schedule(
     schedule: str, model: ModelConfig, autoencoder: AutoencoderConfig | Any, config: TrainConfig
 ) -> Schedule:
-    """Return the schedule, if the settings of a training go together; nothing is allocated.
+    """Return the schedule if the settings of a training fit each other; nothing is allocated.
 
     Args:
-        schedule: as :meth:`accelkit.schedule.Schedule.parse` takes it.
+        schedule: text for :meth:`accelkit.schedule.Schedule.parse`.
         model: the network's architecture.
-        autoencoder: how it is to be trained, or one that is.
-        config: how the network is to be trained.
+        autoencoder: a trained autoencoder, or the settings to train one with.
+        config: the settings to train the network with.
 
     Raises:
-        AccelkitError: they do not.
+        AccelkitError: the settings do not fit each other.
     """
     parsed = Schedule.parse(schedule, model.depth, model.family)
     if config.intermediate_weight:
-        parts_of(parsed)  # or it would fail when the autoencoder is trained
+        parts_of(parsed)  # fail here rather than after training the autoencoder
     if isinstance(autoencoder, AutoencoderConfig):
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             autoencoder = build_autoencoder(autoencoder, model.image_size)
@@ -115,7 +109,7 @@ def _autoencoder(
     accelerator: Any,
     reporter: Reporter,
 ) -> Any:
-    """Return the autoencoder, trained by the main process unless an earlier run has done so."""
+    """Return the autoencoder, trained by the main process unless an earlier run trained it."""
     folder = where.output / AUTOENCODER
     if accelerator.is_main_process and not folder.exists():
         pixels = np.concatenate([b for _, b in iter_images(images, model.image_size, 256)])
@@ -136,7 +130,7 @@ def _open(place: str, what_to_do: str) -> Any:
 
     Args:
         place: the directory or hub id.
-        what_to_do: about a damaged file, as the end of a sentence.
+        what_to_do: what to do about a damaged file, as the end of a sentence.
     """
     from diffusers import AutoencoderKL
 
@@ -144,5 +138,5 @@ def _open(place: str, what_to_do: str) -> Any:
         check_tensors(Path(place), what_to_do)
         vae = open_whole(AutoencoderKL, place)
     check_model(vae, place, Path(place))
-    vae.register_to_config(_name_or_path="")  # else it is published where this run lay
+    vae.register_to_config(_name_or_path="")  # would publish the path of this run
     return vae

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.backbones import denoiser_of, stale
+from accelkit.backbones import stale
 from accelkit.errors import AccelkitError
 from accelkit.runtime.fused import FusedForward, Pass
 from accelkit.runtime.switch import enabled_on
+from accelkit.subject import Subject
 
 GRAPHS = "graphs"
 
@@ -28,8 +29,8 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
     that are moved or exchanged drop all graphs. :func:`accelkit.disable` ends it.
 
     Args:
-        target: a pipeline or network with a schedule in force (:func:`accelkit.enable`; ``full``
-            for all blocks at every noise level).
+        target: a pipeline, network or subject with a schedule in force (:func:`accelkit.enable`;
+            ``full`` for all blocks at every noise level).
         mode: ``graphs`` captures CUDA graphs of the fused forward; the name of a backend of
             ``torch.compile``, such as ``inductor``, compiles it.
         limit: number of graphs to keep; beyond it the least recently used is dropped.
@@ -38,8 +39,9 @@ def compile(target: Any, mode: str = GRAPHS, *, limit: int = 16) -> None:
         AccelkitError: no schedule is in force, the model has no fused forward or its kernels are
             off, there is no CUDA device to capture graphs on, or the backend is unknown.
     """
-    state = enabled_on(target)
-    name = type(denoiser_of(target)).__name__
+    subject = Subject.of(target)
+    state = enabled_on(subject)
+    name = type(subject.model).__name__
     if state is None:
         raise AccelkitError(
             f"this {name} runs no schedule; call accelkit.enable first, with 'full' for all blocks"

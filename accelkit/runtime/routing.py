@@ -106,6 +106,7 @@ class Router:
         schedule: what to spend at which noise level.
         scheduler: returns the scheduler in use, None for the reference process. Called for every
             call of the model, since a pipeline's scheduler may be exchanged.
+        axis: the noise axis of the scheduler at present, if it is known.
 
     Attributes:
         taps: the :class:`accelkit.runtime.taps.Taps` in force, if any.
@@ -113,7 +114,11 @@ class Router:
     """
 
     def __init__(
-        self, backbone: Backbone, schedule: Schedule, scheduler: Callable[[], Any]
+        self,
+        backbone: Backbone,
+        schedule: Schedule,
+        scheduler: Callable[[], Any],
+        axis: NoiseAxis | None = None,
     ) -> None:
         self.backbone = backbone
         self.schedule = schedule
@@ -122,7 +127,7 @@ class Router:
         self.taps: Any = None
         self.fused: Any = None
         self._plans = WeakTensorKeyDictionary()  # by the input of blocks that may be recomputed
-        self._axis: tuple[Any, NoiseAxis] | None = None
+        self._axis: tuple[Any, NoiseAxis] | None = None if axis is None else (scheduler(), axis)
         self._running = _Running()
 
     @property

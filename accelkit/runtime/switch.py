@@ -1,4 +1,4 @@
-"""Switch a schedule on and off, on a user's own model or pipeline."""
+"""Switches a schedule on and off, on a user's own model or pipeline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from accelkit.backbones import Backbone, backbone_of, called_by, denoiser_of
+from accelkit.backbones import Backbone, called_by
 from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.noise.axis import NoiseAxis
 from accelkit.preset_names import SEQUENTIAL, preset_family, preset_names
@@ -19,6 +19,7 @@ from accelkit.runtime import conflicts, hooks, patching, routing
 from accelkit.runtime.fused import FusedForward, fused_forward, paths
 from accelkit.runtime.timesteps import PipelineScheduler, scheduler_getter
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 
 _STATE = "_accelkit"
 
@@ -28,7 +29,7 @@ class Enabled:
 
     Attributes:
         schedule: the schedule, scaled to the model's depth.
-        backbone: the model as accelkit sees it.
+        backbone: the model as a stack of blocks.
         kernels: ``auto`` or ``off``.
     """
 
@@ -43,14 +44,14 @@ class Enabled:
 
     @property
     def fused(self) -> FusedForward | None:
-        """The model's fused forward, None where it runs its own modules."""
+        """The model's fused forward, None if the model runs its own modules."""
         return self._router.fused
 
     def paths(self) -> list[str]:
-        """Return for each of the model's blocks by which path it runs, and why.
+        """Return how each of the model's blocks runs, and why.
 
-        A block that is not fused runs as it is. A call that records gradients, that torch.compile
-        traces, or that merges tokens runs all of them so.
+        A block that is not fused runs its own modules. So do all blocks in a call that records
+        gradients, is traced by torch.compile or merges tokens.
         """
         if self.kernels == "off":
             return ["own modules: kernels are off"] * len(self.backbone.all_blocks)
@@ -65,8 +66,8 @@ class Enabled:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if enabled_on(self.backbone.model) is self:
-            disable(self.backbone.model)
+        if self.backbone.model.__dict__.get(_STATE) is self:
+            _switch_off(self)
 
     def __repr__(self) -> str:
         name = self.schedule.name or "schedule"
@@ -85,81 +86,86 @@ def enable(
 ) -> Enabled:
     """Let the noise level decide how many blocks each call of ``target`` runs.
 
-    The model's weights, class and state_dict keys stay as they are. A batch may mix noise levels:
-    every sample gets the depth of its own. Several threads may call the model from then on; calls
-    that are under way have to return first.
+    The model's weights, class and state_dict keys do not change. A batch may mix noise levels:
+    every sample runs at the depth of its own level. Several threads may call the model afterwards;
+    calls already under way have to return first.
 
     Args:
-        target: a diffusers pipeline, or the network itself.
+        target: a diffusers pipeline, its network, or a :class:`accelkit.subject.Subject`.
         schedule: a preset's name, a literal, a file's path (:meth:`Schedule.parse`), or a
             :class:`Schedule` made for a model of this depth.
-        scheduler: what tells the noise level of a timestep. Default: the pipeline's scheduler,
-            also when it is exchanged later; for a bare network the linear betas of DiT.
+        scheduler: the scheduler whose timesteps the model is given. Default: the pipeline's, also
+            after it is exchanged; for a network alone, the linear betas of DiT.
         kernels: ``auto`` runs a DiT, U-ViT or PixArt without gradients by its fused forward
-            (:mod:`accelkit.runtime.fused`), Triton kernels on a CUDA GPU and PyTorch's operators
-            elsewhere, whose results differ by rounding; ``off`` runs nothing but the model's own
-            modules.
+            (:mod:`accelkit.runtime.fused`): Triton kernels on a CUDA GPU and PyTorch's operators
+            elsewhere, with results that differ by rounding. ``off`` runs the model's own modules
+            only.
 
     Returns:
-        A handle that can be used in a ``with``, which disables at its end.
+        A handle. Used in a ``with``, it takes the schedule off at the end.
 
     Raises:
-        AccelkitError: the model has a schedule already, or a part of it has, no backbone is known
-            for its class, the schedule does not fit, the scheduler cannot be placed on the noise
-            axis, or ``kernels`` is neither.
+        AccelkitError: the model or a part of it runs a schedule already, no backbone is known for
+            its class, the schedule does not fit, the scheduler cannot be placed on the noise axis,
+            or ``kernels`` is neither of the two.
         TypeError: ``target`` or ``schedule`` is of another type.
 
-    Whatever is raised, the model is as it was before.
+    The model is unchanged if anything is raised.
     """
     if kernels not in KERNELS:
         raise AccelkitError(f"kernels={kernels!r}; expected one of {', '.join(KERNELS)}")
-    model = denoiser_of(target)
-    if (old := enabled_on(model)) is not None:
+    subject = Subject.of(target, scheduler)
+    model = subject.model
+    if (old := enabled_on(subject)) is not None:
         raise AccelkitError(
             f"this {type(model).__name__} runs {old.schedule.name or old.schedule} already; "
             "call accelkit.disable first"
         )
     _check_overlap(model)
-    _check_pipeline(target, model)
-    backbone = backbone_of(model)
+    _check_pipeline(subject)
+    backbone = subject.backbone
     backbone.check()
     _check_blocks(backbone)
-    _tell_of_another_network(target, model)
-    router = routing.Router(
-        backbone, fitting(schedule, backbone), scheduler_getter(target, scheduler)
-    )
+    _warn_of_second_network(subject)
+    getter = scheduler_getter(subject.target, subject.given)
+    router = routing.Router(backbone, fitting(schedule, backbone), getter, subject.axis)
     state = Enabled(router, kernels)
-    _ = state.axis  # fails here rather than at the first step
     conflicts.check(backbone, state.schedule)
     _install(state)
-    if (compiled := called_by(target)) is not model:
+    if (compiled := called_by(subject.target)) is not model:
         state.handle = compiled.register_forward_pre_hook(hooks.plan_ahead, with_kwargs=True)
     return state
 
 
 def disable(target: Any) -> None:
-    """Take the schedule off: ``target`` is again exactly what it was.
+    """Take the schedule off, which restores ``target`` exactly.
 
-    Warns with AccelkitWarning if none is in force. Fine-tuned weights stay. A call that another
-    thread has under way goes on without the schedule: let it return first.
+    Warns with AccelkitWarning if no schedule is in force. Fine-tuned weights stay. Let calls in
+    other threads return first: they would go on without the schedule.
+
+    Args:
+        target: a pipeline, its network, or a :class:`accelkit.subject.Subject`.
     """
-    model = denoiser_of(target)
-    if enabled_on(model) is None:
+    model = Subject.of(target).model
+    if (state := model.__dict__.get(_STATE)) is None:
         warnings.warn(
             f"this {type(model).__name__} runs no schedule, there is nothing to disable",
             AccelkitWarning,
             stacklevel=2,
         )
         return
-    state = model.__dict__[_STATE]
-    _uninstall(model)
+    _switch_off(state)
+
+
+def _switch_off(state: Enabled) -> None:
+    _uninstall(state.backbone.model)
     if state.handle is not None:
         state.handle.remove()
 
 
 def enabled_on(target: Any) -> Enabled | None:
-    """Return the schedule in force on a pipeline or network, or None."""
-    return denoiser_of(target).__dict__.get(_STATE)
+    """Return the schedule in force on a pipeline, network or subject, or None."""
+    return Subject.of(target).model.__dict__.get(_STATE)
 
 
 def _install(state: Enabled) -> None:
@@ -189,7 +195,7 @@ def _uninstall(model: nn.Module) -> None:
 
 
 class _Copier:
-    """Copies and pickles a model with its schedule: every copy runs its own weights."""
+    """Copies and pickles a model with its schedule, so that a copy runs its own weights."""
 
     def __init__(self, state: Enabled) -> None:
         self._state = weakref.ref(state)
@@ -200,9 +206,8 @@ class _Copier:
         assert state is not None  # it lives as long as the model being copied
         if names := conflicts.foreign(state.backbone.model):
             raise AccelkitError(
-                f"a copy of this {type(state.backbone.model).__name__} would go on running the "
-                f"original's weights for what diffusers hooked on it ({', '.join(names)}); copy "
-                "it first"
+                f"a copy of this {type(state.backbone.model).__name__} would run the original's "
+                f"weights, because diffusers has hooks on it ({', '.join(names)}); copy it first"
             )
         model = state.backbone.model
         twins = patching.bare(model)
@@ -219,7 +224,7 @@ class _Copier:
         state, twin = self._bare(memo)
         follows = state._router.scheduler
         scheduler = follows.copied(memo) if isinstance(follows, PipelineScheduler) else follows
-        router = routing.Router(backbone_of(twin), state.schedule, scheduler)
+        router = routing.Router(Subject.of(twin).backbone, state.schedule, scheduler)
         _install(Enabled(router, state.kernels))
         return twin
 
@@ -234,7 +239,7 @@ def _revived(model: nn.Module, schedule: Schedule, scheduler: Any, kernels: str)
 
 
 def fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
-    """Return the schedule that ``schedule`` means for a model, as :func:`enable` takes it.
+    """Return the schedule that ``schedule`` means for a model; see :func:`enable`.
 
     Raises:
         AccelkitError: it cannot be read, or does not fit the model.
@@ -269,7 +274,7 @@ def fitting(schedule: str | Path | Schedule, backbone: Backbone) -> Schedule:
 
 
 def _check_blocks(backbone: Backbone) -> None:
-    """Raise AccelkitError where a backbone does not name what its model's blocks take."""
+    """Raise AccelkitError if a backbone names arguments that its model's blocks do not take."""
     kind, blocks = type(backbone).__name__, list(backbone.blocks)
     if not blocks:
         raise AccelkitError(
@@ -304,22 +309,23 @@ def _check_overlap(model: nn.Module) -> None:
         )
 
 
-def _check_pipeline(target: Any, model: nn.Module) -> None:
-    """Raise AccelkitError for a pipeline that gives its network no one noise level a sample."""
-    if getattr(getattr(target, "config", None), "expand_timesteps", False):
+def _check_pipeline(subject: Subject) -> None:
+    """Raise AccelkitError for a pipeline whose samples have several noise levels at once."""
+    if getattr(getattr(subject.target, "config", None), "expand_timesteps", False):
         raise AccelkitError(
-            f"this {type(target).__name__} gives its {type(model).__name__} a timestep for every "
-            "token (expand_timesteps), so that a sample has no one noise level to schedule"
+            f"this {type(subject.target).__name__} gives its {type(subject.model).__name__} a "
+            "timestep for every token (expand_timesteps), so that a sample has no one noise level "
+            "to schedule"
         )
 
 
-def _tell_of_another_network(target: Any, model: nn.Module) -> None:
-    """Warn where a pipeline has a second network, for lower noise, that goes on at full depth."""
-    other = getattr(target, "transformer_2", None)
-    if other is not None and other is not model:
+def _warn_of_second_network(subject: Subject) -> None:
+    """Warn of a second network of a pipeline, for lower noise, which stays at full depth."""
+    other = getattr(subject.target, "transformer_2", None)
+    if other is not None and other is not subject.model:
         warnings.warn(
-            f"this {type(target).__name__} has two networks, of which the schedule runs on the one "
-            "for high noise alone; for the other, too: "
+            f"this {type(subject.target).__name__} has two networks, of which the schedule runs on "
+            "the one for high noise only; for the other, call "
             "accelkit.enable(pipe.transformer_2, ..., scheduler=pipe.scheduler)",
             AccelkitWarning,
             stacklevel=3,

@@ -1,7 +1,7 @@
-"""Images from a pipeline, each from its own seed and its class or caption, if the model has any.
+"""Images from a pipeline, each from a seed and from a class or caption if the model takes any.
 
-An image depends on these alone, not on the batch it was made in: noise is drawn on
-the CPU by one generator per image, for samplers that keep adding noise as well.
+An image depends on these alone and not on its batch: one generator per image draws noise on the
+CPU, also for samplers that add noise at every step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.autoencoders import autoencoder_of, check_autoencoder, decoded
-from accelkit.backbones.conditioning import Item, conditioning_of
-from accelkit.backbones.watched import learn
+from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
 from accelkit.runtime import conflicts
-from accelkit.sample.samplers import STOCHASTIC, resolved, sampler_for
+from accelkit.sample.samplers import STOCHASTIC, sampler_for, sampler_name
+from accelkit.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Sampling:
     """How images are sampled.
 
     Attributes:
-        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``
-            (:func:`accelkit.sample.samplers.resolved`).
+        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``.
         steps: network calls per image.
         guidance: classifier-free guidance scale; 1 is none and runs no second half of the batch.
         guidance_channels: how many latent channels are guided, None for all as diffusers does;
@@ -53,25 +51,32 @@ class Sampling:
             raise AccelkitError(f"guide at least 1 channel, got {self.guidance_channels}")
 
     def check(self, pipe: Any) -> Sampling:
-        """Return it with the sampler named.
+        """Return these settings for a pipeline, with the sampler's name in place of ``auto``.
+
+        Args:
+            pipe: a pipeline or its subject.
 
         Raises:
-            AccelkitError: the sampler does not follow the pipeline's process, the pipeline calls
-                its network as accelkit does not, or there are fewer channels than are to be guided.
+            AccelkitError: the sampler does not follow the pipeline's process, accelkit does not
+                know how the pipeline calls its network, or fewer channels exist than are guided.
         """
-        sampler_for(pipe, self.sampler, self.steps)
-        calls = conditioning_of(backbone_of(denoiser_of(pipe)))
-        calls.suits(pipe)
-        channels = calls.shape[0]
+        subject = Subject.of(pipe)
+        sampler_for(subject, self.sampler, self.steps)
+        subject.calls.suits(subject.pipe)
+        channels = subject.calls.shape[0]
         if (self.guidance_channels or 0) > channels:
             raise AccelkitError(
                 f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
             )
-        return replace(self, sampler=resolved(self.sampler, pipe.scheduler))
+        return replace(self, sampler=sampler_name(subject, self.sampler))
+
+    def calls(self, pipe: Any) -> int:
+        """Return how many timesteps a run on ``pipe`` visits."""
+        return len(sampler_for(pipe, self.sampler, self.steps).timesteps)
 
 
 def check_seed(seed: int) -> None:
-    """Raise AccelkitError for a seed that images cannot be numbered from."""
+    """Raise AccelkitError for a seed outside [0, 2^32)."""
     if not 0 <= seed < 2**32:
         raise AccelkitError(f"a seed lies in [0, 2^32), got {seed}")
 
@@ -92,22 +97,21 @@ def generate_latents(
     """Return latents of shape (B, C, H, W), before the autoencoder's scaling is undone.
 
     Args:
-        pipe: a pipeline, with or without a schedule.
-        items: a class, or for a model that is prompted by text a caption, per image; None for
-            neither.
+        pipe: a pipeline or its subject, with or without a schedule.
+        items: a class per image, a caption if the model is prompted by text, or None.
         seeds: a seed per image.
         how: sampler, steps and guidance.
 
     Raises:
-        AccelkitError: classes the model lacks, guidance for a model without classes or captions,
-            or as many seeds as items are not given.
+        AccelkitError: the model lacks a class, guidance is given for a model without classes or
+            captions, or the numbers of seeds and items differ.
     """
-    model: Any = denoiser_of(pipe)
-    calls = conditioning_of(backbone_of(model))
+    subject = Subject.of(pipe)
+    model, calls = subject.model, subject.calls
     if len(items) != len(seeds):
         raise AccelkitError(f"got {len(items)} labels for {len(seeds)} seeds; give one of each")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    sampler = sampler_for(pipe, how.sampler, how.steps)
+    sampler = sampler_for(subject, how.sampler, how.steps)
     if hasattr(sampler, "set_begin_index"):  # two timesteps may be rounded to the same number
         sampler.set_begin_index(0)
     uses_variance = sampler.config.get("variance_type") == "learned_range"
@@ -116,9 +120,9 @@ def generate_latents(
     device, dtype = model.device, model.dtype
     shape = (len(items), *calls.shape)
     x = randn_tensor(shape, generators, torch.device("cpu")).to(device, dtype)
-    x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching's have neither of the two
+    x = x * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching has neither of the two
     scale_input = getattr(sampler, "scale_model_input", lambda x, t: x)
-    rows = calls.encode(pipe, items)
+    rows = calls.encode(subject.pipe, items)
     guided = how.guidance != 1
     if guided:
         if not rows:
@@ -126,7 +130,7 @@ def generate_latents(
                 f"a {type(model).__name__} without classes or captions has nothing to guide by; "
                 "use guidance 1"
             )
-        nulls = calls.encode(pipe, [None] * len(items))
+        nulls = calls.encode(subject.pipe, [None] * len(items))
         rows = {name: torch.cat([rows[name], nulls[name]]) for name in rows}
     with conflicts.sampling_run(model):
         for t in sampler.timesteps:
@@ -152,9 +156,10 @@ def generate(
 ) -> np.ndarray:
     """Return images, uint8 of shape (B, height, width, 3), from an item and a seed each.
 
-    Arguments and errors as :func:`generate_latents`; rounding to bytes as diffusers does.
+    Arguments and errors are those of :func:`generate_latents`; bytes are rounded as in diffusers.
     """
-    return decode(pipe, generate_latents(pipe, items, seeds, how or Sampling()))
+    subject = Subject.of(pipe)
+    return decode(subject, generate_latents(subject, items, seeds, how or Sampling()))
 
 
 @torch.no_grad()
@@ -162,13 +167,14 @@ def decode(pipe: Any, latents: Tensor) -> np.ndarray:
     """Return the images that ``pipe`` makes of ``latents``, uint8 of shape (B, height, width, 3).
 
     Args:
-        pipe: a pipeline; without an autoencoder the latents are the images themselves, in [-1, 1].
-        latents: what :func:`generate_latents` returns, (B, C, h, w), or a video's, of one frame,
-            (B, C, 1, h, w).
+        pipe: a pipeline or its subject; without an autoencoder the latents are the images
+            themselves, in [-1, 1].
+        latents: what :func:`generate_latents` returns, (B, C, h, w), or those of a video of one
+            frame, (B, C, 1, h, w).
 
     Raises:
-        AccelkitError: the autoencoder makes no images of them, or it is not known what the pipeline
-            does with them.
+        AccelkitError: the autoencoder makes no images of the latents, or it is not known how the
+            pipeline scales them.
     """
     if latents.ndim == 5 and latents.shape[2] == 1:
         latents = latents.squeeze(2)
@@ -176,9 +182,10 @@ def decode(pipe: Any, latents: Tensor) -> np.ndarray:
         raise AccelkitError(
             f"decode takes latents in maps, (B, C, h, w), got {tuple(latents.shape)}"
         )
+    subject = Subject.of(pipe)
+    pipe = subject.pipe
     check_autoencoder(pipe, latents.shape[1])
-    learn(pipe)
-    calls = conditioning_of(backbone_of(denoiser_of(pipe)))
+    calls = subject.learn().calls
     pixels = decoded(autoencoder_of(pipe), latents, calls.latent_settings, calls.upcasts(pipe))
     pixels = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (pixels * 255).round().to(torch.uint8).numpy()

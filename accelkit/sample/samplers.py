@@ -7,14 +7,13 @@ next.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import diffusers
 import numpy as np
 
-from accelkit.backbones import backbone_of, denoiser_of
-from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError
 from accelkit.noise.axis import NoiseAxis
 from accelkit.noise.vp_sde import (
@@ -23,6 +22,7 @@ from accelkit.noise.vp_sde import (
     VPSDEScheduler,
 )
 from accelkit.sample.discrete import DDIMScheduler, DDPMScheduler
+from accelkit.subject import Subject
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",
@@ -40,8 +40,9 @@ On the continuous VP SDE ``dpm-fast`` is the DPM-Solver that the U-ViT paper sam
 ``ddim`` and ``dpm`` run on the betas that have its noise at whole timesteps."""
 
 AUTO = "auto"
+"""The deterministic sampler of the model's process."""
 STOCHASTIC = ("ddpm", "em")
-"""Samplers that keep adding noise, and take generators for it."""
+"""Samplers that add noise at every step and take generators for it."""
 
 _CONTINUOUS: dict[str, type[VPSDEScheduler]] = {
     "dpm-fast": VPSDEDPMSolverScheduler,
@@ -55,134 +56,170 @@ _FIXED = {"fixed_small", "fixed_small_log", "fixed_large"}
 
 
 def sampler_for(pipe: Any, name: str, steps: int) -> Any:
-    """Return a sampler set to the timesteps that ``pipe`` itself visits with it.
+    """Return a sampler set to the timesteps that ``pipe`` itself visits with it, ready for one run.
 
     Args:
-        pipe: a pipeline; it is left as it is.
-        name: a key of :data:`SAMPLERS`, or ``auto`` (:func:`resolved`).
+        pipe: a pipeline, which is not changed, or its subject, which keeps what is built.
+        name: a key of :data:`SAMPLERS`, or ``auto``.
         steps: network calls per image without guidance.
 
     Raises:
-        AccelkitError: unknown sampler, one that does not follow the process, or a number of steps
-            that the process does not have.
+        AccelkitError: the sampler is unknown or does not follow the process, or the process does
+            not have this number of steps.
     """
-    scheduler = pipe.scheduler
-    name = _checked(name, scheduler, steps)
-    config = scheduler.config
-    flow = name == "flow" or config.get("use_flow_sigmas")
-    calls = _calls(pipe) if flow or name == "ddpm" else None
-    # a scheduler that fixes the variance has no use for a learned one
-    learned = (
-        calls is not None and calls.learns_variance and config.get("variance_type") not in _FIXED
-    )
-    # pipelines of other processes give their scheduler a number of steps and nothing else
-    spacing = calls.spacing(pipe, steps) if calls is not None and flow else {}
-    if not config.get("use_dynamic_shifting"):
-        spacing.pop("mu", None)  # which FLUX's pipeline gives all the same, to no effect
-    elif flow and calls is not None and "mu" not in spacing:
-        raise AccelkitError(
-            f"the scheduler of this {type(pipe).__name__} shifts its timesteps by the resolution "
-            "(use_dynamic_shifting), and the pipeline does not say by how much; give it a "
-            "scheduler with use_dynamic_shifting=False"
-        )
-    return _made(name, scheduler, steps, learned, spacing)
+    subject = Subject.of(pipe)
+    made = subject.once(("sampler", name, steps), lambda: _sampler_for(subject, name, steps))
+    return copy.deepcopy(made)  # a run leaves its state on a sampler
+
+
+def visited_levels(subject: Subject, name: str, steps: int) -> list[float]:
+    """Return the noise levels that a sampler visits; arguments and errors as of ``sampler_for``."""
+    name = sampler_name(subject, name)
+    timesteps = sampler_for(subject, name, steps).timesteps
+    return _samplers(subject).axis_of(name).levels(timesteps)
+
+
+def sampler_name(subject: Subject, name: str) -> str:
+    """Return the name of a sampler, which for ``auto`` is that of one that follows the process.
+
+    Raises:
+        AccelkitError: the name is unknown, or no sampler follows the process.
+    """
+    return name if name in SAMPLERS else _samplers(subject).named(name)
 
 
 def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool = False) -> Any:
     """Return a sampler of the process of ``scheduler``, where there is no pipeline.
 
-    A shift that follows the resolution is left out, which :func:`sampler_for` has.
+    Shifting by resolution, which only a pipeline knows, is left out.
 
     Args:
-        name: a key of :data:`SAMPLERS`, or ``auto`` (:func:`resolved`).
-        scheduler: a pipeline's scheduler; it is left as it is.
+        name: a key of :data:`SAMPLERS`, or ``auto``.
+        scheduler: a pipeline's scheduler, which is not changed.
         steps: network calls per image without guidance.
-        learned_variance: the network predicts a variance, which ancestral sampling then uses.
+        learned_variance: whether the network predicts a variance, which ``ddpm`` then uses.
 
     Raises:
-        AccelkitError: as :func:`sampler_for`.
+        AccelkitError: as of :func:`sampler_for`.
     """
-    return _made(_checked(name, scheduler, steps), scheduler, steps, learned_variance, {})
+    samplers = _Samplers(scheduler, NoiseAxis.of(scheduler))
+    return samplers.made(samplers.checked(name, steps), steps, learned_variance, {})
 
 
-def resolved(name: str, scheduler: Any) -> str:
-    """Return a sampler's name; for ``auto`` that of the deterministic one of the model's process.
-
-    Raises:
-        AccelkitError: it is unknown, or no sampler follows the process.
-    """
-    if name in SAMPLERS:
-        return name
-    if name != AUTO:
-        raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    if found := next((name for name in _AUTO if _follows(name, scheduler)), None):
-        return found
-    raise AccelkitError(
-        f"no sampler follows the process of {_process(scheduler)}; sample with the pipeline itself"
-    )
+def _samplers(subject: Subject) -> _Samplers:
+    return subject.once("samplers", lambda: _Samplers(subject.scheduler, subject.axis))
 
 
-def _checked(name: str, scheduler: Any, steps: int) -> str:
-    """Return the sampler's name.
-
-    Raises:
-        AccelkitError: there is no such sampler, it does not follow the process of ``scheduler``, or
-            the process has no such number of steps.
-    """
-    name = resolved(name, scheduler)
-    if not _follows(name, scheduler):
-        others = (other for other in (*_AUTO, *SAMPLERS) if _follows(other, scheduler))
-        advice = next((f"{other} does, or " for other in others), "")
+def _sampler_for(subject: Subject, name: str, steps: int) -> Any:
+    scheduler, samplers = subject.scheduler, _samplers(subject)
+    name = samplers.checked(name, steps)
+    config = scheduler.config
+    flow = name == "flow" or config.get("use_flow_sigmas")
+    learned, spacing = False, {}
+    if name == "ddpm":  # a scheduler that fixes the variance has no use for a learned one
+        fixed = config.get("variance_type") in _FIXED
+        learned = subject.calls.learns_variance and not fixed
+    if flow:  # pipelines of other processes give their scheduler a number of steps and nothing else
+        spacing = subject.calls.spacing(subject.pipe, steps)
+    if not config.get("use_dynamic_shifting"):
+        spacing.pop("mu", None)  # FLUX's pipeline gives it all the same, to no effect
+    elif flow and "mu" not in spacing:
         raise AccelkitError(
-            f"the sampler {name} does not follow the process of {_process(scheduler)}; "
-            f"{advice}sample with the pipeline itself"
+            f"the scheduler of this {type(subject.pipe).__name__} shifts its timesteps by the "
+            "resolution (use_dynamic_shifting), and the pipeline does not say by how much; give it "
+            "a scheduler with use_dynamic_shifting=False"
         )
-    sampler = _built(name, scheduler, _options(name, scheduler))
-    # the last interval of DPM-Solver would have no width
-    longest = scheduler.config.get("num_train_timesteps", 1000) - name.startswith("dpm")
-    if not 1 <= steps <= longest or not _suits(_set(sampler, steps, {})):
-        below = range(min(steps - 1, longest) if steps > 0 else longest, 0, -1)
-        most = next((count for count in below if _suits(_set(sampler, count, {}))), 1)
-        raise AccelkitError(f"{steps} sampling steps asked for; give 1 to {most}")
-    return name
+    return samplers.made(name, steps, learned, spacing)
 
 
-def _made(name: str, scheduler: Any, steps: int, learned: bool, spacing: dict[str, Any]) -> Any:
-    sampler = _built(name, scheduler, _options(name, scheduler, learned, "mu" in spacing))
-    _set(sampler, steps, spacing)
-    if not sampler.timesteps.isfinite().all():
+class _Samplers:
+    """The samplers that follow the process of one scheduler.
+
+    Args:
+        scheduler: a pipeline's scheduler.
+        axis: its noise axis.
+    """
+
+    def __init__(self, scheduler: Any, axis: NoiseAxis) -> None:
+        self._scheduler, self._axis = scheduler, axis
+        self._built: dict[str, tuple[Any, NoiseAxis, bool]] = {}
+
+    def axis_of(self, name: str) -> NoiseAxis:
+        """Return the noise axis of a sampler."""
+        return self._plain(name)[1]
+
+    def named(self, name: str) -> str:
+        """Return the name of a sampler; see :func:`sampler_name`."""
+        if name in SAMPLERS:
+            return name
+        if name != AUTO:
+            raise AccelkitError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+        if found := next((name for name in _AUTO if self._follows(name)), None):
+            return found
         raise AccelkitError(
-            f"the timesteps of {type(scheduler).__name__} are stretched to end at its "
-            f"shift_terminal, which one step has no room for; give at least 2 steps, got {steps}"
+            f"no sampler follows the process of {self._process()}; sample with the pipeline itself"
         )
-    if name in _DISCRETE and sampler.config.prediction_type == "epsilon":
-        first = int(sampler.timesteps[0])
-        if not sampler.alphas_cumprod[first]:
+
+    def checked(self, name: str, steps: int) -> str:
+        """Return the name of a sampler that follows the process and can take so many steps.
+
+        Raises:
+            AccelkitError: as of :func:`sampler_for`.
+        """
+        name = self.named(name)
+        if not self._follows(name):
+            others = (other for other in (*_AUTO, *SAMPLERS) if self._follows(other))
+            advice = next((f"{other} does, or " for other in others), "")
             raise AccelkitError(
-                f"the sampler {name} begins at timestep {first}, which is nothing but noise "
-                "(rescale_betas_zero_snr), and a network that predicts noise says nothing of the "
-                "data there; use dpm, or sample with the pipeline itself"
+                f"the sampler {name} does not follow the process of {self._process()}; "
+                f"{advice}sample with the pipeline itself"
             )
-    return sampler
+        sampler = self._plain(name)[0]
+        # the last interval of DPM-Solver would have no width
+        longest = self._scheduler.config.get("num_train_timesteps", 1000) - name.startswith("dpm")
+        if not 1 <= steps <= longest or not _suits(_set(sampler, steps, {})):
+            below = range(min(steps - 1, longest) if steps > 0 else longest, 0, -1)
+            most = next((count for count in below if _suits(_set(sampler, count, {}))), 1)
+            raise AccelkitError(f"{steps} sampling steps asked for; give 1 to {most}")
+        return name
 
+    def made(self, name: str, steps: int, learned: bool, spacing: dict[str, Any]) -> Any:
+        """Return a sampler of its own, set to a number of steps."""
+        scheduler = self._scheduler
+        sampler = _built(name, scheduler, _options(name, scheduler, learned, "mu" in spacing))
+        _set(sampler, steps, spacing)
+        if not sampler.timesteps.isfinite().all():
+            raise AccelkitError(
+                f"the timesteps of {type(scheduler).__name__} are stretched to end at its "
+                f"shift_terminal, which one step has no room for; give at least 2 steps, got "
+                f"{steps}"
+            )
+        if name in _DISCRETE and sampler.config.prediction_type == "epsilon":
+            first = int(sampler.timesteps[0])
+            if not sampler.alphas_cumprod[first]:
+                raise AccelkitError(
+                    f"the sampler {name} begins at timestep {first}, which is nothing but noise "
+                    "(rescale_betas_zero_snr), and a network that predicts noise says nothing of "
+                    "the data there; use dpm, or sample with the pipeline itself"
+                )
+        return sampler
 
-def _calls(pipe: Any) -> Conditioning | None:
-    """Return how the network of ``pipe`` is called, None for a mere holder of a scheduler."""
-    if not (hasattr(pipe, "transformer") or hasattr(pipe, "unet")):
-        return None
-    return conditioning_of(backbone_of(denoiser_of(pipe)))
+    def _plain(self, name: str) -> tuple[Any, NoiseAxis, bool]:
+        """Return a sampler as it is without a pipeline, its axis, and whether it follows."""
+        if name not in self._built:
+            sampler = _built(name, self._scheduler, _options(name, self._scheduler))
+            axis = NoiseAxis.of(sampler)
+            whole = range(self._scheduler.config.get("num_train_timesteps", 1000))
+            follows = np.allclose(axis.levels(whole), self._axis.levels(whole), atol=1e-4)
+            self._built[name] = sampler, axis, follows
+        return self._built[name]
 
+    def _follows(self, name: str) -> bool:
+        """Whether the sampler's timesteps stand for the same noise as the scheduler's."""
+        return self._plain(name)[2]
 
-def _process(scheduler: Any) -> str:
-    return f"{type(scheduler).__name__} ({NoiseAxis.of(scheduler).kind})"
-
-
-def _follows(name: str, scheduler: Any) -> bool:
-    """Whether the sampler's timesteps mean the noise that the scheduler's do."""
-    sampler = _built(name, scheduler, _options(name, scheduler))
-    whole = range(scheduler.config.get("num_train_timesteps", 1000))
-    ours, theirs = (NoiseAxis.of(each).levels(whole) for each in (sampler, scheduler))
-    return np.allclose(ours, theirs, atol=1e-4)
+    def _process(self) -> str:
+        return f"{type(self._scheduler).__name__} ({self._axis.kind})"
 
 
 def _built(name: str, scheduler: Any, options: dict[str, Any]) -> Any:
@@ -205,7 +242,7 @@ def _built(name: str, scheduler: Any, options: dict[str, Any]) -> Any:
     except NotImplementedError:  # betas that another class has no name for
         sampler = kind(**described | {"trained_betas": scheduler.betas.tolist()})
     if name == "flow" and hasattr(scheduler, "shift"):
-        sampler.set_shift(scheduler.shift)  # which may have been set since
+        sampler.set_shift(scheduler.shift)  # set_shift does not write it to the config
     return sampler
 
 

@@ -1,9 +1,9 @@
 """The training loop: a student on its schedule, followed by its EMA teacher.
 
-Algorithm 1 of Moon et al. 2024 (ASE): every sample draws a timestep, runs as many blocks as the
-schedule gives its noise level, and the weights' moving average is what is kept. All depths of a
-batch share one pass in which samples leave as they exit, so a step costs the schedule's mean depth.
-With a full schedule the same loop trains from scratch.
+Algorithm 1 of Moon et al. 2024 (ASE): every sample draws a timestep and runs as many blocks as the
+schedule gives its noise level; the result is the moving average of the weights. All depths of a
+batch share one pass, which samples leave when they exit, so that a step costs the schedule's mean
+depth. With a full schedule the same loop trains from scratch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from accelkit.artifact.adapter import Adapter
-from accelkit.backbones import backbone_of
-from accelkit.backbones.conditioning import Conditioning, conditioning_of
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.noise.axis import NoiseAxis
 from accelkit.noise.processes import Density, ForwardProcess
 from accelkit.noise.schedulers import forward_process
 from accelkit.runtime.switch import enable
 from accelkit.runtime.taps import Taps
 from accelkit.sample.many import explain_lost_process
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train import checkpoints, launch, lora
 from accelkit.train.config import TrainConfig
 from accelkit.train.dvd import OwnHeads, supervision_for
@@ -44,14 +42,14 @@ make_accelerator = launch.make_accelerator
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step reports.
+    """The figures of a training step.
 
     Attributes:
         step: steps done.
-        loss: over all processes.
-        grad_norm: before clipping.
-        learning_rate: of the step that follows, as diffusers' own scripts report it.
-        samples_per_second: over all processes.
+        loss: loss over all processes.
+        grad_norm: norm of the gradient before clipping.
+        learning_rate: learning rate of the next step, as diffusers' scripts report it.
+        samples_per_second: speed over all processes.
     """
 
     step: int
@@ -63,11 +61,11 @@ class Progress:
 
 @dataclass
 class Watch:
-    """How a run is watched and saved; none of it changes the weights.
+    """How a run is watched and saved, which does not affect the weights.
 
     Attributes:
         checkpoint_every: steps between checkpoints, 0 for one at the end only.
-        keep: newest checkpoints kept, 0 for all.
+        keep: number of newest checkpoints to keep, 0 for all.
         on_step: called by the main process after each step.
         preview: called by the main process with the steps done and the model, in eval mode with the
             teacher's weights, every ``preview_every`` steps.
@@ -82,8 +80,7 @@ class Watch:
 
 
 def train(
-    model: nn.Module,
-    scheduler: Any,
+    subject: Subject,
     schedule: Schedule,
     samples: Samples,
     config: TrainConfig,
@@ -91,34 +88,31 @@ def train(
     accelerator: Accelerator,
     watch: Watch,
     conditions: Conditions | None = None,
-    calls: Conditioning | None = None,
 ) -> Adapter | None:
-    """Train ``model`` in place and leave it in eval mode with the teacher's weights.
+    """Train a network in place. It ends in eval mode with the teacher's weights.
 
-    Goes on from the run directory's latest checkpoint if it has one. On one CPU process the final
-    weights are the same, bit for bit, whether or not the run was ever interrupted.
+    Training continues from the run directory's latest checkpoint if it has one. On one CPU process
+    the final weights are the same, bit for bit, whether or not the run was interrupted.
 
     Args:
-        model: the denoiser, without a schedule, in float32.
-        scheduler: what defines the forward process and the noise axis.
-        schedule: how deep each noise level runs.
+        subject: the denoiser, without a schedule, in float32; its scheduler defines the forward
+            process and the noise axis.
+        schedule: the depth at each noise level.
         samples: the data.
         config: the settings.
         run: the run's open directory.
         accelerator: from :func:`make_accelerator`.
         watch: progress, checkpoints and previews.
-        conditions: what the samples are conditioned on; default: their labels.
-        calls: how the model is called; default: as its family is, which does not know the size of
-            a pipeline's pictures.
+        conditions: the conditions of the samples. Default: their labels.
 
     Returns:
-        With a ``lora_rank``, the adapter that was trained, added to the model's weights already.
+        With a ``lora_rank``, the trained adapter, which the model's weights already contain.
 
     Raises:
-        AccelkitError: the loss or its gradient is not finite (the last checkpoint stays good), the
-            batch cannot be shared evenly, the data and the model do not fit, the accelerator would
-            compute steps of its own, or another process ended.
-        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+        AccelkitError: the loss or its gradient is not finite (the last checkpoint stays valid), the
+            batch cannot be shared evenly, the data do not fit the model, the accelerator would
+            change the steps, or another process ended.
+        Stopped: SIGTERM or SIGINT came, and a checkpoint was written.
     """
     launch.check(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation
@@ -128,10 +122,9 @@ def train(
             f"processes in {config.gradient_accumulation} parts each; "
             f"give a multiple of {parts}"
         )
-    backbone = backbone_of(model)
-    calls = calls or conditioning_of(backbone)
+    model, backbone, scheduler = subject.model, subject.backbone, subject.scheduler
     if conditions is None:
-        if calls.text:
+        if subject.calls.text:
             raise AccelkitError(f"a {type(model).__name__} is prompted by text; give its captions")
         conditions = Labels(samples.labels, backbone)
     process = process_for(scheduler, config, accelerator.device)
@@ -160,23 +153,23 @@ def train(
             num_training_steps=config.steps,
         )
         ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-        enabled = stack.enter_context(enable(model, schedule, scheduler=scheduler))
+        enabled = stack.enter_context(enable(subject, schedule))
         supervised = None
         if supervision is not None:
             supervised = (stack.enter_context(Taps(enabled, heads.used)), supervision)
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
-            stack.callback(model.disable_gradient_checkpointing)  # type: ignore[arg-type]
+            model.enable_gradient_checkpointing()
+            stack.callback(model.disable_gradient_checkpointing)
         stack.callback(accelerator.free_memory)
         stack.callback(_unprepare, model, model.__dict__.get("forward"))
-        accelerator.sync_gradients = True  # it is the process's: another loop may have cleared it
+        accelerator.sync_gradients = True  # a global that another loop may have cleared
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         step = Step(
             wrapped,
             trained,
-            calls,
+            subject.calls,
             process,
-            NoiseAxis.of(scheduler),
+            subject.axis,
             samples,
             conditions,
             config,
@@ -224,13 +217,13 @@ def train(
 def process_for(
     scheduler: Any, config: TrainConfig, device: torch.device | str = "cpu"
 ) -> ForwardProcess:
-    """Return the forward process of a run; AccelkitError if training knows none."""
+    """Return the forward process of a run; AccelkitError if the scheduler has none to train on."""
     density = Density(config.timestep_density, config.logit_mean, config.logit_std)
     return forward_process(scheduler, device, density)
 
 
 def _unprepare(model: nn.Module, forward: Any) -> None:
-    """Take off what accelerate leaves on a model: its precision wrapper and its mark."""
+    """Remove what accelerate puts on a model: its precision wrapper and its mark."""
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         model.__dict__.pop(name, None)
     if forward is not None:
@@ -239,7 +232,7 @@ def _unprepare(model: nn.Module, forward: Any) -> None:
 
 @contextmanager
 def _teacher(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Put the teacher's weights into the student, for as long as it is entered."""
+    """Give the student the teacher's weights while entered."""
     ema.store(parameters)
     ema.copy_to(parameters)
     model.eval()
@@ -252,7 +245,7 @@ def _teacher(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) ->
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them, where signals can be caught at all."""
+    """Collect SIGTERM and SIGINT while entered, in the main thread; others cannot catch signals."""
     caught: list[int] = []
     previous = {}
     for signum in (signal.SIGTERM, signal.SIGINT):

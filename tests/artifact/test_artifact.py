@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import accelkit
 from accelkit.artifact import artifact
+from accelkit.artifact.names import named
 from accelkit.errors import AccelkitError
 from accelkit.layouts.original import numerics
 from accelkit.runtime.switch import enabled_on
@@ -119,8 +120,8 @@ def test_what_it_records(saved, base):
         "training": {"steps": 3},
         "metrics": {},
     }
-    assert artifact.config_of(saved) == config
-    assert artifact.config_of(base) is None
+    assert named(saved).config == config
+    assert named(base).config is None
     assert sorted(p.name for p in saved.iterdir()) == [
         "README.md",
         "accelkit.json",
@@ -131,14 +132,14 @@ def test_what_it_records(saved, base):
 def test_the_base_is_where_the_pipeline_came_from(base, tmp_path):
     pipe = DiTPipeline.from_pretrained(base)
     accelkit.enable(pipe, SCHEDULE)
-    config = artifact.config_of(accelkit.save(pipe, tmp_path / "a"))
+    config = named(accelkit.save(pipe, tmp_path / "a")).config
     assert config["base_model_name_or_path"] == str(base)
 
 
 def test_the_built_in_model_is_recorded_by_name(tmp_path):
     pipe = DiTPipeline.from_pretrained(accelkit.builtin())
     accelkit.enable(pipe, "D4")
-    config = artifact.config_of(accelkit.save(pipe, tmp_path / "a"))
+    config = named(accelkit.save(pipe, tmp_path / "a")).config
     assert config["base_model_name_or_path"] == "builtin"
     assert torch.equal(outputs(accelkit.from_pretrained(tmp_path / "a")), outputs(pipe))
 
@@ -431,7 +432,7 @@ def test_artifact_and_base_from_the_hub(hub, base, tuned, make_pipe, tmp_path):
     assert not torch.equal(outputs(accelkit.from_pretrained("me/base")), expected)
     accelkit.load(own, "me/tuned")
     assert torch.equal(outputs(own), outputs(tuned))
-    assert artifact.config_of("me/tuned")["revision"] == "v2"
+    assert named("me/tuned").config["revision"] == "v2"
 
 
 def test_a_revision_of_an_artifact(hub, base, tuned, tmp_path):
@@ -493,7 +494,7 @@ def test_an_artifact_of_an_original_checkpoint_is_opened_again(
     accelkit.save(pipe, "tuned", base_model="dit.safetensors", vae="vae", num_heads=2)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = artifact.config_of(tmp_path / "tuned")
+    config = named(tmp_path / "tuned").config
     assert config["base_model_name_or_path"] == str(original)
     assert (config["vae"], config["num_heads"]) == (str(vae), 2)
     again = accelkit.from_pretrained(tmp_path / "tuned")

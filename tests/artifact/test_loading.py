@@ -19,7 +19,8 @@ from diffusers import (
 from typer.testing import CliRunner
 
 import accelkit
-from accelkit.artifact.loading import located, open_pipeline, reading
+from accelkit.artifact.loading import open_pipeline
+from accelkit.artifact.names import named_base, reading
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.layouts.original import numerics, save_original
@@ -89,14 +90,14 @@ def test_nothing_is_written_to_the_terminal(saved, names, capfd, monkeypatch):
 
 
 def test_names(saved, tmp_path, monkeypatch):
-    assert located(saved) == str(saved)
-    assert located("builtin") == str(accelkit.builtin())
-    assert located("facebook/DiT-XL-2-256") == "facebook/DiT-XL-2-256"
+    assert named_base(saved).place == str(saved)
+    assert named_base("builtin").place == str(accelkit.builtin())
+    assert named_base("facebook/DiT-XL-2-256").place == "facebook/DiT-XL-2-256"
     monkeypatch.chdir(tmp_path)
-    assert located("model") == "model"
+    assert named_base("model").place == "model"
     for name in ("nothing", "./model/else", "../x", "~/x", "a/b/c", str(tmp_path / "gone")):
         with pytest.raises(AccelkitError, match="no model at"):
-            located(name)
+            _ = named_base(name).place
 
 
 def test_a_directory_of_something_else(tmp_path, saved):

@@ -11,7 +11,7 @@ from small_models import UViT
 from text_pipes import make
 
 from accelkit.bench.baselines.registry import BASELINES
-from accelkit.bench.baselines.target import Unavailable
+from accelkit.bench.baselines.trials import Unavailable
 from accelkit.bench.methods import Method, applied, check, parse_methods
 from accelkit.errors import AccelkitError
 from accelkit.models import UViTPipeline
@@ -170,8 +170,8 @@ def test_caches_work_where_they_know_the_family(families, family, name):
         ("sana", "mag_cache", r"MagCache cannot run .*SanaTransformerBlock.* not registered"),
         ("uvit", "first_block_cache", "looks for blocks by names that a UViTTransformer2DModel"),
         ("uvit", "mag_cache", "looks for blocks by names that a UViTTransformer2DModel"),
-        ("uvit", "pab", "finds nothing in this UViTTransformer2DModel that it could keep"),
-        ("uvit", "faster_cache", "finds nothing in this UViTTransformer2DModel"),
+        ("uvit", "pab", "finds nothing to cache in this UViTTransformer2DModel"),
+        ("uvit", "faster_cache", "finds nothing to cache in this UViTTransformer2DModel"),
         ("uvit", "cache-dit", "cache-dit does not know UViTTransformer2DModel"),
         # only its first call shows that
         ("sd3", "first_block_cache", r"cannot run on this SD3Transformer2DModel \(TypeError"),

@@ -15,7 +15,7 @@ from text_pipes import make
 
 from accelkit.bench import methods as module
 from accelkit.bench.baselines.registry import BASELINES
-from accelkit.bench.baselines.target import Unavailable
+from accelkit.bench.baselines.trials import Unavailable
 from accelkit.bench.methods import FEWER, Method, applied, check, fewer_steps, parse_methods
 from accelkit.compute import Compute
 from accelkit.cost import macs

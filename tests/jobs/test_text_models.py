@@ -167,7 +167,7 @@ def test_merging_that_a_family_cannot_do_is_refused_before_anything_is_encoded(
     models, data, tmp_path, monkeypatch
 ):
     for encode in ("encode_latents", "encode_captions"):
-        monkeypatch.setattr(f"accelkit.jobs.common.{encode}", None)
+        monkeypatch.setattr(f"accelkit.jobs.inputs.{encode}", None)
     given = command(models("sd3"), data, tmp_path / "run", "--schedule", "tome:0.3")
     for arguments in (given, ["inspect", "--model", models("sd3"), "--schedule", "tome:0.3"]):
         with pytest.raises(AccelkitError, match="tokens cannot be merged in a sd3"):

@@ -1,7 +1,6 @@
 """Every sampler's steps: the published updates in float64, a Gaussian's exact denoiser."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from diffusers import (
 from accelkit.noise.vp_sde import VPSDEScheduler
 from accelkit.sample import sampler_for
 from accelkit.sample.samplers import make_sampler
+from accelkit.subject import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
 
@@ -77,7 +77,7 @@ def test_ddim_is_song_et_al_eq_12(spacing, offset, steps, kind):
     base = DPMSolverMultistepScheduler(
         timestep_spacing=spacing, steps_offset=offset, prediction_type=kind
     )
-    sampler = sampler_for(SimpleNamespace(scheduler=base), "auto", steps)
+    sampler = sampler_for(Subject(None, None, base), "auto", steps)
     timesteps = visited(spacing, offset, steps)
     assert sampler.timesteps.tolist() == timesteps
     for i, (here, after) in list(enumerate(ends(timesteps)))[-40:]:
@@ -119,7 +119,7 @@ def test_ancestral_sampling_is_ho_et_al_algorithm_2(spacing, offset, steps, lear
 def test_dpm_is_lu_et_al_algorithm_2(spacing, steps, kind):
     """DPM-Solver++(2M), of first order where there is no earlier step and where noise ends."""
     base = DDIMScheduler(timestep_spacing=spacing, prediction_type=kind)
-    sampler = sampler_for(SimpleNamespace(scheduler=base), "dpm", steps)
+    sampler = sampler_for(Subject(None, None, base), "dpm", steps)
     timesteps = sampler.timesteps.tolist()
     assert len(timesteps) == steps
     assert timesteps[-1] >= 0

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 import accelkit
 from accelkit.noise.processes import DiscreteProcess
 from accelkit.schedule import Schedule
+from accelkit.subject import Subject
 from accelkit.train.config import TrainConfig
 from accelkit.train.draws import draw
 from accelkit.train.loop import Watch, make_accelerator, train
@@ -104,8 +105,8 @@ def fit(
             run.open({}, resume=(path / "run.json").exists(), overwrite=False, free=frozenset())
         parsed = Schedule.parse(schedule, LAYERS)
         samples = samples or Toy()
-        scheduler = scheduler or DDIMScheduler()
-        train(model, scheduler, parsed, samples, config, run, accelerator, watch)
+        subject = Subject.of(model, scheduler or DDIMScheduler())
+        train(subject, parsed, samples, config, run, accelerator, watch)
     finally:
         run.close()
     return model

@@ -1,4 +1,4 @@
-"""Puts diffusers' caches on a model, by their function forms, which ask for no CacheMixin."""
+"""Puts diffusers' caches on a model by their functions, which need no CacheMixin."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from accelkit.backbones import Backbone
-from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.baselines.restored import restored
-from accelkit.bench.baselines.target import Target, Unavailable, some_items
+from accelkit.bench.baselines.trials import Unavailable, some_items
 from accelkit.runtime.patching import parameters
 from accelkit.runtime.switch import enabled_on
-from accelkit.sample.generate import generate_latents
+from accelkit.sample.generate import Sampling, generate_latents
+from accelkit.subject import Subject
 
 
-def first_block_cache(on: Target, threshold: float) -> None:
-    """Skip the blocks behind the first one while its residual changes by less than a threshold."""
+def first_block_cache(on: Subject, sampling: Sampling, threshold: float) -> None:
+    """Skip all blocks but the first while its residual changes by less than a threshold."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
     _look_for_blocks(on, "FirstBlockCache")
     apply_first_block_cache(on.model, FirstBlockCacheConfig(threshold=threshold))
 
 
-def mag_cache(on: Target, threshold: float) -> None:
-    """Skip all blocks while the error that the ratios of magnitudes foretell is below a threshold.
+def mag_cache(on: Subject, sampling: Sampling, threshold: float) -> None:
+    """Skip all blocks while the error predicted from ratios of magnitudes is below a threshold.
 
-    The ratios are calibrated in a run of the library's own, once for each model and sampling.
+    The library calibrates the ratios in a run of its own, once for each model and sampling.
     """
     from diffusers.hooks import MagCacheConfig, apply_mag_cache
 
     _look_for_blocks(on, "MagCache")
-    ratios, calls = _magnitudes(on), on.calls
-    how = MagCacheConfig(threshold=threshold, num_inference_steps=calls, mag_ratios=ratios)
+    how = MagCacheConfig(
+        threshold=threshold,
+        num_inference_steps=sampling.calls(on),
+        mag_ratios=_magnitudes(on, sampling),
+    )
     apply_mag_cache(on.model, how)
 
 
-def _look_for_blocks(on: Target, title: str) -> None:
+def _look_for_blocks(on: Subject, title: str) -> None:
     from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as KNOWN
 
     if not any(name in KNOWN for name, _ in on.model.named_children()):
@@ -57,25 +60,25 @@ _calibrated: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[float]]] = (
 )
 
 
-def _magnitudes(on: Target) -> list[float]:
-    """Return the ratios of four images, printed by MagCache: so the library hands them over."""
+def _magnitudes(on: Subject, sampling: Sampling) -> list[float]:
+    """Return the ratios over four images, read from what MagCache prints: it returns nothing."""
     from diffusers.hooks import MagCacheConfig, apply_mag_cache
 
-    state, known = enabled_on(on.model), _calibrated.setdefault(on.model, {})
-    key = (on.sampling, None if state is None else str(state.schedule))
+    state, known = enabled_on(on), _calibrated.setdefault(on.model, {})
+    key = (sampling, None if state is None else str(state.schedule))
     if key not in known:
         printed = io.StringIO()
         with restored(on.model), contextlib.redirect_stdout(printed):
-            how = MagCacheConfig(num_inference_steps=on.calls, calibrate=True)
+            how = MagCacheConfig(num_inference_steps=sampling.calls(on), calibrate=True)
             apply_mag_cache(on.model, how)
-            generate_latents(on.pipe, some_items(on.model, 4), range(4), on.sampling)
+            generate_latents(on, some_items(on, 4), range(4), sampling)
         rows = [line for line in printed.getvalue().splitlines() if line.startswith("[")]
         known[key] = ast.literal_eval(rows[-1])
     return known[key]
 
 
-def pab(on: Target, interval: int) -> None:
-    """Let an attention return what it did before, but for every so many calls."""
+def pab(on: Subject, sampling: Sampling, interval: int) -> None:
+    """Let each attention repeat its last output, except at every ``interval``-th call."""
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     clock = _Clock(on.backbone)
@@ -86,50 +89,51 @@ def pab(on: Target, interval: int) -> None:
     _hook(on.model, clock)
 
 
-def faster_cache(on: Target, interval: int) -> None:
-    """Extrapolate attentions, and the half without guidance, but for every so many calls."""
+def faster_cache(on: Subject, sampling: Sampling, interval: int) -> None:
+    """Extrapolate attentions and the unguided half, except at every ``interval``-th call."""
     from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 
-    if on.guided and on.backbone.layout not in ("BCHW", "BCFHW"):
+    guided = sampling.guidance != 1
+    if guided and on.backbone.layout not in ("BCHW", "BCFHW"):
         raise Unavailable(
-            f"FasterCache makes up the half without guidance from maps, a {type(on.model).__name__}"
-            " returns tokens"
+            f"FasterCache extrapolates the half without guidance as maps, a "
+            f"{type(on.model).__name__} returns tokens"
         )
-    clock, split = _Clock(on.backbone), _per_sample(on) if on.guided else []
+    clock, split = _Clock(on.backbone), _per_sample(on) if guided else []
     how = FasterCacheConfig(
         spatial_attention_block_skip_range=interval,
         attention_weight_callback=lambda _: 0.5,  # the default, which warns
-        is_guidance_distilled=not on.guided,  # without a second half there is none to leave out
-        tensor_format=on.backbone.layout if on.guided else "BCHW",
+        is_guidance_distilled=not guided,  # there is no second half to skip
+        tensor_format=on.backbone.layout if guided else "BCHW",
         current_timestep_callback=clock.timestep,
         _unconditional_conditional_input_kwargs_identifiers=split,
     )
     apply_faster_cache(on.model, how)
-    if on.guided:
+    if guided:
         _hook(on.model, _HalvesExchanged(split))
     _hook(on.model, clock)
 
 
-def _per_sample(on: Target) -> list[str]:
+def _per_sample(on: Subject) -> list[str]:
     """Return the arguments of a model's call that have a row for every sample."""
-    calls, count = conditioning_of(on.backbone), 3
+    calls, count = on.calls, 3
     latents = torch.zeros(count, *calls.shape).to(on.model.device, on.model.dtype)
-    rows = calls.encode(on.pipe, some_items(on.model, count))
+    rows = calls.encode(on.pipe, some_items(on, count))
     call = calls.arguments(latents, torch.zeros(count), rows)
     return [name for name, v in call.items() if isinstance(v, torch.Tensor) and len(v) == count]
 
 
-def taylorseer(on: Target, interval: int, what: str) -> None:
-    """Extrapolate what attentions, or whole blocks, return between every so many calls."""
+def taylorseer(on: Subject, sampling: Sampling, interval: int, what: str) -> None:
+    """Extrapolate the outputs of attentions or whole blocks between every ``interval``-th call."""
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
     blocks = list(on.backbone.all_blocks)
     kept = set(blocks) if what == "blocks" else _attentions(on.backbone)
-    # found by what they are: the default's patterns miss attentions named with a number, or "attn1"
+    # Found by class: the default patterns miss attentions named "attn1" or by a number.
     names = [name.replace(".", r"\.") for name, m in on.model.named_modules() if m in kept]
     how = TaylorSeerCacheConfig(
         cache_interval=interval,
-        taylor_factors_dtype=on.model.dtype,  # rounding to bfloat16 would be no part of the method
+        taylor_factors_dtype=on.model.dtype,  # the default rounds to bfloat16
         cache_identifiers=names,
     )
     apply_taylorseer_cache(on.model, how)
@@ -146,10 +150,10 @@ def _attentions(backbone: Backbone) -> set[nn.Module]:
 
 
 class _Clock(ModelHook):
-    """Tells caches the scheduler's timestep of the call under way.
+    """Gives caches the scheduler's timestep of the call under way.
 
-    At a run's first call it is infinite, which is before any cache begins: FasterCache would look
-    for what it kept if a sampler of few steps starts late enough.
+    The timestep is infinite at a run's first call, so that no cache has begun: FasterCache would
+    read an empty cache if a sampler of few steps starts late enough.
     """
 
     _is_stateful = True
@@ -162,11 +166,11 @@ class _Clock(ModelHook):
         self._now = math.inf
 
     def timestep(self) -> float:
-        """Return it."""
+        """Return the timestep."""
         return self._now
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Look at the timestep, all samples of a run have the same."""
+        """Read the timestep, which is the same for all samples of a run."""
         call = dict(zip(self._names, args, strict=False)) | kwargs
         given = torch.as_tensor(self._backbone.timestep(call)).flatten()[0].item()
         self._now = math.inf if self._first else self._backbone.scheduler_timestep(given)
@@ -180,18 +184,18 @@ class _Clock(ModelHook):
 
 
 class _HalvesExchanged(ModelHook):
-    """Gives FasterCache the guided half of a batch last, where it looks for it."""
+    """Gives FasterCache the guided half of a batch last, as it expects."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self._names = names
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Exchange what has a row for every sample."""
+        """Swap the halves of arguments with a row for every sample."""
         return args, {k: _exchanged(v) if k in self._names else v for k, v in kwargs.items()}
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Exchange the prediction's halves, too."""
+        """Swap the prediction's halves."""
         return (_exchanged(output[0]), *output[1:])
 
 

@@ -1,10 +1,10 @@
 """Caches of other libraries that a comparison can put on a model, by name.
 
-They run on a model's own modules: what hangs on a block keeps accelkit's fused forward off it. Rows
-of full depth and of schedules are like them with ``kernels="off"``.
+They run on a model's own modules, since accelkit's fused forward does not run hooked blocks. Rows
+of full depth and of schedules do the same with ``kernels="off"``.
 
-Parameters are the library's own defaults except where a line says why not. Most caches do nothing
-at a run's first steps, so they gain least where there are few.
+Parameters are the library's own defaults unless a comment says why not. Most caches do nothing in a
+run's first steps, so they gain least in short runs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from importlib import metadata
 
 from accelkit.bench.baselines import cache_dit, diffusers_caches
 from accelkit.bench.baselines.restored import restored
-from accelkit.bench.baselines.target import Target, Unavailable, cannot_run
+from accelkit.bench.baselines.trials import Unavailable, cannot_run
 from accelkit.errors import AccelkitError
 from accelkit.runtime import conflicts
+from accelkit.sample.generate import Sampling
+from accelkit.subject import Subject
 
 Value = float | int | str
 
 
 @dataclass(frozen=True)
 class Option:
-    """A parameter of a cache, written behind its name and a colon.
+    """A parameter of a cache, written after the cache's name and a colon.
 
     Attributes:
-        name: of the argument that it is.
-        default: where it is not written.
-        least: numbers are at least this, and whole if the default is; None for words.
-        words: those that may be written.
+        name: the argument of the cache's function.
+        default: the value if none is written.
+        least: the smallest number allowed, whole if the default is; None for words.
+        words: the words allowed.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Option:
     words: tuple[str, ...] = ()
 
     def read(self, text: str, cache: str) -> Value:
-        """Return what is written behind the name of a cache; AccelkitError if it cannot be."""
+        """Return the value that is written for ``cache``; AccelkitError if it is not allowed."""
         if text in self.words:
             return text
         with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -64,9 +66,9 @@ class Cache:
 
     Attributes:
         title: its name in that library.
-        put: puts it on a target, given its options by name.
+        put: puts it on a subject, given how images are sampled and its options by name.
         options: its parameters, in the order in which they are written.
-        hook: the name of the hook without which it does nothing; None for one without.
+        hook: the name of the hook that it adds; None if it adds none.
     """
 
     title: str
@@ -75,7 +77,7 @@ class Cache:
     hook: str | None = None
 
     def read(self, texts: list[str]) -> dict[str, Value]:
-        """Return all options from what is written behind the name; AccelkitError if it cannot."""
+        """Return all options, given those written; AccelkitError if one is not allowed."""
         if len(texts) > len(self.options):
             known = ", ".join(option.name for option in self.options)
             raise AccelkitError(f"{self.title} takes {known}, got {':'.join(texts)!r}")
@@ -86,38 +88,41 @@ class Cache:
 
 
 @contextmanager
-def cached(target: Target, name: str, options: dict[str, Value]) -> Iterator[None]:
-    """Run a target's network with a cache while entered, and leave it as it was.
+def cached(
+    subject: Subject, sampling: Sampling, name: str, options: dict[str, Value]
+) -> Iterator[None]:
+    """Run a network with a cache while entered, and restore it afterwards.
 
-    Images are to be made by :func:`accelkit.sample.generate.generate`, which starts a run of the
-    cache with every batch.
+    Make images with :func:`accelkit.sample.generate.generate`, which resets the cache for every
+    batch.
 
     Args:
-        target: what to put it on.
+        subject: the pipeline and its network.
+        sampling: how images are sampled.
         name: a key of :data:`BASELINES`.
-        options: all of its parameters.
+        options: all parameters of the cache.
 
     Raises:
-        Unavailable: it is not installed, or does not know the model.
+        Unavailable: the cache is not installed, or cannot run on the model.
     """
-    cache, model = BASELINES[name], target.model
+    cache, model = BASELINES[name], subject.model
     with restored(model):
         try:
             with _quiet():
-                cache.put(target, **options)
+                cache.put(subject, sampling, **options)
         except AccelkitError:
             raise
         except ImportError as error:
             raise Unavailable(_not_there(name, cache.title, error)) from error
-        except Exception as error:  # whatever a library says that does not know the model
+        except Exception as error:  # libraries raise anything for a model they do not know
             raise cannot_run(cache.title, model, error) from error
         if cache.hook and not any(
             cache.hook in conflicts.list_of_hooks(m) for m in model.modules()
         ):
             raise Unavailable(
-                f"{cache.title} finds nothing in this {type(model).__name__} that it could keep"
+                f"{cache.title} finds nothing to cache in this {type(model).__name__}"
             )
-        del target  # what is compiled keeps the cache, which must not keep the pipeline
+        del subject  # a compiled copy keeps this cache, which must not keep the pipeline
         yield
 
 
@@ -131,7 +136,7 @@ def _not_there(name: str, title: str, error: ImportError) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep libraries from telling at every batch what they do."""
+    """Silence the notices that libraries print for every batch."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -165,7 +170,7 @@ BASELINES: dict[str, Cache] = {
         diffusers_caches.taylorseer,
         (
             Option("interval", 5, 2),
-            # the library's default; whole blocks gain more, and go with no schedule
+            # the library's default; whole blocks gain more but cannot run with a schedule
             Option("what", "attentions", words=("attentions", "blocks")),
         ),
         "taylorseer_cache",
@@ -178,7 +183,7 @@ BASELINES: dict[str, Cache] = {
     ),
     "cache-dit": Cache("cache-dit", cache_dit.cache_dit, (Option("threshold", 0.08, 0),)),
 }
-"""Caches by the name by which a comparison asks for them: diffusers' five, and cache-dit's DBCache.
+"""Caches by the name that a comparison knows them by: diffusers' five, and cache-dit's DBCache.
 
 ``first_block_cache:THRESHOLD``, ``faster_cache:INTERVAL``, ``pab:INTERVAL``,
 ``taylorseer:INTERVAL:WHAT``, ``mag_cache:THRESHOLD``, ``cache-dit:THRESHOLD``."""

@@ -1,4 +1,4 @@
-"""Puts back what other libraries hang on a model."""
+"""Undoes what other libraries change on a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Leave every module of ``model`` as it was when entered, whatever is hung on it meanwhile.
+    """Restore every module of ``model`` at the end, whatever was changed or raised inside.
 
-    Undone are attributes, hooks of PyTorch and of diffusers, and children exchanged. So is what was
-    done halfway by something that raised. Weights that are written to are not.
+    This covers attributes, hooks of PyTorch and of diffusers, and exchanged children. It does not
+    cover weights that were written to.
     """
     before = [held for module in model.modules() for held in _held(module)]
     try:
@@ -26,7 +26,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 def _held(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Return what can be changed in place on a module, with copies of it."""
+    """Yield the containers of a module that can be changed in place, each with a copy."""
     inside = module.__dict__
     yield from _copies(inside)
     if (registry := inside.get("_diffusers_hook")) is not None:
@@ -36,7 +36,7 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, Any]]:
 def _copies(attributes: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     yield attributes, dict(attributes)
     for value in attributes.values():
-        if type(value) in (dict, OrderedDict, list):  # and no config, which is frozen
+        if type(value) in (dict, OrderedDict, list):  # a config is frozen
             yield value, list(value) if isinstance(value, list) else dict(value)
 
 
