@@ -9,7 +9,7 @@ from accelkit.errors import AccelkitError
 
 
 @dataclass(frozen=True)
-class Plan:
+class Protocol:
     """What is compared, and how.
 
     Attributes:

@@ -132,9 +132,9 @@ def bench(
     small = made_of_builtin(settings)
     defaults = {"num_images": 500 if small else 5000, "batch_size": 250 if small else 32}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
-    from accelkit.bench.protocol import Plan
+    from accelkit.bench.protocol import Protocol
 
-    plan = Plan(
+    plan = Protocol(
         methods=";".join([*listed(settings["schedules"]), *listed(settings["baselines"])]),
         samplers=tuple(listed(settings["samplers"])),
         images=settings["num_images"],

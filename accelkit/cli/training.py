@@ -154,7 +154,7 @@ def finetune(
     settings["output"] = settings["output"] or Path("runs") / _slug(
         f"finetune-{settings['schedule']}"
     )
-    from accelkit.bench.protocol import Plan
+    from accelkit.bench.protocol import Protocol
     from accelkit.jobs.common import Run
     from accelkit.train.config import TrainConfig
 
@@ -163,7 +163,7 @@ def finetune(
     check_readable(settings["schedule"])  # before a model is fetched, by which depths are checked
     if made_of_builtin(settings):
         Schedule.parse(settings["schedule"])
-    plan = Plan(
+    plan = Protocol(
         methods=";".join([settings["schedule"], *listed(settings["baselines"])]),
         samplers=(f"{settings['sampler']}:{settings['sampling_steps']}",),
         images=settings["eval_images"],

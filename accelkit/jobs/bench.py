@@ -19,7 +19,7 @@ from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.comparison import Comparison
 from accelkit.bench.judging import Judge
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.bench.report.report import write_report
 from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_results, write_results
 from accelkit.bench.timing import Stopwatch
@@ -47,7 +47,7 @@ CELLS, SAMPLES = "cells", "samples"
 
 def bench(
     source: Source,
-    plan: Plan,
+    plan: Protocol,
     output: Path,
     reporter: Reporter,
     *,
@@ -108,7 +108,7 @@ def compare(
     pipe: Any,
     tuned: Sequence[tuple[Schedule, Any]],
     source: Source,
-    plan: Plan,
+    plan: Protocol,
     output: Path,
     reporter: Reporter,
     *,
@@ -219,7 +219,7 @@ def _network(pipe: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _judge(
-    plan: Plan,
+    plan: Protocol,
     images: ImageSource,
     size: int,
     reporter: Reporter,

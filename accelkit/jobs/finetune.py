@@ -12,7 +12,7 @@ from accelkit.artifact import artifact
 from accelkit.backbones import Backbone, backbone_of, denoiser_of
 from accelkit.backbones.conditioning import conditioning_of
 from accelkit.bench.methods import parse_methods
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.data.shards import fingerprint
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
@@ -42,7 +42,7 @@ def finetune(
     source: Source,
     schedule: str,
     config: TrainConfig,
-    plan: Plan | None,
+    plan: Protocol | None,
     where: Run,
     reporter: Reporter,
 ) -> dict[str, Any]:

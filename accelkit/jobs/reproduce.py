@@ -10,7 +10,7 @@ from typing import Any
 from accelkit.artifact import artifact
 from accelkit.artifact.loading import open_pipeline
 from accelkit.assets import BUILTIN, builtin
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.files.writing import AGAIN
 from accelkit.jobs.bench import bench
@@ -38,7 +38,7 @@ class Given:
         tuned: directories of artifacts by the schedules that they are tuned for; the rest is
             trained.
         kernels: as :func:`accelkit.enable` takes it.
-        features, features_sha256, reference: as of :class:`accelkit.bench.protocol.Plan`.
+        features, features_sha256, reference: as of :class:`accelkit.bench.protocol.Protocol`.
         seed: of all trainings; its images have seeds that no other's have.
     """
 
@@ -218,11 +218,11 @@ def _continuous(trained: Path, target: Path) -> None:
     save_pipeline(pipe, target, AGAIN)
 
 
-def _plan(experiment: Experiment, given: Given) -> Plan:
+def _plan(experiment: Experiment, given: Given) -> Protocol:
     first = given.seed * experiment.images
     for seed in (first, first + experiment.images - 1):
         check_seed(seed)
-    return Plan(
+    return Protocol(
         methods=",".join(experiment.methods),
         samplers=experiment.samplers,
         images=experiment.images,
