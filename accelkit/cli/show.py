@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,15 @@ def worded(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def shown(settings: dict[str, Any]) -> bool:
-    """Print the resolved settings if this is a dry run; say whether it is."""
-    if not settings["dry_run"]:
-        return False
-    hidden = {"dry_run", "as_json", "recipe"}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    plain = {k: v for k, v in plain.items() if k not in hidden}
-    if settings["as_json"]:
-        typer.echo(json.dumps(plain, indent=2))
-        return True
+def show_settings(settings: Mapping[str, Any], as_json: bool) -> None:
+    """Print settings by name, as a table or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(settings, indent=2, default=str))
+        return
     table = Table("setting", "value", title="settings", title_justify="left")
-    for key, value in plain.items():
+    for key, value in settings.items():
         table.add_row(key, str(value))
     out.print(table)
-    return True
 
 
 def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:

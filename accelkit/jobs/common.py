@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 
 from accelkit.artifact import artifact
-from accelkit.assets import BUILTIN
 from accelkit.backbones import backbone_of, denoiser_of
 from accelkit.backbones.autoencoders import autoencoder_of
 from accelkit.backbones.conditioning import Item, conditioning_of
@@ -24,6 +22,7 @@ from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
 from accelkit.files.tensors import add_sums
 from accelkit.files.writing import RESUME, writing
+from accelkit.jobs.settings import Run, Source
 from accelkit.runtime.switch import disable, enabled_on
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.sample.many import together
@@ -53,47 +52,6 @@ class Silent:
 
     def advance(self, task: str, done: int, total: int, note: str = "") -> None:
         """Show nothing."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which model and data a job works on.
-
-    Attributes:
-        model: as :func:`accelkit.from_pretrained` takes it.
-        data: ``digits``, a folder or a zip.
-        revision: of a hub id.
-        vae: directory or hub id of the autoencoder that goes with an original-layout file, or that
-            a model trained from scratch is to work behind.
-        num_heads: attention heads of an original-layout file of unpublished size.
-        skip_bad: go on without images that cannot be read, and count them.
-        flip: train on mirrored images as well.
-        variant: of the model's weights, such as ``fp16``.
-        class_map: file that sets the labels of the data's classes.
-    """
-
-    model: str = BUILTIN
-    data: str = "digits"
-    revision: str | None = None
-    vae: str | None = None
-    num_heads: int | None = None
-    skip_bad: bool = False
-    flip: bool = False
-    variant: str | None = None
-    class_map: str | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run goes and how it is watched."""
-
-    output: Path
-    resume: bool = False
-    overwrite: bool = False
-    checkpoint_every: int = 100
-    keep: int = 2
-    preview_every: int = 0
-    report_to: str | None = None
 
 
 def open_model(source: Source) -> Any:

@@ -6,9 +6,7 @@ the CPU by one generator per image, for samplers that keep adding noise as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,52 +20,8 @@ from accelkit.backbones.conditioning import Item, conditioning_of
 from accelkit.backbones.watched import learn
 from accelkit.errors import AccelkitError
 from accelkit.runtime import conflicts
-from accelkit.sample.samplers import STOCHASTIC, resolved, sampler_for
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled.
-
-    Attributes:
-        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``
-            (:func:`accelkit.sample.samplers.resolved`).
-        steps: network calls per image.
-        guidance: classifier-free guidance scale; 1 is none and runs no second half of the batch.
-        guidance_channels: how many latent channels are guided, None for all as diffusers does;
-            the original DiT guides the first 3.
-
-    Raises:
-        AccelkitError: a scale that is not finite, or fewer than one guided channel.
-    """
-
-    sampler: str = "auto"
-    steps: int = 50
-    guidance: float = 1.0
-    guidance_channels: int | None = None
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
-            raise AccelkitError(f"a guidance scale is a finite number, got {self.guidance}")
-        if self.guidance_channels is not None and self.guidance_channels < 1:
-            raise AccelkitError(f"guide at least 1 channel, got {self.guidance_channels}")
-
-    def check(self, pipe: Any) -> Sampling:
-        """Return it with the sampler named.
-
-        Raises:
-            AccelkitError: the sampler does not follow the pipeline's process, the pipeline calls
-                its network as accelkit does not, or there are fewer channels than are to be guided.
-        """
-        sampler_for(pipe, self.sampler, self.steps)
-        calls = conditioning_of(backbone_of(denoiser_of(pipe)))
-        calls.suits(pipe)
-        channels = calls.shape[0]
-        if (self.guidance_channels or 0) > channels:
-            raise AccelkitError(
-                f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
-            )
-        return replace(self, sampler=resolved(self.sampler, pipe.scheduler))
+from accelkit.sample.samplers import STOCHASTIC, sampler_for
+from accelkit.sample.sampling import Sampling
 
 
 def check_seed(seed: int) -> None:
