@@ -38,7 +38,7 @@ class Command(TyperCommand):
         out.print(inspect.cleandoc(self.help or ""), highlight=False)
         out.print()
         for title in (_ARGUMENTS, *PANELS):
-            shown = [p for p in self.get_params(ctx) if _panel(p) == title]
+            shown: list[Any] = [p for p in self.get_params(ctx) if _panel(p) == title]
             _print(title, [(_name(p), _help(p.help, p.default, p.envvar)) for p in shown])
         for name, kind in getattr(self.callback, "tables", {}).items():
             rows = [(f.name, _help(f.metadata["help"], f.default)) for f in fields(kind)]
@@ -52,7 +52,7 @@ def _print(title: str, rows: list[tuple[str, str]]) -> None:
         table.add_column()
         for name, text in rows:
             table.add_row(Text(name, "bold"), text)
-        out.print(Panel(table, title=title, title_align="left", border_style="dim"))
+        out.print(Panel(table, title=Text(title), title_align="left", border_style="dim"))
 
 
 def _panel(parameter: Any) -> str:

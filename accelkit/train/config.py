@@ -100,7 +100,8 @@ class TrainConfig:
     )
     intermediate_head: str = setting(
         "shared",
-        "Output head at an intermediate exit: shared (the network's), or own (dropped after training)",
+        "Output head at an intermediate exit: shared (the network's), or own (dropped after the "
+        "training)",
         rule=one_of("shared", "own"),
     )
     lora_rank: int = setting(
