@@ -114,3 +114,17 @@ def check(settings: Any, see: str = "") -> None:
         else:
             continue
         raise AccelkitError(f"{about.name} must be {wanted}, got {value!r}{see}")
+
+
+def from_table(kind: Any, values: Any, table: str) -> Any:
+    """Return a dataclass built from a table of a TOML file, whose lists become tuples.
+
+    Raises:
+        AccelkitError: it is no table, or has unknown names.
+    """
+    if not isinstance(values, dict):
+        raise AccelkitError(f"[{table}] is a table of settings, the recipe has {values!r}")
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise AccelkitError(f"unknown settings in [{table}]: {', '.join(sorted(unknown))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

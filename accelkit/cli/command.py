@@ -19,8 +19,7 @@ import typer
 from accelkit.cli.options import Option, Options, name_value, options_of, single
 from accelkit.cli.settings import read_recipe, resolve
 from accelkit.cli.show import show_settings
-from accelkit.errors import AccelkitError
-from accelkit.fields import ESSENTIAL, OUTPUT, PANELS, RARE, setting
+from accelkit.fields import ESSENTIAL, OUTPUT, PANELS, RARE, from_table, setting
 
 
 class RecipeTable:
@@ -134,7 +133,7 @@ class _Command:
         """Return the function's arguments for settings by option."""
         built: dict[str, Any] = {name: settings[name] for name in self.plain}
         for name, kind in self.tables.items():
-            built[name] = _from_table(kind, settings[name], name)
+            built[name] = from_table(kind, settings[name], name)
         for part, default in self.defaults.items():
             own = [option for option in self.options if option.part == part]
             changes = {option.about.name: option.read(settings[option.name]) for option in own}
@@ -157,13 +156,3 @@ def _place(parameter: Parameter) -> int:
     if isinstance(about, typer.models.ArgumentInfo):
         return -1
     return PANELS.index(about.rich_help_panel or RARE)
-
-
-def _from_table(kind: Any, values: Any, table: str) -> Any:
-    """Build a settings class from a recipe's table; unknown names raise AccelkitError."""
-    if not isinstance(values, dict):
-        raise AccelkitError(f"[{table}] is a table of settings, the recipe has {values!r}")
-    unknown = set(values) - {f.name for f in fields(kind)}
-    if unknown:
-        raise AccelkitError(f"unknown settings in [{table}]: {', '.join(sorted(unknown))}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

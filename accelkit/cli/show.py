@@ -13,11 +13,12 @@ from rich.table import Table
 
 from accelkit.schedule import Schedule
 
-out = Console(markup=False, emoji=False)  # a name is shown as it is, brackets and all
+out = Console(markup=False, emoji=False)
+"""Standard output, which shows brackets and colons of a name unchanged."""
 
 
 def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> Table:
-    """One schedule a row: a bar per noise level, as high as the depth."""
+    """Return a table with a row per schedule, whose bars show the depth by noise level."""
     bars, width = " ▁▂▃▄▅▆▇█", 20
     table = Table(title=f"blocks run of {chosen[0].layers} ({where})", title_justify="left")
     table.add_column("schedule")
@@ -37,7 +38,7 @@ def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> 
 
 
 def intervals(schedule: Schedule) -> Table:
-    """One interval a row, with a bar as long as the depth."""
+    """Return a table with a row per interval, whose bar is as long as the depth."""
     table = Table(title=schedule.name or None, title_justify="left")
     table.add_column("noise level")
     table.add_column("blocks", justify="right")
@@ -50,7 +51,7 @@ def intervals(schedule: Schedule) -> Table:
 
 
 def saved(schedule: Schedule) -> str:
-    """Return what the share of blocks not run is of: the whole cost, if all are counted."""
+    """Return the heading for the share of blocks saved, of the cost if all blocks are counted."""
     return "counted blocks saved" if schedule.family else "ideal saving"
 
 
@@ -73,7 +74,7 @@ def show_settings(settings: Mapping[str, Any], as_json: bool) -> None:
 
 
 def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
-    """Print a comparison's rows as a table and what they say, or the rows as JSON."""
+    """Print a comparison's rows as a table with a summary, or the rows as JSON."""
     from accelkit.bench.report.findings import Findings
     from accelkit.bench.report.summary import summary
 
@@ -87,7 +88,7 @@ def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
         table.add_column(
             heading,
             justify="left" if heading in words else "right",
-            overflow="fold",  # a method's name is not to be cut
+            overflow="fold",  # or rich cuts the names of methods
         )
     for row in rows:
         table.add_row(
