@@ -18,7 +18,7 @@ from accelkit.bench.cells import Cells
 from accelkit.bench.harness import Run, Variant
 from accelkit.bench.judging import Judge, judge_variant
 from accelkit.bench.methods import Method, Unavailable, applied, check, fewer_steps, parse_methods
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.bench.results import blank_row, identity, installed, machine
 from accelkit.compute import Compute
 from accelkit.data.shards import fingerprint
@@ -60,7 +60,7 @@ class Comparison:
         self,
         subject: Subject,
         tuned: Sequence[tuple[Schedule, Subject]],
-        plan: Plan,
+        plan: Protocol,
         items: tuple[Item, ...],
         folder: Path,
         world: World,

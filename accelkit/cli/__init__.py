@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from accelkit.artifact.loading import quiet
 from accelkit.cli.benching import bench, report
+from accelkit.cli.help import Command
 from accelkit.cli.reproducing import reproduce
 from accelkit.cli.terminal import say, show_anywhere, show_warnings_as_lines, worded
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import convert, inspect, sample, schedules
-from accelkit.errors import AccelkitError, Stopped
+from accelkit.errors import Stopped
 from accelkit.version import __version__
 
 EXAMPLES = """
@@ -38,21 +38,7 @@ Examples:
   accelkit inspect --model runs/finetune-D4
 """
 
-_BITS = 64  # of an integer in torch, with its sign
 _INTERRUPTED = 130
-
-
-class _Command(TyperCommand):
-    """A command that takes no number that no library takes."""
-
-    def invoke(self, ctx: Any) -> Any:
-        for name, value in ctx.params.items():
-            whole = isinstance(value, int) and name != "seed"  # which has a range of its own
-            if whole and value.bit_length() >= _BITS:
-                option = name.replace("_", "-")
-                raise AccelkitError(f"--{option} takes numbers below 2^{_BITS - 1}, got {value}")
-        return super().invoke(ctx)
-
 
 app = typer.Typer(
     help=EXAMPLES,
@@ -64,7 +50,7 @@ app = typer.Typer(
 _debug = False
 
 for command in (finetune, train, sample, bench, report, reproduce, schedules, convert, inspect):
-    app.command(cls=_Command)(command)
+    app.command(cls=Command)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -98,7 +84,7 @@ def main() -> None:
     except Stopped as stopped:
         say(stopped)
         sys.exit(128 + stopped.signum)
-    except typer.Abort:  # by which older versions of the parser mean Ctrl-C
+    except typer.Abort:  # older versions of the parser raise it on Ctrl-C
         say("interrupted")
         sys.exit(_INTERRUPTED)
     except Exception as error:
@@ -118,6 +104,6 @@ def main() -> None:
 
 
 def _leave_processes() -> None:
-    """Part from the other processes of the run, if it had any."""
+    """End the connection to the other processes of a distributed run."""
     if (accelerate := sys.modules.get("accelerate")) and accelerate.PartialState._shared_state:
         accelerate.PartialState().destroy_process_group()

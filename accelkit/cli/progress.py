@@ -1,4 +1,4 @@
-"""How far a job is, on the terminal: a bar that becomes plain lines where there is no terminal."""
+"""Progress of a job: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -2,78 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from accelkit.cli.options import (
-    AsJson,
-    ClassMap,
-    Kernels,
-    NumHeads,
-    Revision,
-    SkipBad,
-    Vae,
-    check_output,
-    reporter,
-    tuned_weights,
-)
+from accelkit.bench.protocol import Protocol
+from accelkit.cli.benching import Tuned, tuned_weights
+from accelkit.cli.command import AsJson, command
+from accelkit.cli.options import Options
+from accelkit.cli.progress import TerminalReporter
 from accelkit.cli.show import out, print_results, worded
+from accelkit.fields import ESSENTIAL, OUTPUT
 from accelkit.jobs.published import Publication, check_scale, names, publication
+from accelkit.jobs.settings import Source, check_output
 
 
+@command()
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(help="Such as ase-table3; none lists all there are.")
+        str | None, typer.Argument(help="Publication, such as ase-table3; a list by default")
     ] = None,
     scale: Annotated[
-        str, typer.Option(help="full: as published; digits: in miniature, on the built-in data.")
+        str,
+        typer.Option(
+            help="Scale: full, as published; or digits, a miniature on the built-in data",
+            rich_help_panel=ESSENTIAL,
+        ),
     ] = "full",
-    model: Annotated[
-        str | None, typer.Option(help="The published model: a directory, original file or hub id.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="The published data: a folder of images or a zip.")
-    ] = None,
-    tuned: Annotated[
-        str, typer.Option(help="Weights there are: D4=runs/d4,D6=runs/d6. The rest is trained.")
-    ] = "",
-    features: Annotated[
-        str | None, typer.Option(help="What images are judged by, as accelkit bench has it.")
-    ] = None,
-    features_sha256: Annotated[
-        str | None, typer.Option(help="Refuse a feature extractor with another SHA-256.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Images or .npz statistics to compare with.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of trainings and images; another one is another repetition.")
-    ] = 0,
+    source: Annotated[Source, Options(without=("flip", "variant"))] = Source(model="", data=""),
+    tuned: Tuned = "",
+    protocol: Annotated[
+        Protocol, Options(only=("kernels", "features", "features_sha256", "reference", "seed"))
+    ] = Protocol("full"),
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Default: runs/reproduce/NAME-SCALE, -seedN behind it if not 0."
+            "-o",
+            "--output",
+            help="Output directory; by default runs/reproduce/NAME-SCALE, or NAME-SCALE-seedN",
+            rich_help_panel=ESSENTIAL,
         ),
     ] = None,
-    kernels: Kernels = "auto",
     dry_run: Annotated[
-        bool, typer.Option(help="Show settings, published figures and what to mind; run nothing.")
+        bool,
+        typer.Option(
+            help="Settings, published figures and notes printed, nothing run",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    vae: Vae = None,
-    num_heads: NumHeads = 0,
-    class_map: ClassMap = None,
-    skip_bad: SkipBad = False,
+    json: AsJson = False,
 ) -> None:
-    """Repeat a published table: train what it needs, then compare, its figures beside ours.
+    """Repeat a published table: train what it needs, then compare; show both figures.
 
-    The same command again goes on where it was interrupted.
+    The same command again continues where it was interrupted.
 
     Examples:
 
@@ -86,45 +71,37 @@ def reproduce(
       accelkit reproduce dvd-table-a2
     """
     if name is None:
-        _list(as_json)
+        _list(json)
         return
     table = publication(name)
     brought = tuned_weights(tuned)
     from accelkit.sample.generate import check_seed
 
-    check_seed(seed)
+    check_seed(protocol.seed)
     check_scale(scale)
     if table.full is None or dry_run:
-        _show(table, scale, as_json)
+        _show(table, scale, json)
         return
-    from accelkit.jobs.common import Source
     from accelkit.jobs.reproduce import Given
     from accelkit.jobs.reproduce import reproduce as job
 
-    folder = f"{name}-{scale}" + (f"-seed{seed}" if seed else "")
+    folder = f"{name}-{scale}" + (f"-seed{protocol.seed}" if protocol.seed else "")
     place = output or Path("runs") / "reproduce" / folder
     check_output(place)
-    with reporter() as report:
-        results = job(
-            table,
-            scale,
-            Source(
-                model or "",
-                data or "",
-                revision,
-                vae,
-                num_heads or None,
-                skip_bad,
-                class_map=class_map,
-            ),
-            Given(brought, kernels, features, features_sha256, reference, seed),
-            place,
-            report,
-        )
+    given = Given(
+        brought,
+        protocol.kernels,
+        protocol.features,
+        protocol.features_sha256,
+        protocol.reference,
+        protocol.seed,
+    )
+    with TerminalReporter() as report:
+        results = job(table, scale, source, given, place, report)
     found = {place / variant: part for variant, part in results.items() if part}
-    if as_json:
+    if json:
         parts = [{"output": str(where), "rows": part["rows"]} for where, part in found.items()]
-        typer.echo(json.dumps(parts, indent=2))
+        typer.echo(dumps(parts, indent=2))
         return
     for where, part in found.items():
         print_results(part, where, as_json=False)
@@ -135,7 +112,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         keys = ("name", "source", "title", "needs")
         rows = [{key: getattr(p, key) for key in keys} for p in found]
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(dumps(rows, indent=2))
         return
     table = Table("name", "miniature", title="accelkit reproduce NAME", title_justify="left")
     for heading in ("compares", "needs"):
@@ -155,7 +132,7 @@ def _show(found: Publication, scale: str, as_json: bool) -> None:
     costs = counted(found)
     if as_json:
         plain = {"source": found.source, **asdict(found), "scale": scale, "counted": costs}
-        typer.echo(json.dumps(plain, indent=2))
+        typer.echo(dumps(plain, indent=2))
         return
     for line in (f"{found.title} ({found.source})", found.work, f"needs {found.needs}"):
         out.print(line, highlight=False, markup=False)

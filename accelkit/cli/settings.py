@@ -1,4 +1,4 @@
-"""Where a command's settings come from: the command line, a recipe, the run being resumed."""
+"""Settings of a command from the command line, a recipe and layers of lower precedence."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from accelkit.files.documents import read_toml
 
 
 def read_recipe(path: str | Path, tables: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a recipe's settings: a TOML file of options, dashes as underscores.
+    """Return the settings of a recipe, a TOML file of options; dashes become underscores.
 
     Args:
         path: the file.
         tables: names of tables that stay tables; every other table only groups options.
 
     Raises:
-        AccelkitError: missing or no valid TOML.
+        AccelkitError: the file is missing or not valid TOML.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -35,7 +35,7 @@ def read_recipe(path: str | Path, tables: tuple[str, ...] = ()) -> dict[str, Any
 
 
 def resolve(context: Any, *layers: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's settings: from the command line, else the first layer's, else default.
+    """Return a command's settings: from the command line, else the first layer, else the default.
 
     An environment variable counts as a default: ``accelerate launch`` always sets some.
 
@@ -75,6 +75,6 @@ def _cast(context: Any, parameter: Any, value: Any) -> Any:
         raise AccelkitError(f"{parameter.name} takes {kind}, the recipe has {value!r}")
     try:
         return value if flags else parameter.process_value(context, str(value))
-    except Exception as error:  # click's own BadParameter, wherever typer keeps it
+    except Exception as error:  # BadParameter of click, which versions of typer keep elsewhere
         message = getattr(error, "message", str(error))
         raise AccelkitError(f"{parameter.name} in the recipe: {message}") from error

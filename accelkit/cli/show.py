@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from rich.table import Table
 
 from accelkit.schedule import Schedule
 
-out = Console(markup=False, emoji=False)  # a name is shown as it is, brackets and all
+out = Console(markup=False, emoji=False)
+"""Standard output, which shows brackets and colons of a name unchanged."""
 
 
 def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> Table:
-    """One schedule a row: a bar per noise level, as high as the depth."""
+    """Return a table with a row per schedule, whose bars show the depth by noise level."""
     bars, width = " ▁▂▃▄▅▆▇█", 20
     table = Table(title=f"blocks run of {chosen[0].layers} ({where})", title_justify="left")
     table.add_column("schedule")
@@ -36,7 +38,7 @@ def overview(chosen: list[Schedule], levels: list[float] | None, where: str) -> 
 
 
 def intervals(schedule: Schedule) -> Table:
-    """One interval a row, with a bar as long as the depth."""
+    """Return a table with a row per interval, whose bar is as long as the depth."""
     table = Table(title=schedule.name or None, title_justify="left")
     table.add_column("noise level")
     table.add_column("blocks", justify="right")
@@ -49,7 +51,7 @@ def intervals(schedule: Schedule) -> Table:
 
 
 def saved(schedule: Schedule) -> str:
-    """Return what the share of blocks not run is of: the whole cost, if all are counted."""
+    """Return the heading for the share of blocks saved, of the cost if all blocks are counted."""
     return "counted blocks saved" if schedule.family else "ideal saving"
 
 
@@ -60,25 +62,19 @@ def worded(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def shown(settings: dict[str, Any]) -> bool:
-    """Print the resolved settings if this is a dry run; say whether it is."""
-    if not settings["dry_run"]:
-        return False
-    hidden = {"dry_run", "as_json", "recipe"}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    plain = {k: v for k, v in plain.items() if k not in hidden}
-    if settings["as_json"]:
-        typer.echo(json.dumps(plain, indent=2))
-        return True
+def show_settings(settings: Mapping[str, Any], as_json: bool) -> None:
+    """Print settings by name, as a table or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(settings, indent=2, default=str))
+        return
     table = Table("setting", "value", title="settings", title_justify="left")
-    for key, value in plain.items():
+    for key, value in settings.items():
         table.add_row(key, str(value))
     out.print(table)
-    return True
 
 
 def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
-    """Print a comparison's rows as a table and what they say, or the rows as JSON."""
+    """Print a comparison's rows as a table with a summary, or the rows as JSON."""
     from accelkit.bench.report.findings import Findings
     from accelkit.bench.report.text import summary
 
@@ -92,7 +88,7 @@ def print_results(results: dict[str, Any], output: Path, as_json: bool) -> None:
         table.add_column(
             heading,
             justify="left" if heading in words else "right",
-            overflow="fold",  # a method's name is not to be cut
+            overflow="fold",  # or rich cuts the names of methods
         )
     for row in rows:
         table.add_row(

@@ -16,25 +16,25 @@ _PLAINLY |= dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
 
 def say(message: object) -> None:
     """Print a message as one line of at most :data:`accelkit.errors.LONGEST` characters."""
-    # typer.echo would write UTF-8 to a terminal that knows ASCII only
+    # typer.echo would write UTF-8 even to a terminal that shows ASCII only.
     print(_PREFIX + one_line(message, LONGEST - len(_PREFIX)), file=sys.stderr, flush=True)
 
 
 def worded(error: Exception) -> str | None:
-    """Return what a user is told of an error, None for one that is a fault of accelkit."""
+    """Return the message for a user's error, None for a fault of accelkit."""
     if isinstance(error, AccelkitError):
         return str(error)
     if isinstance(error, (TypeError, OSError)):
         return f"{type(error).__name__}: {error}"
-    message = getattr(error, "format_message", None)  # of the parser, which would draw it in a box
+    message = getattr(error, "format_message", None)  # the parser would draw a box
     return message and f"{message()} See --help."
 
 
 def show_anywhere() -> None:
-    """Have output and messages escape what the terminal's encoding lacks.
+    """Escape characters that the terminal's encoding lacks, in output and messages.
 
-    A path may hold bytes that are no UTF-8, and a terminal may know ASCII only; neither should end
-    a command that did its work.
+    A path may hold bytes that are not UTF-8, and a terminal may show ASCII only. Neither should end
+    a command that has done its work.
     """
     codecs.register_error("accelkit", _plainly)
     for stream in (sys.stdout, sys.stderr):
@@ -51,7 +51,7 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def show_warnings_as_lines() -> None:
-    """Print accelkit's warnings as its errors are: where in the code they arose tells nothing."""
+    """Print accelkit's warnings like its errors, in a line without the place in the code."""
     shown = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -2,130 +2,96 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from accelkit.cli.options import (
-    Accumulation,
-    AsJson,
-    Baselines,
-    BatchSize,
-    CheckpointEvery,
-    Checkpointing,
-    CheckpointsKept,
-    ClassMap,
-    Data,
-    DryRun,
-    EmaDecay,
-    Flip,
-    FreezeTime,
-    Guidance,
-    GuidanceChannels,
-    IntermediateHead,
-    IntermediateMatch,
-    IntermediateWeight,
-    LabelDropout,
-    LearningRate,
-    LogitMean,
-    LogitStd,
-    LoraRank,
-    LossWeight,
-    LossWeightUntil,
-    LrSchedule,
-    LrWarmup,
-    MaxGradNorm,
-    Model,
-    NumHeads,
-    Overwrite,
-    Precision,
-    PreviewEvery,
-    Recipe,
-    ReportTo,
-    Resume,
-    Revision,
-    Sampler,
-    SkipBad,
-    Steps,
-    TimestepDensity,
-    TrainSeed,
-    Vae,
-    Variant,
-    WeightDecay,
-    checked,
-    fill_in_data,
-    listed,
-    made_of_builtin,
-    pick,
-    reporter,
-    run_of,
-    source_of,
-)
-from accelkit.cli.settings import read_recipe, resolve
-from accelkit.cli.show import out, print_results, shown
+from accelkit.bench.protocol import Protocol, listed
+from accelkit.cli.command import Call, RecipeTable, command
+from accelkit.cli.options import DATA_ONLY, Options
+from accelkit.cli.progress import TerminalReporter
+from accelkit.cli.show import out, print_results
 from accelkit.errors import AccelkitError
-from accelkit.preset_names import SEQUENTIAL
+from accelkit.fields import ESSENTIAL, EVALUATION
+from accelkit.jobs.defaults import (
+    check_data,
+    data_of,
+    finetune_defaults,
+    finetune_output,
+    is_builtin,
+    train_defaults,
+)
+from accelkit.jobs.settings import ModelConfig, Run, Source
+from accelkit.sample.sampling import Sampling
 from accelkit.schedule import Schedule, check_readable
+from accelkit.train.config import AutoencoderConfig, TrainConfig
+
+Baselines = Annotated[
+    str,
+    typer.Option(
+        "--baselines",
+        "--baseline",
+        help="Alternatives to compare with: tome:RATIO[:B4] (token merging), steps (fewer steps at "
+        "equal cost), first_block_cache, faster_cache, pab, taylorseer, mag_cache, cache-dit, "
+        "compile, eager (no fused kernels); SCHEDULE+NAME for both; commas between several",
+        rich_help_panel=EVALUATION,
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        help="The run to continue in the output directory: 'latest'", rich_help_panel=ESSENTIAL
+    ),
+]
+_UNNAMED = Path("runs/finetune-SCHEDULE")
+_MOST_TIMED = 32
 
 
+def _stored(schedule: str, resume: str | None, run: Run, **_: Any) -> dict[str, Any]:
+    """Return the settings of the run that is resumed."""
+    if not resume:
+        return {}
+    from accelkit.jobs.resuming import stored_finetuning
+
+    folder = finetune_output(schedule) if run.output == _UNNAMED else run.output
+    if stored := stored_finetuning(folder):
+        stored["output"] = str(folder)
+    return stored
+
+
+def _suited(schedule: str, source: Source, **_: Any) -> dict[str, Any]:
+    """Return settings that suit the model and the schedule."""
+    return {
+        **finetune_defaults(source.model, schedule),
+        **data_of(source.model),
+        "output": str(finetune_output(schedule)),
+    }
+
+
+@command(_stored, _suited)
 def finetune(
-    ctx: typer.Context,
-    schedule: Annotated[str, typer.Option(help="D1…D6, uniform:K, depth@edge,… or a file.")] = "D4",
-    model: Model = "builtin",
-    data: Data = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: runs/finetune-SCHEDULE.")
-    ] = None,
-    recipe: Recipe = None,
+    call: Call,
+    source: Source = Source(data=""),
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Schedule: D1…D6, uniform:K, depth@edge,… or a file", rich_help_panel=ESSENTIAL
+        ),
+    ] = "D4",
+    run: Run = Run(_UNNAMED),
     resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    variant: Variant = None,
-    vae: Vae = None,
-    num_heads: NumHeads = 0,
-    class_map: ClassMap = None,
-    skip_bad: SkipBad = False,
-    flip: Flip = False,
-    steps: Steps = 10_000,
-    batch_size: BatchSize = 64,
-    learning_rate: LearningRate = 2e-5,
-    lr_schedule: LrSchedule = "constant",
-    lr_warmup_steps: LrWarmup = 0,
-    weight_decay: WeightDecay = 0.0,
-    max_grad_norm: MaxGradNorm = 1.0,
-    ema_decay: EmaDecay = 0.9999,
-    label_dropout: LabelDropout = 0.1,
-    loss_weight: LossWeight = "ones",
-    loss_weight_until: LossWeightUntil = 1 / 3,
-    intermediate_weight: IntermediateWeight = None,
-    intermediate_match: IntermediateMatch = "nearest",
-    intermediate_head: IntermediateHead = "shared",
-    timestep_density: TimestepDensity = "uniform",
-    logit_mean: LogitMean = 0.0,
-    logit_std: LogitStd = 1.0,
-    lora_rank: LoraRank = 0,
-    freeze_time_embedder: FreezeTime = True,
-    gradient_accumulation: Accumulation = 1,
-    gradient_checkpointing: Checkpointing = False,
-    mixed_precision: Precision = "no",
-    seed: TrainSeed = 0,
-    checkpoint_every: CheckpointEvery = 100,
-    checkpoints_kept: CheckpointsKept = 2,
-    preview_every: PreviewEvery = 0,
-    report_to: ReportTo = None,
+    training: TrainConfig = TrainConfig(steps=10_000),
     baselines: Baselines = "",
-    eval_images: Annotated[int, typer.Option(help="Images per row of the final table.")] = 1000,
-    eval_batch_size: Annotated[
-        int, typer.Option(help="Of these; of a timed call, no more than 32.")
-    ] = 250,
-    sampler: Sampler = "auto",
-    sampling_steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
-    guidance: Guidance = 1.0,
-    guidance_channels: GuidanceChannels = 0,
+    protocol: Annotated[
+        Protocol,
+        Options(
+            only=("images", "batch_size"),
+            named={"images": "--eval-images", "batch_size": "--eval-batch-size"},
+        ),
+    ] = Protocol("full", images=1000, batch_size=250),
+    sampling: Annotated[Sampling, Options(named={"steps": "--sampling-steps"})] = Sampling(),
 ) -> None:
     """Adapt a pretrained model to a schedule, save it and measure what it gained and kept.
 
@@ -141,92 +107,59 @@ def finetune(
 
       accelerate launch -m accelkit finetune --schedule D4 --mixed-precision bf16 …
     """
-    layers = [read_recipe(recipe)] if recipe else []
-    if resume:
-        layers.append(_stored(ctx, output, layers))
-    first = resolve(ctx, *layers)
-    if made_of_builtin(first):
-        from accelkit.assets import FINETUNE_RECIPE
-
-        layers.append(read_recipe(FINETUNE_RECIPE))
-    settings = resolve(ctx, *layers)
-    fill_in_data(settings)
-    settings["output"] = settings["output"] or Path("runs") / _slug(
-        f"finetune-{settings['schedule']}"
-    )
-    from accelkit.bench.protocol import Plan
-    from accelkit.jobs.common import Run
-    from accelkit.train.config import TrainConfig
-
-    _supervise(settings)
-    config = pick(TrainConfig, settings)
-    check_readable(settings["schedule"])  # before a model is fetched, by which depths are checked
-    if made_of_builtin(settings):
-        Schedule.parse(settings["schedule"])
-    plan = Plan(
-        methods=";".join([settings["schedule"], *listed(settings["baselines"])]),
-        samplers=(f"{settings['sampler']}:{settings['sampling_steps']}",),
-        images=settings["eval_images"],
-        batch_size=settings["eval_batch_size"],
-        # more may not fit, or not be worth the wait
-        timing_batch_size=min(32, settings["eval_batch_size"], settings["eval_images"]),
-        guidance=settings["guidance"],
-        guidance_channels=settings["guidance_channels"] or None,
+    check_data(source)
+    run = _resumed(run, resume)
+    check_readable(schedule)  # before a model is fetched, which its depths are checked against
+    if is_builtin(source.model):
+        Schedule.parse(schedule)
+    protocol = Protocol(
+        methods=";".join([schedule, *listed(baselines)]),
+        samplers=(f"{sampling.sampler}:{sampling.steps}",),
+        images=protocol.images,
+        batch_size=protocol.batch_size,
+        # a larger batch may not fit, or take too long
+        timing_batch_size=min(_MOST_TIMED, protocol.batch_size, protocol.images),
+        guidance=sampling.guidance,
+        guidance_channels=sampling.guidance_channels,
         throughput=(),
     )
-    if shown(settings):
+    if call.is_dry_run():
         return
     from accelkit.jobs.finetune import finetune as job
 
-    with reporter() as report:
-        results = job(
-            source_of(settings),
-            settings["schedule"],
-            config,
-            plan,
-            run_of(Run, settings),
-            report,
-        )
+    with TerminalReporter() as report:
+        results = job(source, schedule, training, protocol, run, report)
     if results:
-        print_results(results, settings["output"], settings["as_json"])
+        print_results(results, run.output, call.json)
 
 
+def _supervised(schedule: str, **_: Any) -> dict[str, Any]:
+    return train_defaults(schedule)
+
+
+@command(_supervised)
 def train(
-    ctx: typer.Context,
-    recipe: Recipe = None,
-    data: Data = "digits",
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("runs/train"),
-    schedule: Annotated[str, typer.Option(help="Train with it from the start.")] = "full",
+    call: Call,
+    source: Annotated[Source, Options(only=DATA_ONLY)] = Source(),
+    schedule: Annotated[
+        str, typer.Option(help="Schedule of the training", rich_help_panel=ESSENTIAL)
+    ] = "full",
+    run: Run = Run(Path("runs/train"), checkpoint_every=500),
     resume: Resume = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    class_map: ClassMap = None,
-    skip_bad: SkipBad = False,
-    flip: Flip = False,
-    steps: Steps = 4000,
-    batch_size: BatchSize = 128,
-    learning_rate: LearningRate = 1e-3,
-    lr_schedule: LrSchedule = "cosine",
-    lr_warmup_steps: LrWarmup = 200,
-    weight_decay: WeightDecay = 0.0,
-    max_grad_norm: MaxGradNorm = 1.0,
-    ema_decay: EmaDecay = 0.999,
-    label_dropout: LabelDropout = 0.1,
-    loss_weight: LossWeight = "ones",
-    loss_weight_until: LossWeightUntil = 1 / 3,
-    intermediate_weight: IntermediateWeight = None,
-    intermediate_match: IntermediateMatch = "nearest",
-    intermediate_head: IntermediateHead = "shared",
-    freeze_time_embedder: FreezeTime = False,
-    gradient_accumulation: Accumulation = 1,
-    gradient_checkpointing: Checkpointing = False,
-    mixed_precision: Precision = "no",
-    seed: TrainSeed = 0,
-    checkpoint_every: CheckpointEvery = 500,
-    checkpoints_kept: CheckpointsKept = 2,
-    preview_every: PreviewEvery = 0,
-    report_to: ReportTo = None,
+    training: Annotated[
+        TrainConfig, Options(without=("lora_rank", "timestep_density", "logit_mean", "logit_std"))
+    ] = TrainConfig(
+        steps=4000,
+        batch_size=128,
+        learning_rate=1e-3,
+        lr_schedule="cosine",
+        lr_warmup_steps=200,
+        ema_decay=0.999,
+        freeze_time_embedder=False,
+    ),
+    *,
+    model: Annotated[ModelConfig, RecipeTable],
+    autoencoder: Annotated[AutoencoderConfig, RecipeTable],
 ) -> None:
     """Train a small latent DiT or U-ViT from scratch, autoencoder included, sized by a recipe.
 
@@ -234,87 +167,18 @@ def train(
 
       accelkit train --recipe recipes/digits_dit.toml -o runs/digits-dit
     """
-    tables = ("model", "autoencoder")
-    layer = read_recipe(recipe, tables) if recipe else {}
-    sizes = {name: layer.pop(name, {}) for name in tables}
-    settings = resolve(ctx, layer)
-    from accelkit.jobs.common import Run
-    from accelkit.train.config import TrainConfig
-
-    _supervise(settings)
-    config = pick(TrainConfig, settings)
-    from accelkit.jobs.fresh import ModelConfig
+    run = _resumed(run, resume)
     from accelkit.jobs.scratch import PIPELINE, checked_schedule, scratch
-    from accelkit.train.autoencoder import AutoencoderConfig
 
-    model = checked(ModelConfig, sizes["model"], "model")
-    autoencoder = checked(AutoencoderConfig, sizes["autoencoder"], "autoencoder")
-    checked_schedule(settings["schedule"], model, autoencoder, config)
-    if shown({**settings, **sizes}):
+    checked_schedule(schedule, model, autoencoder, training)
+    if call.is_dry_run():
         return
-    with reporter() as report:
-        scratch(
-            source_of(settings),
-            settings["schedule"],
-            model,
-            autoencoder,
-            config,
-            run_of(Run, settings),
-            report,
-        )
-    out.print(f"pipeline at {settings['output'] / PIPELINE}", highlight=False)
+    with TerminalReporter() as report:
+        scratch(source, schedule, model, autoencoder, training, run, report)
+    out.print(f"pipeline at {run.output / PIPELINE}", highlight=False)
 
 
-def _stored(ctx: Any, output: Path | None, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings of the run in the output directory, by option name."""
-    from accelkit.train.rundir import RunDirectory
-
-    settings = resolve(ctx, *layers)
-    place = settings["output"] or Path("runs") / _slug(f"finetune-{settings['schedule']}")
-    run = RunDirectory(place).stored()
-    if run == {}:
-        return {}
-    try:
-        plan = run["evaluation"]
-        stored = {
-            **run["source"],
-            **run["train"],
-            "schedule": _spelled(run["schedule"]),
-            "baselines": ";".join(listed(plan["methods"])[1:]),
-            "eval_images": plan["images"],
-            "eval_batch_size": plan["batch_size"],
-            "sampler": plan["samplers"][0].rpartition(":")[0],
-            "sampling_steps": int(plan["samplers"][0].rpartition(":")[2]),
-            "guidance": plan["guidance"],
-            "guidance_channels": plan["guidance_channels"] or 0,
-            "output": str(place),
-        }
-    except AccelkitError:
-        raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise AccelkitError(
-            f"the run in {place} is not one of accelkit finetune; resume it with the command that "
-            "began it"
-        ) from error
-    return {k: v for k, v in stored.items() if v is not None}
-
-
-def _spelled(stored: dict[str, Any]) -> str:
-    """How to ask for the schedule again: by its name if that still stands for it."""
-    schedule = Schedule.from_dict(stored)
-    try:
-        named = Schedule.parse(schedule.name, schedule.layers, schedule.family or SEQUENTIAL)
-    except AccelkitError:  # the name of a file, say
-        return str(schedule)
-    return schedule.name if named == schedule else str(schedule)
-
-
-def _supervise(settings: dict[str, Any]) -> None:
-    """Supervise the parts on the way where depth-varying diffusion is asked for and no weight."""
-    if settings["intermediate_weight"] is None:
-        dvd = settings["schedule"].lower().startswith("dvd-")
-        settings["intermediate_weight"] = 1.0 if dvd else 0.0
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)
+def _resumed(run: Run, resume: str | None) -> Run:
+    if resume not in (None, "latest"):
+        raise AccelkitError(f"--resume takes 'latest', got {resume!r}")
+    return replace(run, resume=resume is not None)

@@ -1,71 +1,64 @@
-"""The commands that use and look at models: ``sample``, ``schedules`` and the rest."""
+"""The commands that use and show models: ``sample``, ``schedules``, ``convert``, ``inspect``."""
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from accelkit.cli.options import (
-    AsJson,
-    DryRun,
-    Guidance,
-    GuidanceChannels,
-    Kernels,
-    Model,
-    NumHeads,
-    Overwrite,
-    Recipe,
-    Revision,
-    Sampler,
-    Vae,
-    Variant,
-    reporter,
-    sampling_of,
-    source_of,
-)
-from accelkit.cli.settings import read_recipe, resolve
-from accelkit.cli.show import intervals, out, overview, saved, shown, worded
+from accelkit.cli.command import AsJson, Call, command
+from accelkit.cli.options import MODEL_ONLY, Kernels, Labels, Options, Overwrite, Seed
+from accelkit.cli.progress import TerminalReporter
+from accelkit.cli.show import intervals, out, overview, saved, worded
 from accelkit.errors import AccelkitError
+from accelkit.fields import ESSENTIAL, EVALUATION
+from accelkit.jobs.settings import Source
 from accelkit.preset_names import common_presets, families, preset_family, preset_names
 from accelkit.presets import published_depth
+from accelkit.sample.sampling import Sampling
 from accelkit.schedule import Schedule
 
 
+@command()
 def sample(
-    ctx: typer.Context,
-    model: Model = "builtin",
+    call: Call,
+    source: Annotated[Source, Options(only=MODEL_ONLY)] = Source(),
     schedule: Annotated[
-        str | None, typer.Option(help="Default: the one the model was tuned for, if any.")
+        str | None,
+        typer.Option(
+            help="Schedule; by default that of a fine-tuned model", rich_help_panel=ESSENTIAL
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("samples"),
-    number: Annotated[int, typer.Option("-n", "--number", help="How many images.")] = 16,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes to go round, e.g. 3,1,4 or 0-9. Default: all known.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image; the next has the next.")] = 0,
-    sampler: Sampler = "auto",
-    steps: Annotated[int, typer.Option(help="Network calls per image.")] = 50,
-    guidance: Guidance = 1.0,
-    guidance_channels: GuidanceChannels = 0,
-    batch_size: Annotated[int, typer.Option(help="Changes the speed, not the images.")] = 64,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Output directory", rich_help_panel=ESSENTIAL),
+    ] = Path("samples"),
+    overwrite: Overwrite = False,
+    number: Annotated[
+        int,
+        typer.Option("-n", "--number", help="Number of images", rich_help_panel=ESSENTIAL),
+    ] = 16,
+    labels: Labels = None,
+    seed: Seed = 0,
+    sampling: Sampling = Sampling(),
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Images generated at once, without effect on the images",
+            rich_help_panel=EVALUATION,
+        ),
+    ] = 64,
     kernels: Kernels = "auto",
     compile: Annotated[
         str | None,
-        typer.Option(help="graphs: a CUDA graph for each depth; or a backend of torch.compile."),
+        typer.Option(
+            help="Compilation: graphs for a CUDA graph of each depth, or a backend of torch.compile"
+        ),
     ] = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    variant: Variant = None,
-    vae: Vae = None,
-    num_heads: NumHeads = 0,
 ) -> None:
     """Sample images: one PNG each and a grid of all.
 
@@ -75,44 +68,54 @@ def sample(
 
       accelkit sample --model runs/finetune-D4 --labels 3,1,4 --guidance 2 --sampler dpm --steps 20
     """
-    settings = resolve(ctx, read_recipe(recipe) if recipe else {})
-    if shown(settings):
+    if call.is_dry_run():
         return
     from accelkit.jobs.sample import sample as job
 
-    with reporter() as report:
+    with TerminalReporter() as report:
         files = job(
-            source_of(settings),
-            settings["schedule"],
-            settings["labels"],
-            settings["number"],
-            settings["seed"],
-            settings["batch_size"],
-            sampling_of({**settings, "sampling_steps": settings["steps"]}),
-            settings["output"],
-            settings["overwrite"],
-            settings["kernels"],
-            settings["compile"],
+            source,
+            schedule,
+            labels,
+            number,
+            seed,
+            batch_size,
+            sampling,
+            output,
+            overwrite,
+            kernels,
+            compile,
             report,
         )
-    if settings["as_json"]:
-        typer.echo(json.dumps({"files": [str(f) for f in files]}))
+    if call.json:
+        typer.echo(dumps({"files": [str(f) for f in files]}))
     else:
-        out.print(f"{len(files)} images and grid.png in {settings['output']}", highlight=False)
+        out.print(f"{len(files)} images and grid.png in {output}", highlight=False)
 
 
+@command()
 def schedules(
-    name: Annotated[str | None, typer.Argument(help="A schedule; none lists the presets.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Schedule; all presets by default")] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Blocks of the model that count. Default: as published.")
+        int | None,
+        typer.Option(
+            help="Counted blocks of the model; by default as published", rich_help_panel=ESSENTIAL
+        ),
     ] = None,
-    family: Annotated[str, typer.Option(help="Whose presets.")] = "dit",
+    family: Annotated[
+        str, typer.Option(help="Family of the model", rich_help_panel=ESSENTIAL)
+    ] = "dit",
     sampler: Annotated[
         str | None,
-        typer.Option(help="Cost under a sampler of its process: ddpm, ddim, dpm or dpm-fast."),
+        typer.Option(
+            help="Sampler that the cost is averaged over: ddpm, ddim, dpm or dpm-fast",
+            rich_help_panel=ESSENTIAL,
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 50,
-    as_json: AsJson = False,
+    steps: Annotated[
+        int, typer.Option(help="Network calls of the sampler", rich_help_panel=ESSENTIAL)
+    ] = 50,
+    json: AsJson = False,
 ) -> None:
     """Show schedules: blocks run by noise level, mean depth and ideal saving.
 
@@ -133,10 +136,10 @@ def schedules(
     else:
         chosen = [Schedule.parse(n, depth, family) for n in preset_names(family)]
         for common in common_presets():
-            with suppress(AccelkitError):  # it needs more blocks
+            with suppress(AccelkitError):  # the preset may need more blocks
                 chosen.append(Schedule.parse(common, depth, family))
     levels = _visited_levels(sampler, steps) if sampler else None
-    if as_json:
+    if json:
         rows = [
             {
                 **s.to_dict(),
@@ -145,7 +148,7 @@ def schedules(
             }
             for s in chosen
         ]
-        typer.echo(json.dumps(rows[0] if name else rows, indent=2))
+        typer.echo(dumps(rows[0] if name else rows, indent=2))
         return
     where = f"{sampler}, {steps} steps" if sampler else "all noise levels alike"
     if name:
@@ -158,19 +161,16 @@ def schedules(
     out.print(f"{where}: mean depth {mean}, {saved(chosen[0])} {saving}", highlight=False)
 
 
+@command()
 def convert(
-    source: Annotated[
-        Path, typer.Argument(help="An original-layout file or a diffusers directory.")
-    ],
-    target: Annotated[
-        Path, typer.Argument(help="A directory, or a .pt, .pth or .safetensors file.")
-    ],
-    num_heads: NumHeads = 0,
+    source: Annotated[Path, typer.Argument(help="Original-layout file or diffusers directory")],
+    target: Annotated[Path, typer.Argument(help="Directory, or a .pt, .pth or .safetensors file")],
+    weights: Annotated[Source, Options(only=("num_heads", "variant"))] = Source(),
     allow_inexact: Annotated[
-        bool, typer.Option(help="Convert though the original code computes slightly else.")
+        bool,
+        typer.Option(help="Conversion even if the original code computes slightly differently"),
     ] = False,
     overwrite: Overwrite = False,
-    variant: Variant = None,
 ) -> None:
     """Convert a DiT's or U-ViT's checkpoint: original layout to a diffusers directory, or back.
 
@@ -182,17 +182,20 @@ def convert(
     """
     from accelkit.jobs.convert import convert as job
 
-    made = job(source, target, num_heads or None, allow_inexact, overwrite, variant)
+    made = job(source, target, weights.num_heads, allow_inexact, overwrite, weights.variant)
     out.print(f"wrote {made}", highlight=False)
 
 
+@command()
 def inspect(
-    model: Model = "builtin",
-    schedule: Annotated[str | None, typer.Option(help="Show its cost on this model.")] = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    num_heads: NumHeads = 0,
-    as_json: AsJson = False,
+    source: Annotated[
+        Source, Options(only=("model", "revision", "variant", "num_heads"))
+    ] = Source(),
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Schedule whose cost is shown", rich_help_panel=ESSENTIAL),
+    ] = None,
+    json: AsJson = False,
 ) -> None:
     """Show what accelkit sees in a model: family, blocks, parameters, cost per depth.
 
@@ -202,9 +205,9 @@ def inspect(
     """
     from accelkit.jobs.inspect import inspect as job
 
-    seen = job(model, revision, schedule, num_heads or None, variant)
-    if as_json:
-        typer.echo(json.dumps(seen, indent=2))
+    seen = job(source.model, source.revision, schedule, source.num_heads, source.variant)
+    if json:
+        typer.echo(dumps(seen, indent=2))
         return
     table = Table(show_header=False)
     for key, value in seen.items():
@@ -223,7 +226,7 @@ def inspect(
 
 
 def _visited_levels(sampler: str, steps: int) -> list[float]:
-    """The noise levels a sampler visits on the linear-beta process of DiT."""
+    """Return the noise levels that a sampler visits on the linear-beta process of DiT."""
     from accelkit.noise.axis import NoiseAxis, reference_process
     from accelkit.sample.samplers import make_sampler
 

@@ -17,15 +17,16 @@ import torch
 from accelkit.artifact.names import named
 from accelkit.bench.comparison import Comparison
 from accelkit.bench.judging import Judge
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.bench.report.report import write_report
 from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_results, write_results
 from accelkit.bench.timing import Stopwatch
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Silent, Source
 from accelkit.jobs.inputs import items_of, named_in, open_images, open_unscheduled, origin_of
+from accelkit.jobs.reporter import Reporter, Silent
 from accelkit.jobs.sample import parse_labels
+from accelkit.jobs.settings import Source
 from accelkit.metrics.extractors import open_extractor
 from accelkit.metrics.references import open_reference
 from accelkit.sample.many import World
@@ -39,7 +40,7 @@ CELLS, SAMPLES = "cells", "samples"
 
 def bench(
     source: Source,
-    plan: Plan,
+    plan: Protocol,
     output: Path,
     reporter: Reporter,
     *,
@@ -101,7 +102,7 @@ def compare(
     subject: Subject,
     tuned: Sequence[tuple[Schedule, Subject]],
     source: Source,
-    plan: Plan,
+    plan: Protocol,
     output: Path,
     reporter: Reporter,
     *,
@@ -212,7 +213,7 @@ def _network(subject: Subject) -> tuple[type, dict[str, Any]]:
 
 
 def _judge(
-    plan: Plan,
+    plan: Protocol,
     images: ImageSource,
     size: int,
     reporter: Reporter,

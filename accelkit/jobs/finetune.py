@@ -10,12 +10,11 @@ from typing import Any
 
 from accelkit.artifact import artifact
 from accelkit.bench.methods import parse_methods
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.data.shards import fingerprint
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
 from accelkit.jobs.bench import compare
-from accelkit.jobs.common import Reporter, Run, Source
 from accelkit.jobs.inputs import (
     encoded,
     items_of,
@@ -25,6 +24,8 @@ from accelkit.jobs.inputs import (
     origin_of,
     prompted,
 )
+from accelkit.jobs.reporter import Reporter
+from accelkit.jobs.settings import Run, Source
 from accelkit.jobs.training import announce, claimed, identify, watch
 from accelkit.runtime.switch import enable, fitting
 from accelkit.subject import Subject
@@ -38,7 +39,7 @@ def finetune(
     source: Source,
     schedule: str,
     config: TrainConfig,
-    plan: Plan | None,
+    plan: Protocol | None,
     where: Run,
     reporter: Reporter,
 ) -> dict[str, Any]:

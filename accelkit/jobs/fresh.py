@@ -4,66 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from accelkit.backbones import backbone_of
 from accelkit.errors import AccelkitError
-from accelkit.models.sizes import MOST, MOST_LAYERS
+from accelkit.jobs.settings import ModelConfig
 from accelkit.noise.axis import reference_process
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The denoiser's architecture, in an autoencoder's latents, on linear betas.
-
-    Attributes:
-        family: ``dit``, with learned sigma, or ``uvit``.
-        image_size: height and width in pixels.
-        layers: blocks; a U-ViT has its middle one beside them.
-        heads, head_dim, patch_size: of the transformer.
-        num_classes: rows of the label table without the null class, which comes last; diffusers'
-            own DiT pipeline guides with 1000 only.
-
-    Raises:
-        AccelkitError: another family, a size that is none, or an odd number of blocks beside a
-            U-ViT's middle one.
-    """
-
-    family: str = "dit"
-    image_size: int = 32
-    layers: int = 28
-    heads: int = 4
-    head_dim: int = 16
-    patch_size: int = 2
-    num_classes: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.family not in _PIPELINES:
-            raise AccelkitError(
-                f"family {self.family!r} cannot be trained from scratch; "
-                f"give one of {', '.join(_PIPELINES)}"
-            )
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AccelkitError(
-                    f"{field.name} is a whole number, at least 1, not {value!r}; see [model]"
-                )
-            if value > (most := MOST_LAYERS if field.name == "layers" else MOST):
-                raise AccelkitError(f"{field.name} is at most {most:,}, not {value}; see [model]")
-        if self.family == "uvit" and (self.layers < 2 or self.layers % 2):
-            raise AccelkitError(
-                f"layers = {self.layers}; a U-ViT has as many decoder blocks as encoder blocks "
-                "beside its middle one, so give an even number, at least 2"
-            )
-
-    @property
-    def depth(self) -> int:
-        """How many blocks a schedule counts."""
-        return self.layers // 2 if self.family == "uvit" else self.layers
 
 
 def check_sizes(config: ModelConfig, vae: Any) -> None:

@@ -15,7 +15,8 @@ from accelkit.data.latents import Latents, encode_latents
 from accelkit.data.prompts import Prompts, encode_captions
 from accelkit.data.sources import ImageSource, open_source
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Source
+from accelkit.jobs.reporter import Reporter
+from accelkit.jobs.settings import Source
 from accelkit.runtime.switch import disable, enabled_on
 from accelkit.subject import Subject
 

@@ -1,4 +1,4 @@
-"""Published results as data: what was compared, with which settings, and the figures.
+"""Published results as data: what a table compares, with which settings, and its figures.
 
 One TOML file for each table, under ``recipes/published`` of the sources and ``accelkit/recipes`` of
 an installed package. :mod:`accelkit.jobs.reproduce` runs them.
@@ -10,11 +10,12 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelkit.errors import AccelkitError
+from accelkit.fields import from_table
 
 SCALES = ("full", "digits")
 """As published, and in miniature on the digits."""
@@ -22,7 +23,8 @@ _PLACES = (
     Path(__file__).parents[1] / "recipes",
     Path(__file__).parents[2] / "recipes" / "published",
 )
-# What a report has of a published row; a recipe may hold more of it.
+_NEEDED = {"method", "sampler", "steps", "fid"}
+# A report shows these of a published row; a recipe may hold more.
 _REPORTED = ("method", "sampler", "steps", "fid", "fid_std", "saving", "setting")
 
 
@@ -32,28 +34,27 @@ class Experiment:
 
     Attributes:
         methods: rows, as ``accelkit bench`` takes them; the first is full depth.
-        samplers: each with its steps, ``ddim:50``.
-        images: per row and sampler.
+        samplers: samplers with their steps, ``ddim:50``.
+        images: images per row and sampler.
         batch_size: images made at once.
         timing_batch_size: images of a timed call.
-        rounds: of timing.
-        guidance: scale, 1 for none.
-        guidance_channels: latent channels that are guided, 0 for all.
-        model: the model, "" where the user names it or it is trained from scratch.
-        data: the images, "" where the user names them.
-        vae: autoencoder of a network that is trained from scratch; ``builtin`` for that of the
-            built-in model.
-        flip: train on mirrored images as well.
+        rounds: timed calls.
+        guidance: guidance scale, 1 for none.
+        guidance_channels: guided latent channels, 0 for all.
+        model: the model; "" if the user names it or it is trained from scratch.
+        data: the images; "" if the user names them.
+        vae: autoencoder of a network trained from scratch; ``builtin`` for the built-in model's.
+        flip: whether mirrored images are trained on as well.
         process: ``vp-sde`` to sample a network trained from scratch by the continuous process, ""
-            for the one it was trained on.
-        tuned: methods whose weights are trained for their schedule.
-        training: how, settings of :class:`accelkit.train.config.TrainConfig`.
-        from_scratch: they are trained from scratch, else fine-tuned from the model.
-        network: sizes of the network that is trained from scratch,
-            :class:`accelkit.jobs.fresh.ModelConfig`; of the published scale, those of the table.
-        base: how the model itself is trained, if it is; where all are from scratch, what differs
-            from ``training``.
-        variants: by name, what differs between trainings that are compared; none is one training.
+            for the process of its training.
+        tuned: methods with weights trained for their schedule.
+        training: settings of that training, a :class:`accelkit.train.config.TrainConfig`.
+        from_scratch: whether these weights are trained from scratch rather than fine-tuned.
+        network: sizes of a network trained from scratch, a
+            :class:`accelkit.jobs.settings.ModelConfig`; by default the published ones.
+        base: settings of the training of the model itself, if it is trained; with
+            ``from_scratch``, those that differ from ``training``.
+        variants: settings that differ between the trainings compared, by name.
     """
 
     methods: tuple[str, ...]
@@ -76,17 +77,21 @@ class Experiment:
     base: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if strange := set(self.tuned) - set(self.methods):
+            raise AccelkitError(f"tuned methods that are not compared: {', '.join(strange)}")
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Figures that are counted, which takes neither weights nor data.
+    """Counted figures, which need neither weights nor data.
 
     Attributes:
-        rows: of a ``method`` or a ``depth`` each, with ``gmacs`` of a call (10^9
+        rows: rows of a ``method`` or a ``depth``, with ``gmacs`` of a call (10^9
             multiply-accumulates, a mean over noise levels), the share saved (``saving``) or the
             ``depths`` of a schedule from noise to data.
-        attention: whether they count the products of attention.
-        tolerance: how far a count may be off: relative for ``gmacs``, absolute for ``saving``.
+        attention: whether the products of attention are counted.
+        tolerance: largest deviation of a count: relative for ``gmacs``, absolute for ``saving``.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -99,44 +104,44 @@ class Publication:
     """A table of a paper.
 
     Attributes:
-        name: the recipe's, e.g. ``ase-table3``.
-        title: what it compares.
-        paper: authors or method and year.
+        name: name of the recipe, e.g. ``ase-table3``.
+        title: what the table compares.
+        paper: authors or method, and year.
         work: title, venue and year.
-        table: its number in the paper, "" where that is not known.
         needs: what a user has to give, in a line.
-        notes: what to mind, a sentence or two each.
         network: the published network: sizes of a DiT, or ``released``, a U-ViT's name.
-        full: how it was run; None for a table of counted costs alone.
-        digits: the same in miniature on the digits; None for none.
+        table: the table's number in the paper, "" if unknown.
+        notes: remarks of a sentence or two each.
+        full: how the table was run; None for a table of counted costs alone.
+        digits: the same in miniature on the digits, if there is a miniature.
         setting: model, data and number of images of the figures.
-        figures: published rows: method, sampler, steps, fid and what else is known.
-        missing: what of the table is not among them, "" for nothing.
-        cost: counted figures, None for none.
+        figures: published rows: method, sampler, steps, fid and whatever else is known.
+        missing: the part of the table that ``figures`` lacks, "" for nothing.
+        cost: the counted figures, if there are any.
     """
 
     name: str
     title: str
     paper: str
     work: str
-    table: str
     needs: str
-    notes: tuple[str, ...]
     network: Mapping[str, Any]
-    full: Experiment | None
-    digits: Experiment | None
-    setting: str
-    figures: tuple[Mapping[str, Any], ...]
-    missing: str
-    cost: Cost | None
+    table: str = ""
+    notes: tuple[str, ...] = ()
+    full: Experiment | None = None
+    digits: Experiment | None = None
+    setting: str = ""
+    figures: tuple[Mapping[str, Any], ...] = ()
+    missing: str = ""
+    cost: Cost | None = None
 
     @property
     def source(self) -> str:
-        """Paper and table as a report cites them; the title where the number is not known."""
+        """Paper and table as a report cites them; the title if the number is unknown."""
         return f"{self.paper}, " + (f"table {self.table}" if self.table else self.title)
 
     def experiment(self, scale: str) -> Experiment:
-        """Return how it is run at a scale of :data:`SCALES`.
+        """Return how the table is run at a scale of :data:`SCALES`.
 
         Raises:
             AccelkitError: it is not run at that scale.
@@ -150,11 +155,7 @@ class Publication:
         return found
 
     def published(self, variant: str = "") -> list[dict[str, Any]]:
-        """Return the figures as rows of a report's ``published``.
-
-        Args:
-            variant: of the training, "" where there is one.
-        """
+        """Return the figures of a variant of the training, as rows of a report's ``published``."""
         rows = []
         for figure in self.figures:
             if figure.get("variant", variant) == variant:
@@ -171,17 +172,13 @@ def names() -> tuple[str, ...]:
 
 
 def check_scale(scale: str) -> None:
-    """Raise AccelkitError for what is none of :data:`SCALES`."""
+    """Raise AccelkitError for a scale that is not one of :data:`SCALES`."""
     if scale not in SCALES:
         raise AccelkitError(f"a scale is {' or '.join(SCALES)}, got {scale!r}")
 
 
 def publication(name: str) -> Publication:
-    """Return the publication of that name.
-
-    Raises:
-        AccelkitError: there is none.
-    """
+    """Return the publication of that name; AccelkitError if there is none."""
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3)
@@ -194,30 +191,29 @@ def read_publication(path: Path) -> Publication:
     """Return the publication of a TOML file.
 
     Raises:
-        AccelkitError: it cannot be read, or has settings unknown, missing or of the wrong kind.
+        AccelkitError: it cannot be read, or a setting is unknown, missing or of the wrong type.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         figures = content.pop("figures", {})
+        if unknown := set(figures) - {"rows", "setting", "missing"}:
+            raise AccelkitError(f"unknown settings in [figures]: {', '.join(unknown)}")
+        for row in (rows := figures.pop("rows", [])):
+            if missing := _NEEDED - set(row):
+                raise AccelkitError(f"a row lacks {', '.join(sorted(missing))}: {row}")
+        for table, kind in (("full", Experiment), ("digits", Experiment), ("cost", Cost)):
+            if table in content:
+                content[table] = from_table(kind, content[table], table)
         notes = re.split(r"^- ", content.pop("notes", ""), flags=re.MULTILINE)
-        read = Publication(
+        return Publication(
             name=path.stem,
             notes=tuple(" ".join(note.split()) for note in notes if note.strip()),
-            table=content.pop("table", ""),
-            network=content.pop("network"),
-            full=_experiment(content, "full"),
-            digits=_experiment(content, "digits"),
-            setting=figures.pop("setting", ""),
-            figures=_rows(figures.pop("rows", []), {"method", "sampler", "steps", "fid"}),
-            missing=figures.pop("missing", ""),
-            cost=_cost(content.pop("cost", None)),
+            figures=tuple(rows),
+            **figures,
             **content,
         )
-        if figures:
-            raise AccelkitError(f"unknown settings in [figures]: {', '.join(figures)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AccelkitError(f"cannot read the publication {path}: {error}") from error
-    return read
 
 
 def _folder() -> Path:
@@ -227,29 +223,3 @@ def _folder() -> Path:
             f"the published recipes are missing at {_PLACES[0]}; install accelkit again"
         )
     return found
-
-
-def _experiment(content: dict[str, Any], scale: str) -> Experiment | None:
-    table = content.pop(scale, None)
-    if table is None:
-        return None
-    if unknown := sorted(set(table) - {f.name for f in fields(Experiment)}):
-        raise AccelkitError(f"unknown settings in [{scale}]: {', '.join(unknown)}")
-    tuples = {name: tuple(value) for name, value in table.items() if isinstance(value, list)}
-    made = Experiment(**table | tuples)
-    if strange := set(made.tuned) - set(made.methods):
-        raise AccelkitError(f"tuned methods of [{scale}] that are none: {', '.join(strange)}")
-    return made
-
-
-def _cost(table: dict[str, Any] | None) -> Cost | None:
-    if table is None:
-        return None
-    return Cost(_rows(table.pop("rows"), set()), **table)
-
-
-def _rows(rows: Any, needed: set[str]) -> tuple[Mapping[str, Any], ...]:
-    for row in rows:
-        if missing := needed - set(row):
-            raise AccelkitError(f"a row lacks {', '.join(sorted(missing))}: {row}")
-    return tuple(rows)

@@ -1,4 +1,4 @@
-"""The figures of a publication that are counted: no weights, no data."""
+"""Counts the costs that a publication states, which takes neither weights nor data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from accelkit.cost import ideal_saving, macs_by_depth
 from accelkit.jobs.published import Publication
 from accelkit.schedule import Schedule
 
-_REDUCED, _CHANNELS = 8, 4  # by Stable Diffusion's autoencoder, which DiT works behind
+# DiT works on the latents of Stable Diffusion's autoencoder.
+_REDUCTION, _CHANNELS = 8, 4
 
 
 def network_of(publication: Publication) -> Any:
@@ -30,16 +31,16 @@ def network_of(publication: Publication) -> Any:
             attention_head_dim=sizes["head_dim"],
             in_channels=_CHANNELS,
             out_channels=2 * _CHANNELS,
-            sample_size=sizes["image_size"] // _REDUCED,
+            sample_size=sizes["image_size"] // _REDUCTION,
             norm_eps=1e-6,
         )
 
 
 def counted(publication: Publication) -> list[dict[str, Any]]:
-    """Return the rows of a publication's cost with what is counted here beside each figure.
+    """Return the rows of a publication's cost, each figure with the count next to it.
 
-    A published ``gmacs`` stands beside ``gmacs_counted``, and so on. What diffusers' DiT computes
-    more often than the original, the embedding of timestep and label in every block, is left out.
+    A published ``gmacs`` gets a ``gmacs_counted``, and so on. diffusers' DiT embeds timestep and
+    label in every block; only the original's single embedding is counted.
     """
     if publication.cost is None:
         return []
@@ -64,7 +65,7 @@ def counted(publication: Publication) -> list[dict[str, Any]]:
 
 
 def _gmacs(network: Any, attention: bool) -> list[float]:
-    """10^9 multiply-accumulates of a call of the original network, by depth from the least."""
+    """Return 10^9 multiply-accumulates of the original network's call, by depth from the least."""
     backbone, config = backbone_of(network), network.config
     width = config.num_attention_heads * config.attention_head_dim
     tokens = (config.sample_size // config.patch_size) ** 2

@@ -10,16 +10,17 @@ from typing import Any
 from accelkit.artifact import artifact
 from accelkit.artifact.loading import open_pipeline
 from accelkit.assets import BUILTIN, builtin
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.files.writing import AGAIN
 from accelkit.jobs.bench import bench
-from accelkit.jobs.common import Reporter, Run, Source
 from accelkit.jobs.finetune import finetune
 from accelkit.jobs.fresh import ModelConfig
 from accelkit.jobs.outputs import save_pipeline
 from accelkit.jobs.published import Experiment, Publication
+from accelkit.jobs.reporter import Reporter
 from accelkit.jobs.scratch import PIPELINE, scratch
+from accelkit.jobs.settings import Run, Source
 from accelkit.runtime.switch import enable
 from accelkit.sample.generate import check_seed
 from accelkit.sample.many import World
@@ -39,7 +40,7 @@ class Given:
         tuned: directories of artifacts by the schedules that they are tuned for; weights for other
             schedules are trained.
         kernels: as for :func:`accelkit.enable`.
-        features, features_sha256, reference: as in :class:`accelkit.bench.protocol.Plan`.
+        features, features_sha256, reference: as in :class:`accelkit.bench.protocol.Protocol`.
         seed: seed of all trainings; another seed also has other seeds for its images.
     """
 
@@ -219,11 +220,11 @@ def _continuous(trained: Path, target: Path) -> None:
     save_pipeline(pipe, target, AGAIN)
 
 
-def _plan(experiment: Experiment, given: Given) -> Plan:
+def _plan(experiment: Experiment, given: Given) -> Protocol:
     first = given.seed * experiment.images
     for seed in (first, first + experiment.images - 1):
         check_seed(seed)
-    return Plan(
+    return Protocol(
         methods=",".join(experiment.methods),
         samplers=experiment.samplers,
         images=experiment.images,

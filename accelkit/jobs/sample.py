@@ -12,9 +12,10 @@ from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
 from accelkit.files.locks import LOCK, alone_in
 from accelkit.files.writing import AGAIN, PARTIAL, explain_failure, remove, write_json
-from accelkit.jobs.common import Reporter, Source
 from accelkit.jobs.inputs import open_model
 from accelkit.jobs.outputs import save_picture
+from accelkit.jobs.reporter import Reporter
+from accelkit.jobs.settings import Source
 from accelkit.runtime import graphs
 from accelkit.runtime.switch import disable, enable, enabled_on
 from accelkit.sample.generate import Sampling, check_seed, generate, grid

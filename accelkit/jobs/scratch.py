@@ -16,10 +16,11 @@ from accelkit.data.shards import fingerprint_of
 from accelkit.data.sources import ImageSource, iter_images
 from accelkit.files.tensors import check_tensors
 from accelkit.files.weights import check_model
-from accelkit.jobs.common import Reporter, Run, Source
 from accelkit.jobs.fresh import ModelConfig, check_sizes, fresh_pipeline
 from accelkit.jobs.inputs import encoded, items_of, open_data
 from accelkit.jobs.outputs import save_pipeline
+from accelkit.jobs.reporter import Reporter
+from accelkit.jobs.settings import Run, Source
 from accelkit.jobs.training import announce, claimed, identify, watch
 from accelkit.schedule import Schedule
 from accelkit.subject import Subject

@@ -10,8 +10,9 @@ from typing import Any
 from accelkit.backbones.conditioning import Item
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
-from accelkit.jobs.common import Reporter, Run
 from accelkit.jobs.outputs import save_picture
+from accelkit.jobs.reporter import Reporter
+from accelkit.jobs.settings import Run
 from accelkit.sample.generate import Sampling, generate, grid
 from accelkit.sample.many import explain_lost_process
 from accelkit.subject import Subject

@@ -6,9 +6,7 @@ CPU, also for samplers that add noise at every step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,59 +18,9 @@ from accelkit.backbones.autoencoders import autoencoder_of, check_autoencoder, d
 from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
 from accelkit.runtime import conflicts
-from accelkit.sample.samplers import STOCHASTIC, sampler_for, sampler_name
+from accelkit.sample.samplers import STOCHASTIC, sampler_for
+from accelkit.sample.sampling import Sampling
 from accelkit.subject import Subject
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled.
-
-    Attributes:
-        sampler: a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``.
-        steps: network calls per image.
-        guidance: classifier-free guidance scale; 1 is none and runs no second half of the batch.
-        guidance_channels: how many latent channels are guided, None for all as diffusers does;
-            the original DiT guides the first 3.
-
-    Raises:
-        AccelkitError: a scale that is not finite, or fewer than one guided channel.
-    """
-
-    sampler: str = "auto"
-    steps: int = 50
-    guidance: float = 1.0
-    guidance_channels: int | None = None
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
-            raise AccelkitError(f"a guidance scale is a finite number, got {self.guidance}")
-        if self.guidance_channels is not None and self.guidance_channels < 1:
-            raise AccelkitError(f"guide at least 1 channel, got {self.guidance_channels}")
-
-    def check(self, pipe: Any) -> Sampling:
-        """Return these settings for a pipeline, with the sampler's name in place of ``auto``.
-
-        Args:
-            pipe: a pipeline or its subject.
-
-        Raises:
-            AccelkitError: the sampler does not follow the pipeline's process, accelkit does not
-                know how the pipeline calls its network, or fewer channels exist than are guided.
-        """
-        subject = Subject.of(pipe)
-        sampler_for(subject, self.sampler, self.steps)
-        subject.calls.suits(subject.pipe)
-        channels = subject.calls.shape[0]
-        if (self.guidance_channels or 0) > channels:
-            raise AccelkitError(
-                f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
-            )
-        return replace(self, sampler=sampler_name(subject, self.sampler))
-
-    def calls(self, pipe: Any) -> int:
-        """Return how many timesteps a run on ``pipe`` visits."""
-        return len(sampler_for(pipe, self.sampler, self.steps).timesteps)
 
 
 def check_seed(seed: int) -> None:

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,62 +9,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 
 from accelkit.errors import AccelkitError
-from accelkit.models.sizes import MOST, MOST_LAYERS
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Architecture and training settings of the autoencoder.
-
-    ``kl_weight`` multiplies the KL term per latent element; it is small because the latents are
-    normalised by their measured deviation afterwards (Rombach et al. 2022, section G).
-
-    Raises:
-        AccelkitError: a setting of the wrong kind or out of range.
-    """
-
-    channels: tuple[int, ...] = (16, 32, 32)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    steps: int = 2000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    kl_weight: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("latent_channels", "steps", "batch_size"):
-            self._require(name, _is_whole(getattr(self, name), 1), "a whole number, at least 1")
-        few = _is_whole(self.layers_per_block, 1, MOST_LAYERS)
-        self._require("layers_per_block", few, f"a whole number, 1 to {MOST_LAYERS - 1}")
-        self._require("seed", _is_whole(self.seed, 0, 2**32), "a whole number in [0, 2^32)")
-        for name, least in (("learning_rate", "above 0"), ("kl_weight", "0 or more")):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            holds = number and 0 <= value < math.inf and (value > 0 or name == "kl_weight")
-            self._require(name, holds, f"a finite number {least}")
-        levels = self.channels if isinstance(self.channels, tuple) else ()
-        divisible = all(_is_whole(c, 1) and c % _GROUPS == 0 for c in levels)
-        self._require(
-            "channels",
-            0 < len(levels) <= _LEVELS and divisible,
-            f"a list of multiples of {_GROUPS}, at most {_LEVELS} of them",
-        )
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise AccelkitError(
-                f"{name} is {wanted}, not {getattr(self, name)!r}; see [autoencoder]"
-            )
-
-
-def _is_whole(value: Any, least: int, below: int = MOST + 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < below
-
-
-_LEVELS = 16
-_GROUPS = 8
-"""Groups of the normalisations, which divide the channels evenly."""
+from accelkit.train.config import GROUPS, AutoencoderConfig
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> AutoencoderKL:
@@ -81,7 +24,7 @@ def build_autoencoder(config: AutoencoderConfig, size: int) -> AutoencoderKL:
         block_out_channels=tuple(config.channels),
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
-        norm_num_groups=_GROUPS,
+        norm_num_groups=GROUPS,
         sample_size=size,
     )
 

@@ -1,122 +1,135 @@
-"""The settings of a training run."""
+"""The settings of a training run, and of the autoencoder before it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from accelkit.errors import AccelkitError
-
-LR_SCHEDULES = ("constant", "cosine")
-LOSS_WEIGHTS = ("ones", "ramp")
-DENSITIES = ("uniform", "logit-normal")
-MATCHES = ("nearest", "relative", "middle", "random")
-HEADS = ("shared", "own")
-PRECISIONS = ("no", "bf16", "fp16")
-_KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "float": (int, float),
-    "int": (int,),
-    "str": (str,),
-}
-_WORDS = {"bool": "true or false", "float": "a number", "int": "a whole number", "str": "text"}
+from accelkit.fields import (
+    COUNT,
+    ESSENTIAL,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SHARE_BELOW_1,
+    TRAINING,
+    Rule,
+    check,
+    one_of,
+    setting,
+    size,
+)
+from accelkit.models.sizes import MOST, MOST_LAYERS
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what weights a run ends with, and how it is watched.
+    """Everything that decides which weights a run ends with.
 
-    Attributes:
-        steps: updates of the weights. One whose gradients overflow a loss scaler is run again.
-        batch_size: samples per step over all processes and accumulated parts.
-        learning_rate: peak rate of AdamW.
-        lr_schedule: ``constant`` or ``cosine`` (to 0), after ``lr_warmup_steps``.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
-        ema_decay: of the teacher. At step n = 2, 3, ... the decay is n / (n + 9), but at most this;
-            at step 1 it is 0, so that the teacher begins as the student after its first step.
-        label_dropout: share of samples trained without their label, for guidance.
-        loss_weight: lambda(t) of Moon et al. 2024, algorithm 1, whose form the paper leaves open:
-            ``ones`` as in its authors' code; ``ramp`` grows from 0.1 at the data to 1 at noise.
-        loss_weight_until: share of the run after which the weight is 1 everywhere (cycle C).
-        timestep_density: how positions on the straight path of a flow-matching model are drawn,
-            before its scheduler's shift: ``uniform``, or ``logit-normal`` as SD3's (Esser et al.
-            2024, section 3.1). Other models' timesteps are uniform.
-        logit_mean, logit_std: of the logit-normal density; a mean above 0 favours noise.
-        intermediate_weight: of the losses at the exits that a sample passes by, beside the one at
-            its own (depth-varying diffusion, :mod:`accelkit.train.dvd`); 0 trains without them.
-        intermediate_match: which timestep of an exit's own noise levels its target is taken from:
-            ``nearest`` to the sample's, ``relative`` position, ``middle`` or ``random``.
-        intermediate_head: what makes a prediction of the hidden states at such an exit: the
-            network's head, ``shared`` by all, or the exit's ``own``, which only the training has
-            (:mod:`accelkit.train.dvd`).
-        lora_rank: train low-rank adapters of this rank (Hu et al. 2022) beside the blocks' linear
-            layers, and nothing else; 0 trains all weights.
-        freeze_time_embedder: keep it out of the optimiser, as the authors' command does.
-        gradient_accumulation: parts that a step's batch is run in, whatever accelerate is told.
-        gradient_checkpointing: recompute blocks in the backward pass to save memory.
-        mixed_precision: ``no``, ``bf16`` or ``fp16``, the last one not on a CPU.
-        seed: of everything drawn. A step's draws depend on the seed and the step alone, neither on
-            the number of processes nor on whether the run was resumed. A network's own dropout
-            depends on the process as well, as each draws for its share of the batch.
+    A step whose gradients overflow a loss scaler is run again. At step n = 2, 3, ... the decay of
+    the EMA teacher is n / (n + 9), but at most ``ema_decay``; at step 1 it is 0, so that the
+    teacher begins as the student after its first step.
+
+    ``loss_weight`` is lambda(t) of Moon et al. 2024, algorithm 1, whose form the paper leaves open:
+    1 as in its authors' code, or a ramp. ``timestep_density`` is the density of positions on the
+    straight path of a flow-matching model, before its scheduler's shift (Esser et al. 2024, section
+    3.1); other models' timesteps are uniform. ``intermediate_weight`` and the two after it belong
+    to depth-varying diffusion (:mod:`accelkit.train.dvd`), ``lora_rank`` to Hu et al. 2022.
+
+    A step's draws depend on ``seed`` and the step alone, neither on the number of processes nor on
+    whether the run was resumed. A network's own dropout depends on the process as well, as each
+    process draws for its share of the batch.
+
+    Raises:
+        AccelkitError: a setting of the wrong type or out of range.
     """
 
-    steps: int = 200
-    batch_size: int = 64
-    learning_rate: float = 2e-5
-    lr_schedule: str = "constant"
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.9999
-    label_dropout: float = 0.1
-    loss_weight: str = "ones"
-    loss_weight_until: float = 1 / 3
-    timestep_density: str = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    intermediate_weight: float = 0.0
-    intermediate_match: str = "nearest"
-    intermediate_head: str = "shared"
-    lora_rank: int = 0
-    freeze_time_embedder: bool = True
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    mixed_precision: str = "no"
-    seed: int = 0
+    steps: int = setting(200, "Optimiser steps", ESSENTIAL, rule=COUNT)
+    batch_size: int = setting(
+        64, "Samples per step, over all processes and accumulated parts", TRAINING, rule=COUNT
+    )
+    learning_rate: float = setting(2e-5, "Peak learning rate of AdamW", TRAINING, rule=POSITIVE)
+    lr_schedule: str = setting(
+        "constant",
+        "Learning rate after the warm-up: constant, or cosine (to 0)",
+        TRAINING,
+        rule=one_of("constant", "cosine"),
+    )
+    lr_warmup_steps: int = setting(
+        0, "Steps in which the learning rate rises from 0", TRAINING, rule=NOT_NEGATIVE
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay", TRAINING, rule=NOT_NEGATIVE)
+    max_grad_norm: float = setting(
+        1.0, "Norm to which gradients are clipped", TRAINING, rule=POSITIVE
+    )
+    ema_decay: float = setting(0.9999, "Decay of the EMA teacher", TRAINING, rule=SHARE_BELOW_1)
+    label_dropout: float = setting(
+        0.1, "Share of samples trained without their label, for guidance", TRAINING, rule=SHARE
+    )
+    loss_weight: str = setting(
+        "ones",
+        "Weight of the loss by noise level: ones, or ramp (0.1 at the data to 1 at noise)",
+        rule=one_of("ones", "ramp"),
+    )
+    loss_weight_until: float = setting(
+        1 / 3, "Share of the run after which the weight of the loss is 1 everywhere", rule=SHARE
+    )
+    timestep_density: str = setting(
+        "uniform",
+        "Density of a flow-matching model's timesteps: uniform, or logit-normal (SD3)",
+        rule=one_of("uniform", "logit-normal"),
+    )
+    logit_mean: float = setting(
+        0.0, "Mean of logit-normal timesteps; above 0 for more noise", rule=FINITE
+    )
+    logit_std: float = setting(1.0, "Deviation of logit-normal timesteps", rule=POSITIVE)
+    intermediate_weight: float = setting(
+        0.0,
+        "Weight of the losses at intermediate exits, before a sample's own; 1 by default with a "
+        "dvd schedule, 0 for none",
+        rule=NOT_NEGATIVE,
+    )
+    intermediate_match: str = setting(
+        "nearest",
+        "Noise level of the target at an intermediate exit, among the exit's own levels: nearest "
+        "(to the sample's), relative, middle or random",
+        rule=one_of("nearest", "relative", "middle", "random"),
+    )
+    intermediate_head: str = setting(
+        "shared",
+        "Output head at an intermediate exit: shared (the network's), or own (dropped after the "
+        "training)",
+        rule=one_of("shared", "own"),
+    )
+    lora_rank: int = setting(
+        0,
+        "Rank of low-rank adapters to train instead of all weights; 0 for none",
+        TRAINING,
+        rule=NOT_NEGATIVE,
+    )
+    freeze_time_embedder: bool = setting(
+        True, "Timestep embedder left out of the training, as in the ASE authors' command"
+    )
+    gradient_accumulation: int = setting(
+        1, "Parts in which a step's batch is run, to save memory", TRAINING, rule=COUNT
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Blocks recomputed in the backward pass, to save memory", TRAINING
+    )
+    mixed_precision: str = setting(
+        "no",
+        "Mixed precision: no, bf16, or fp16 (on a GPU)",
+        TRAINING,
+        rule=one_of("no", "bf16", "fp16"),
+        envvar="ACCELERATE_MIXED_PRECISION",
+    )
+    seed: int = setting(0, "Seed of everything drawn in training", TRAINING, rule=SEED)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), _KINDS[str(field.type)]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                self._require(field.name, False, _WORDS[str(field.type)])
-        for name in ("steps", "batch_size", "gradient_accumulation"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
-        self._require("lora_rank", self.lora_rank >= 0, "0 or more")
-        self._require("logit_mean", math.isfinite(self.logit_mean), "finite")
-        self._require("logit_std", 0 < self.logit_std < math.inf, "above 0")
-        self._require("seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
-        for name in ("lr_warmup_steps", "weight_decay", "intermediate_weight"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        for name in ("label_dropout", "loss_weight_until"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name, known in (
-            ("lr_schedule", LR_SCHEDULES),
-            ("loss_weight", LOSS_WEIGHTS),
-            ("timestep_density", DENSITIES),
-            ("intermediate_match", MATCHES),
-            ("intermediate_head", HEADS),
-            ("mixed_precision", PRECISIONS),
-        ):
-            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise AccelkitError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        check(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
@@ -135,3 +148,47 @@ class TrainConfig:
         if self.loss_weight == "ones" or step >= self.loss_weight_until * self.steps:
             return level * 0 + 1
         return 0.1 + 0.9 * level
+
+
+GROUPS = 8
+"""Groups of the autoencoder's normalisations, which share the channels evenly."""
+_LEVELS = 16
+
+
+def _are_channels(value: Any) -> bool:
+    if not isinstance(value, tuple) or not 0 < len(value) <= _LEVELS:
+        return False
+    return all(type(c) is int and 0 < c <= MOST and c % GROUPS == 0 for c in value)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """How the autoencoder of a model trained from scratch is built and trained.
+
+    ``kl_weight`` is small because the latents are normalised by their measured deviation afterwards
+    (Rombach et al. 2022, section G).
+
+    Raises:
+        AccelkitError: a setting of the wrong type or out of range.
+    """
+
+    channels: tuple[int, ...] = setting(
+        (16, 32, 32),
+        "Channels of each resolution",
+        rule=Rule(
+            f"a list of multiples of {GROUPS}, at most {_LEVELS} of them, each up to {MOST:,}",
+            _are_channels,
+        ),
+    )
+    layers_per_block: int = setting(1, "Residual blocks per resolution", rule=size(MOST_LAYERS - 1))
+    latent_channels: int = setting(4, "Channels of the latents", rule=size(MOST))
+    steps: int = setting(2000, "Optimiser steps", rule=size(MOST))
+    batch_size: int = setting(64, "Images per step", rule=size(MOST))
+    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW", rule=POSITIVE)
+    kl_weight: float = setting(
+        1e-4, "Weight of the KL divergence per latent element", rule=NOT_NEGATIVE
+    )
+    seed: int = setting(0, "Seed of weights and batches", rule=SEED)
+
+    def __post_init__(self) -> None:
+        check(self, "; see [autoencoder]")

@@ -58,6 +58,13 @@ def finetune(model, data):
 
 
 @pytest.fixture
+def without_comparison(monkeypatch):
+    """Ends a fine-tuning once its weights are saved; the comparison takes most of the time."""
+    monkeypatch.setattr("accelkit.jobs.finetune.compare", lambda *args, **more: {"rows": []})
+    monkeypatch.setattr("accelkit.cli.training.print_results", lambda *args: None)
+
+
+@pytest.fixture
 def main(monkeypatch, capfd, recwarn):
     """Runs the command line; returns exit status, output and lines of errors."""
 

@@ -18,6 +18,8 @@ from spoil import Evil, content, cut_weights
 import accelkit
 from accelkit.train.rundir import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("without_comparison")
+
 # --- output directories
 
 
@@ -136,7 +138,7 @@ def test_a_poisoned_model(refused, finetune, model, data):
 
 
 def test_a_model_that_overflows(refused, finetune, model):
-    """Its weights are finite, what it makes of them is not."""
+    """The weights are finite, but the outputs are not."""
     poisoned(model, 1e38)
     message = refused(*finetune, after_progress=True)
     assert re.search(r"the loss is (nan|inf) at step 1; no checkpoint was written", message)
@@ -173,17 +175,17 @@ def test_a_full_disk_keeps_the_checkpoint(refused, main, finetune, monkeypatch):
     accelkit.from_pretrained("run")
 
 
-@pytest.mark.parametrize("room", [300, 20_000, 700_000])
-def test_files_that_may_not_grow(refused, main, finetune, room):
-    # a limit of the process: as real as a full disk, and as sudden
+def test_files_that_may_not_grow(refused, main, finetune):
+    # A limit of the process is as real as a full disk, and as sudden.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        message = refused(*finetune, after_progress=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "too large" in message.lower() or "no room" in message or "cannot write" in message
-    assert RunDirectory("run").latest() is None
+    for room in (300, 20_000, 700_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            message = refused(*finetune, "--overwrite", after_progress=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "too large" in message.lower() or "no room" in message or "cannot write" in message
+        assert RunDirectory("run").latest() is None
     assert main(*finetune, "--overwrite")[0] == 0
 
 
@@ -195,7 +197,7 @@ def test_a_read_only_place(refused, main, model, monkeypatch):
     assert "Permission denied" in refused("sample", "--model", model, "--steps", "2")
 
 
-# --- and once more as it is, in a process of its own
+# --- in a process of its own
 
 
 def test_from_the_shell(tmp_path, model):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from typer.testing import CliRunner
 
 import accelkit
 from accelkit import cli
+from accelkit.bench.protocol import listed
 from accelkit.cli import app
-from accelkit.cli.options import listed
 from accelkit.errors import AccelkitError, Stopped
 
 COMMANDS = {
@@ -164,22 +165,19 @@ def test_json_is_alone_on_standard_output(main, pipe, tmp_path):
     assert "sampling 2/2" in err
 
 
-def test_settings_of_a_dry_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_settings_of_a_dry_run():
     sample = json.loads(run("sample", "--dry-run", "--json", "-n", "3", "--seed", "9").stdout)
     assert sample["number"] == 3
     assert sample["seed"] == 9
-    assert not {"dry_run", "as_json", "recipe"} & sample.keys()
-    (tmp_path / "r.toml").write_text(
-        "[model]\nlayers = 3\n[autoencoder]\nsteps = 1\n[run]\nsteps=2"
-    )
+    assert not {"dry_run", "json", "recipe"} & sample.keys()
+    Path("r.toml").write_text("[model]\nlayers = 3\n[autoencoder]\nsteps = 1\n[run]\nsteps=2")
     merged = run("finetune", "--baseline", "tome:0.3", "--dry-run", "--json")  # or --baselines
     assert json.loads(merged.stdout)["baselines"] == "tome:0.3"
     train = json.loads(run("train", "--recipe", "r.toml", "--dry-run", "--json").stdout)
     assert train["model"] == {"layers": 3}
     assert train["autoencoder"] == {"steps": 1}
     assert train["steps"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["r.toml"]
+    assert [p.name for p in Path().iterdir()] == ["r.toml"]
 
 
 def test_errors_are_one_line_and_the_traceback_is_for_debugging(main):

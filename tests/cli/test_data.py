@@ -22,8 +22,8 @@ def class_map(tmp_path):
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """The labels that runs are trained on, a set for each."""
+def trained(monkeypatch, without_comparison):
+    """The sets of labels that runs are trained on, in order."""
     seen, real = [], loop.Labels
 
     def spied(labels, backbone):
@@ -110,7 +110,7 @@ def test_labels_beyond_the_models(refused, finetune, model, data, class_map, tmp
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
-def test_pictures_passed_over_warn_in_a_line(main, finetune, data):
+def test_pictures_passed_over_warn_in_a_line(main, finetune, data, without_comparison):
     for suffix in ("tif", "gif"):
         (data / "ant" / f"4.{suffix}").write_bytes(b"")
     shutil.copy(data / "ant" / "0.png", data / "ant" / "4.png")

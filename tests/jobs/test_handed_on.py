@@ -8,8 +8,9 @@ from PIL import Image
 
 from accelkit.backbones import registry
 from accelkit.bench.protocol import Plan
-from accelkit.jobs.common import Run, Silent, Source
 from accelkit.jobs.finetune import finetune
+from accelkit.jobs.reporter import Silent
+from accelkit.jobs.settings import Run, Source
 from accelkit.noise.axis import NoiseAxis
 from accelkit.train.config import TrainConfig
 

@@ -15,9 +15,9 @@ from accelkit.assets import builtin
 from accelkit.backbones import denoiser_of
 from accelkit.errors import AccelkitError, Stopped
 from accelkit.jobs import reproduce as job
-from accelkit.jobs.common import Source
 from accelkit.jobs.published import Publication, publication
 from accelkit.jobs.reproduce import Given, reproduce
+from accelkit.jobs.settings import Source
 from accelkit.noise.axis import NoiseAxis
 from accelkit.runtime.switch import enabled_on
 

@@ -30,7 +30,7 @@ from toy_run import (
 )
 
 from accelkit.errors import AccelkitError, Stopped
-from accelkit.jobs.common import Run
+from accelkit.jobs.settings import Run
 from accelkit.jobs.training import claimed
 from accelkit.train.rundir import RunDirectory
 
