@@ -74,8 +74,7 @@ class Named:
                     + (" (a network alone: put it into a pipeline)" if network else "")
                 )
             return str(self.path)
-        local = Path(self.name).is_absolute() or self.name.startswith((".", "~"))
-        if local or self.name.count("/") != 1:
+        if not _may_be_hub_id(self.name):
             raise AccelkitError(
                 f"no model at {self.name}; give {BUILTIN!r}, a pipeline's directory, an "
                 "original-layout file or a hub id such as facebook/DiT-XL-2-256"
@@ -173,7 +172,14 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _may_be_hub_id(name: str) -> bool:
+    local = Path(name).is_absolute() or name.startswith((".", "~"))
+    return not local and name.count("/") == 1
+
+
 def _on_the_hub(found: Named) -> bool:
+    if not _may_be_hub_id(found.name):
+        return False
     from huggingface_hub import hf_hub_download
 
     try:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from accelkit.backbones import registry
-from accelkit.bench.protocol import Plan
+from accelkit.bench.protocol import Protocol
 from accelkit.jobs.finetune import finetune
 from accelkit.jobs.reporter import Silent
 from accelkit.jobs.settings import Run, Source
@@ -43,7 +43,7 @@ def test_a_fine_tuning_asks_few_times(asked, model, tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / name / "0.png")
-    plan = Plan(
+    plan = Protocol(
         methods="full;6@0.5,3@1;tome:0.5;pab;steps",
         samplers=("ddim:4",),
         images=2,

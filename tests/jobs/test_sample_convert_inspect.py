@@ -276,7 +276,11 @@ def test_convert_refuses(original, model, tmp_path):
         (original, "x.safetensors", "target is a directory"),
         (tmp_path / "gone.pt", "x", "does not exist"),
         (tmp_path / "empty", "x.pt", "no config.json"),
-        (model / "vae", "x.pt", "holds a AutoencoderKL; what has an original layout is DiT"),
+        (
+            model / "vae",
+            "x.pt",
+            "holds a AutoencoderKL; the networks with an original layout are DiT",
+        ),
         (model, "x", "suffix"),
         (model, "nowhere/x.pt", "not a folder|frequencies"),
     ):
