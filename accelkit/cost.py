@@ -30,7 +30,7 @@ def macs_by_depth(model: nn.Module) -> list[int]:
     Raises:
         AccelkitError: a call of the model cannot be made up, or not without weights.
     """
-    return _by_depth(model, "macs")
+    return list(_by_depth(Design.of(model), "macs"))
 
 
 def parameters_by_depth(model: nn.Module) -> list[int]:
@@ -42,7 +42,7 @@ def parameters_by_depth(model: nn.Module) -> list[int]:
     Raises:
         AccelkitError: as :func:`macs_by_depth`.
     """
-    return _by_depth(model, "parameters")
+    return list(_by_depth(Design.of(model), "parameters"))
 
 
 def macs(model: nn.Module, compute: Compute) -> int:
@@ -111,15 +111,15 @@ class _Counts(NamedTuple):
     parameters: _Count
 
 
-def _by_depth(model: nn.Module, quantity: str) -> list[int]:
-    design = Design.of(model)
+@lru_cache(maxsize=16)
+def _by_depth(design: Design, quantity: str) -> tuple[int, ...]:
     backbone = Subject.of(design.twin()).backbone
     least, depth = backbone.least, backbone.depth
     ran, skipped = (getattr(_count(design, Compute(d)), quantity) for d in (depth, least))
     totals = [ran.total]
     for i in reversed(range(least, depth)):  # a block costs the same whichever others run
         totals.insert(0, totals[0] - ran.blocks[i] + skipped.blocks[i])
-    return totals
+    return tuple(totals)
 
 
 @lru_cache(maxsize=64)

@@ -78,7 +78,7 @@ def test_it_works_away_from_the_sources(wheel, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "D4" in shown.stdout
     code = (
-        "import accelkit, accelkit_kernels, accelkit.metrics.features as f;"
+        "import accelkit, accelkit_kernels, accelkit.metrics.extractors as f;"
         "f.open_extractor('digits');"
         "import accelkit.jobs.published as p; [p.publication(name).source for name in p.names()];"
         "print(accelkit.__file__, accelkit_kernels.__file__, accelkit.builtin(), sep='\\n')"
