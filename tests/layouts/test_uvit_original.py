@@ -224,7 +224,7 @@ def test_the_nearest_configuration_is_named(sizes, nearest):
         state = released(**sizes)
     del state["norm.bias"]
     with pytest.raises(AccelkitError, match=rf"nearest: {nearest}\); missing: norm\.bias"):
-        uvit_original.read("x.pth", state, 4, {})
+        uvit_original.read("x.pth", state, 4, {}, {})
 
 
 @pytest.mark.parametrize(
