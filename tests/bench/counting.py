@@ -1,4 +1,4 @@
-"""Which of a small DiT's attentions are computed in a run, and what hangs on a model."""
+"""Counts the attentions that a run of a small DiT computes, and lists what is put on a model."""
 
 from contextlib import contextmanager
 
@@ -31,7 +31,7 @@ def counted(blocks):
 
 
 def traces(model):
-    """All that can be seen on a model's modules, and its weights."""
+    """Everything on a model's modules, and its weights."""
     hung = {}
     for name, module in model.named_modules():
         inside = dict(module.__dict__)

@@ -109,7 +109,7 @@ def test_the_reader_knows_every_word_of_the_schema():
 
 def test_another_version_of_the_schema_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "protocol": {}, "rows": []}))
-    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure anew"):
+    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure again"):
         read_results(tmp_path)
 
 
