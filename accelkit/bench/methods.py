@@ -78,8 +78,8 @@ class Method:
     def kind(self) -> str:
         """``full``, ``schedule``, ``baseline``, or ``combination`` of several."""
         fewer = self.steps is not None
-        beside = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
-        count = sum(map(bool, beside))
+        others = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
+        count = sum(map(bool, others))
         if self.schedule.depths[0] < self.schedule.layers:
             return "combination" if count else "schedule"
         return ("full", "baseline", "combination")[min(count, 2)]

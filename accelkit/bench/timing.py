@@ -18,9 +18,6 @@ class Stopwatch:
 
     Events are recorded in the GPU's queue, so that work still queued at a mark counts towards the
     part before it, and only :meth:`parts` waits for the GPU.
-
-    Args:
-        device: the device of the work.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -72,9 +69,6 @@ class Peak:
 
     On a GPU that is the memory allocated by PyTorch. Elsewhere it is the process's resident memory,
     whose peak Linux lets a process reset.
-
-    Args:
-        device: the device of the work.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -99,11 +93,7 @@ class Peak:
 
 
 class Energy:
-    """The energy that a GPU used since this object was made, by NVML (``nvidia-ml-py``).
-
-    Args:
-        device: the device of the work.
-    """
+    """The energy that a GPU used since this object was made, by NVML (``nvidia-ml-py``)."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._read: Callable[[], float] | None = None

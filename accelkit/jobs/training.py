@@ -55,13 +55,7 @@ def claimed(
 
 
 def identify(run: RunDirectory, accelerator: Any, images: ImageSource, **others: str) -> None:
-    """Record on the main process what a run is made of, or compare it with the record.
-
-    Args:
-        run: the open directory.
-        accelerator: the accelerator.
-        images: the data.
-        others: fingerprints of other inputs, by name.
+    """Record the data and the fingerprints of other inputs, or compare them with the record.
 
     Raises:
         AccelkitError: the run began with other images, labels or other inputs.

@@ -20,7 +20,7 @@ from accelkit.backbones.autoencoders import autoencoder_of, check_autoencoder, d
 from accelkit.backbones.conditioning import Item
 from accelkit.errors import AccelkitError
 from accelkit.runtime import conflicts
-from accelkit.sample.samplers import STOCHASTIC, sampler_for, sampler_name
+from accelkit.sample.samplers import STOCHASTIC, sampler_for, samplers_of
 from accelkit.subject import Subject
 
 
@@ -68,7 +68,7 @@ class Sampling:
             raise AccelkitError(
                 f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
             )
-        return replace(self, sampler=sampler_name(subject, self.sampler))
+        return replace(self, sampler=samplers_of(subject).named(self.sampler))
 
     def calls(self, pipe: Any) -> int:
         """Return how many timesteps a run on ``pipe`` visits."""
