@@ -38,15 +38,8 @@ class Comparison:
     """Measures every method with every sampler.
 
     All processes make images. The main one also times and judges, and returns the results.
-
-    Args:
-        subject: a pipeline without a schedule, with its own weights.
-        tuned: schedules, each with a pipeline whose weights are tuned for it.
-        plan: the settings.
-        items: classes or captions to make images of, in turn.
-        folder: the folder of measurements.
-        world: the processes.
-        advance: called with a task, how much of it is done, and its total.
+    Measurements are kept in ``folder``; pipelines run no schedule, and those of ``tuned`` have
+    weights for theirs.
 
     Attributes:
         judge: what images are judged by, None to measure no quality.

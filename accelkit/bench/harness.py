@@ -117,17 +117,10 @@ def time_runs(
     """Time whole calls of ``size`` images, from noise to bytes; return each row's time fields.
 
     Rounds are interleaved, A B C A B C, over all samplers, so that a drift of the machine's speed
-    affects all alike. A first round warms up and gives the seconds of the first call. The saving is
-    1 minus the median ratio of a round's time to that of the base of the same work, and null if
-    there is no base. A row that does not fit the GPU's memory has the field ``skipped`` only.
-
-    Args:
-        runs: what to time.
-        size: images per call.
-        rounds: how many rounds are counted.
-        kernels: as for :func:`accelkit.enable`.
-        kept: a JSON file that keeps the rounds; rounds that it holds are not run again.
-        on_run: called with the number of runs done and their total.
+    affects all alike; rounds that the JSON file ``kept`` holds are not run again. A first round
+    warms up and gives the seconds of the first call. The saving is 1 minus the median ratio of a
+    round's time to that of the base of the same work, and null if there is no base. A row that does
+    not fit the GPU's memory has the field ``skipped`` only.
     """
     found = _read_rounds(kept)
     resumed = len(found)

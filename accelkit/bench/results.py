@@ -54,10 +54,7 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return the content of a ``results.json``.
-
-    Args:
-        path: the file, or the directory that it is in.
+    """Return the content of a ``results.json``, given the file or its directory.
 
     Raises:
         AccelkitError: the file cannot be read, is damaged, has another schema version, or does not

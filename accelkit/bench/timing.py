@@ -53,10 +53,6 @@ def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float
 
     The interval is the bootstrap's percentile interval (Efron 1979) over 10,000 draws, the same at
     every call.
-
-    Args:
-        seconds: seconds of each round.
-        base: seconds of the base in the same rounds.
     """
     ratios = np.divide(seconds, base)
     draws = np.random.default_rng(0).integers(len(ratios), size=(10_000, len(ratios)))

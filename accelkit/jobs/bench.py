@@ -57,10 +57,7 @@ def bench(
     the results, and the others return an empty dict.
 
     Args:
-        source: the names of model and data.
-        plan: the settings of the comparison.
         output: the directory, made if missing.
-        reporter: receives progress.
         tuned: directories of artifacts to compare as well, by the schedules that they are tuned
             for.
         published: published figures to show next to the measured ones, as in the schema.

@@ -82,16 +82,8 @@ def visited_levels(subject: Subject, name: str, steps: int) -> list[float]:
 def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool = False) -> Any:
     """Return a sampler of the process of ``scheduler``, where there is no pipeline.
 
-    Shifting by resolution, which only a pipeline knows, is left out.
-
-    Args:
-        name: a key of :data:`SAMPLERS`, or ``auto``.
-        scheduler: a pipeline's scheduler, which is not changed.
-        steps: network calls per image without guidance.
-        learned_variance: whether the network predicts a variance, which ``ddpm`` then uses.
-
-    Raises:
-        AccelkitError: as of :func:`sampler_for`.
+    Shifting by resolution, which only a pipeline knows, is left out. With ``learned_variance`` the
+    network predicts a variance, which ``ddpm`` uses. The rest is as for :func:`sampler_for`.
     """
     samplers = Samplers(scheduler, NoiseAxis.of(scheduler))
     return samplers.made(samplers.checked(name, steps), steps, learned_variance, {})
