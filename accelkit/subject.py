@@ -35,14 +35,9 @@ class Subject:
 
     @classmethod
     def of(cls, target: Any, scheduler: Any = None) -> Subject:
-        """Return the subject of a pipeline or network; a subject is returned as it is.
+        """Return the subject of a pipeline, a network or a subject; TypeError for anything else.
 
-        Args:
-            target: a pipeline, a network or a subject.
-            scheduler: what defines the process. Default: the pipeline's scheduler.
-
-        Raises:
-            TypeError: ``target`` is none of these.
+        The scheduler is the pipeline's unless another one is given.
         """
         if not isinstance(target, cls):
             return cls(target, denoiser_of(target), scheduler)
@@ -82,11 +77,7 @@ class Subject:
         return known[1]
 
     def learn(self) -> Subject:
-        """Learn from the pipeline how the network is called, if that is not known; return self.
-
-        Raises:
-            AccelkitError: the pipeline does not show it.
-        """
+        """Learn from the pipeline how the network is called, if that is not known; return self."""
         try:
             _ = self.calls
         except AccelkitError:

@@ -80,12 +80,7 @@ class Adapter:
         return found
 
     def check_base(self, model: nn.Module, probes: list[dict[str, Any]]) -> None:
-        """Raise AccelkitError unless ``model`` has the weights that the adapter was trained for.
-
-        Args:
-            model: a network that passes :meth:`check`, in any dtype.
-            probes: the probes of :meth:`about`.
-        """
+        """Raise AccelkitError unless ``model`` has the weights that the adapter was trained for."""
         kind = type(model).__name__
         try:
             compared = [self._compared(model, probe) for probe in probes]

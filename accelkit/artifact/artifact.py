@@ -120,7 +120,7 @@ def _findable(name: str | Path) -> str:
     return str(Path(name).resolve()) if local else str(name)
 
 
-def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabled:
+def load(pipe: Any, source: str | Path | Named, *, revision: str | None = None) -> Enabled:
     """Give ``pipe`` the tuned weights and the schedule of an artifact.
 
     The tuned weights stay when the schedule is disabled.
@@ -139,13 +139,11 @@ def load(pipe: Any, source: str | Path, *, revision: str | None = None) -> Enabl
             was made for another model or, if it is an adapter, for other weights, or ``pipe``
             carries PEFT adapters. ``pipe`` is then unchanged.
     """
-    return _load(Subject.of(pipe), artifact_of(named_base(source, revision)))
-
-
-def _load(subject: Subject, found: Named) -> Enabled:
+    found = source if isinstance(source, Named) else artifact_of(named_base(source, revision))
     source, folder, config = found.name, found.path, found.config
     assert folder is not None
     assert config is not None
+    subject = Subject.of(pipe)
     model, backbone = subject.model, subject.backbone
     if enabled_on(subject) is not None:
         raise AccelkitError("this pipeline runs a schedule already; call accelkit.disable first")
@@ -218,7 +216,7 @@ def open_named(
     refuse_original_settings(found.name, vae, num_heads)
     base = found.base
     subject = Subject.of(open_pipeline(**base | {"variant": variant or base["variant"]}))
-    _load(subject, found)
+    load(subject, found)
     return subject
 
 

@@ -72,11 +72,6 @@ def open_pipeline(
 def open_network(path: Path, num_heads: int | None = None, variant: str | None = None) -> Any:
     """Return a DiT or U-ViT alone in eval mode; see :func:`open_pipeline`.
 
-    Args:
-        path: file or directory.
-        num_heads: attention heads of an original-layout checkpoint of unpublished size.
-        variant: variant of the weights in a directory.
-
     Raises:
         AccelkitError: the network cannot be read, its weights come in other variants only, or
             ``num_heads`` is given for a directory.
@@ -144,13 +139,8 @@ def _diffusers_pipeline(found: Named, variant: str | None) -> tuple[Any, Path]:
 def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:
     """Return ``kind.from_pretrained(place, **options)``, a network of diffusers, in eval mode.
 
-    Warns of weights that the network does not have.
-
-    Args:
-        kind: the network's class.
-        place: directory or hub id.
-        variant: variant of the weights; a directory without it is opened from its plain weights.
-        **options: options of ``from_pretrained``.
+    Warns of weights that the network does not have. A directory without the variant is opened from
+    its plain weights.
 
     Raises:
         AccelkitError: the files lack weights, which diffusers would leave random, or come in other
@@ -280,16 +270,13 @@ def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
     from accelkit.subject import Subject
 
     Subject.of(pipe).backbone.restore()
+    in_folders = folder is not None and (folder / "model_index.json").is_file()
     for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            check_model(module, f"the {part} of {name}", folder and _folder_of(part, folder))
+            place = folder / part if folder and in_folders else folder
+            check_model(module, f"the {part} of {name}", place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _folder_of(part: str, folder: Path) -> Path:
-    """Return the directory of a component's files, ``folder`` itself for a network alone."""
-    return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def quiet() -> None:

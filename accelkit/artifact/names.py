@@ -83,27 +83,19 @@ class Named:
 
 
 def named(name: str | Path, revision: str | None = None) -> Named:
-    """Return what a name stands for, with the settings of an artifact.
-
-    The hub is asked whether it has an artifact of this name if nothing on this machine has it.
+    """Return what a name stands for; the hub is asked about names that this machine does not have.
 
     Raises:
         AccelkitError: an artifact is broken or has another format, or a revision is given for a
             model on this machine.
     """
     found = named_base(name, revision)
-    if found.kind == "hub":
-        return artifact_of(found) if _on_the_hub(found) else found
-    local = found.name != BUILTIN and found.path is not None and (found.path / CONFIG).is_file()
-    return artifact_of(found) if local else found
+    is_artifact = (found.path / CONFIG).is_file() if found.path else _on_the_hub(found)
+    return artifact_of(found) if is_artifact else found
 
 
 def named_base(name: str | Path, revision: str | None = None) -> Named:
-    """Return what a name stands for if it is no artifact; the hub is not asked.
-
-    Raises:
-        AccelkitError: a revision is given for a model on this machine.
-    """
+    """Return what a name stands for if it is no artifact; the hub is not asked."""
     text, path = str(name), Path(name)
     if revision is not None and (text == BUILTIN or path.exists()):
         raise AccelkitError(f"{text} has no revisions; leave --revision out, which is of a hub id")
@@ -162,14 +154,9 @@ def reading(name: str) -> Iterator[None]:
                 "other; rename it"
             ) from error
         where = "" if Path(name).exists() or name == BUILTIN else " here or from the hub"
-        raise AccelkitError(
-            f"cannot read the model {name}{where}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        kind = type(error).__name__
+        said = str(error).strip().partition("\n")[0].strip() or kind
+        raise AccelkitError(f"cannot read the model {name}{where}: {kind}: {said}") from error
 
 
 def _may_be_hub_id(name: str) -> bool:

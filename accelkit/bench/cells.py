@@ -1,4 +1,4 @@
-"""What a bench has measured already, kept by what it depends on."""
+"""The measurements of a bench, kept by the settings that they depend on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _RESULT = "cell.json"
 
 
 class Cells:
-    """Results in folders named by a hash of their settings: none is computed twice.
+    """Results in folders named by a hash of their settings, so that none is computed twice.
 
-    Nothing says whether a run goes on with another; whatever was finished with the same settings is
-    taken, and the rest is done.
+    A run does not record which run it continues: it takes every result with the same settings and
+    makes the rest.
 
     Args:
-        folder: where.
+        folder: the folder of all results.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,10 +34,10 @@ class Cells:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other benches out, and remove what a killed one did not come to remove.
+        """Keep other benches out while entered, and remove the leftovers of a killed one.
 
         Raises:
-            AccelkitError: one is at work here, or the folder cannot be made.
+            AccelkitError: another bench is at work here, or the folder cannot be made.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class Cells:
                 _remove_folders(path.parent)
             yield
         finally:
-            os.close(lock)  # which releases it
+            os.close(lock)  # releases the lock
 
     def clear(self) -> None:
         """Forget all results."""
@@ -58,19 +58,19 @@ class Cells:
                 shutil.rmtree(entry)
 
     def path(self, settings: dict[str, Any]) -> Path:
-        """Return the folder of what was, or is to be, measured with ``settings``, plain data."""
+        """Return the folder of the result with ``settings``, which are plain data."""
         text = json.dumps(settings, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def get(self, settings: dict[str, Any]) -> Any | None:
-        """Return the result that is there, None without one or with a broken one, which warns."""
+        """Return the result with ``settings``, None if missing or, with a warning, broken."""
         path = self.path(settings) / _RESULT
         if not path.exists():
             return None
         try:
             found = read_record(path)
             if found["settings"] != json.loads(json.dumps(settings)):
-                raise AccelkitError("it is of other settings")
+                raise AccelkitError("it has other settings")
             return found["result"]
         except (AccelkitError, KeyError, TypeError) as error:
             warnings.warn(
@@ -79,13 +79,13 @@ class Cells:
             return None
 
     def put(self, settings: dict[str, Any], result: Any) -> None:
-        """Keep a result; what it was made of in its folder is no longer needed."""
+        """Keep a result, and remove the folders that it was made from."""
         path = self.path(settings)
         write_record(path / _RESULT, {"settings": settings, "result": result}, AGAIN)
         _remove_folders(path)
 
     def made(self, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-        """Return the result that is there, or else make and keep it."""
+        """Return the result with ``settings``, which is made and kept if there is none."""
         if (found := self.get(settings)) is None:
             found = make()
             self.put(settings, found)

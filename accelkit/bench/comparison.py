@@ -38,15 +38,8 @@ class Comparison:
     """Measures every method with every sampler.
 
     All processes make images. The main one also times and judges, and returns the results.
-
-    Args:
-        subject: a pipeline without a schedule, with its own weights.
-        tuned: schedules, each with a pipeline whose weights are tuned for it.
-        plan: the settings.
-        items: classes or captions to make images of, in turn.
-        folder: the folder of measurements.
-        world: the processes.
-        advance: called with a task, how much of it is done, and its total.
+    Measurements are kept in ``folder``; pipelines run no schedule, and those of ``tuned`` have
+    weights for theirs.
 
     Attributes:
         judge: what images are judged by, None to measure no quality.
@@ -74,7 +67,9 @@ class Comparison:
         self._methods = self._all_methods()
         self.first_levels: dict[str, float] = {}
         for work in self._works:  # refuses numbers of steps that the process does not have
-            for how in dict.fromkeys(v.sampling(work.sampling) for v in self._variants(work)):
+            for how in dict.fromkeys(
+                v.method.sampling(work.sampling) for v in self._variants(work)
+            ):
                 levels = visited_levels(subject, how.sampler, how.steps)
                 self.first_levels[_worded(how)] = levels[0]
         self._weights = {id(s): fingerprint(s.pipe) for s in (subject, *(s for _, s in tuned))}
@@ -153,7 +148,7 @@ class Comparison:
 
     def _reason(self, variant: Variant, work: Work) -> str:
         """Return why a variant cannot run on this machine, "" if it can."""
-        how = variant.sampling(work.sampling)
+        how = variant.method.sampling(work.sampling)
 
         def make() -> str:
             try:
@@ -173,7 +168,7 @@ class Comparison:
         return {**self._common, "runs": described, **more}
 
     def _described(self, variant: Variant, of: Sampling) -> dict[str, Any]:
-        method, how = variant.method, variant.sampling(of)
+        method, how = variant.method, variant.method.sampling(of)
         return {
             **{name: getattr(method, name) for name in ("baseline", "options", "compile", "eager")},
             "schedule": [method.schedule.layers, method.schedule.to_dict()["intervals"]],
@@ -194,36 +189,28 @@ class Comparison:
     def _times(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         plan, size = self.plan, self.plan.timing_batch_size
         settings = self._settings(runs, rounds=plan.rounds, batch_size=size)
-
-        def make() -> list[dict[str, Any]]:
-            kept = self.cells.path(self._here("times", settings)) / "rounds.json"
-            on_run = self._on("timing")
-            return harness.time_runs(runs, size, plan.rounds, plan.kernels, kept, on_run)
-
-        return self._timed("times", make, settings) or [{} for _ in runs]
+        given = (runs, size, plan.rounds, plan.kernels)
+        kept = self.cells.path(self._here("times", settings)) / "rounds.json"
+        made = self._timed(
+            "times", lambda: harness.time_runs(*given, kept, self._on("timing")), settings
+        )
+        return made or [{} for _ in runs]
 
     def _throughput(self, variants: Sequence[Variant], work: Work) -> list[dict[str, Any]]:
-        sizes = self.plan.throughput
-
-        def make() -> list[dict[str, Any]]:
-            on_run = self._on("throughput")
-            return harness.throughput(variants, work, sizes, self.plan.kernels, on_run)
-
+        if not (sizes := self.plan.throughput):
+            return []
         settings = self._settings([(v, work) for v in variants], batch_sizes=sizes)
-        return self._timed("throughput", make, settings) if sizes else []
+        given = (variants, work, sizes, self.plan.kernels, self._on("throughput"))
+        return self._timed("throughput", lambda: harness.throughput(*given), settings)
 
     def _depths(self, work: Work) -> list[dict[str, Any]]:
         deepest = self.subject.backbone.depth
         depths = sorted({deepest, *(d for m in self._methods for d in m.schedule.depths)})
-        size = self.plan.timing_batch_size
-
-        def make() -> list[dict[str, Any]]:
-            on_run = self._on("timing by depth")
-            return harness.time_depths(self.subject, depths, work, size, self.plan.kernels, on_run)
-
+        size, on_run = self.plan.timing_batch_size, self._on("timing by depth")
         full = (self._variants(work)[0], work)
         settings = self._settings([full], depths=depths, batch_size=size)
-        return self._timed("depths", make, settings)
+        given = (self.subject, depths, work, size, self.plan.kernels, on_run)
+        return self._timed("depths", lambda: harness.time_depths(*given), settings)
 
     def _quality(self, variant: Variant, work: Work) -> dict[str, Any]:
         """Make images on all processes; return the quality fields of a row on the main one."""
@@ -260,7 +247,7 @@ class Comparison:
     def _samples(self, variant: Variant, work: Work) -> dict[str, Any]:
         """Write a picture of a row's first images; all rows share items and seeds."""
         settings = self._settings([(variant, work)], kind="samples", images=_IN_A_PICTURE)
-        named, how = variant.identity(work.sampling), variant.sampling(work.sampling)
+        named, how = variant.identity(work.sampling), variant.method.sampling(work.sampling)
         path = self.cells.path(settings) / "samples.png"
         file = f"samples/{_slug(named)}.png"
 

@@ -48,10 +48,6 @@ class Variant:
         """Whether the others are measured against this variant."""
         return self.method.kind == "full" and not self.tuned
 
-    def sampling(self, of: Sampling) -> Sampling:
-        """Return the variant's own sampling settings, given those of the comparison."""
-        return self.method.sampling(of)
-
     @property
     def title(self) -> str:
         """The variant's name in progress messages."""
@@ -63,7 +59,7 @@ class Variant:
             "method": self.method.name,
             "weights": "tuned" if self.tuned else "original",
             "sampler": of.sampler,
-            "steps": self.sampling(of).steps,
+            "steps": self.method.sampling(of).steps,
         }
 
 
@@ -74,7 +70,7 @@ def run(variant: Variant, work: Work, size: int, kernels: str, cold: bool) -> di
     Unless ``cold``, a call of two steps goes first: a user puts a method on only once, so the cost
     of the first call after that does not belong to every run.
     """
-    how = variant.sampling(work.sampling)
+    how = variant.method.sampling(work.sampling)
     items, seeds = work.part(range(size))
     with applied(variant.subject, variant.method, how, kernels) as subject:
         if not cold:
@@ -121,17 +117,10 @@ def time_runs(
     """Time whole calls of ``size`` images, from noise to bytes; return each row's time fields.
 
     Rounds are interleaved, A B C A B C, over all samplers, so that a drift of the machine's speed
-    affects all alike. A first round warms up and gives the seconds of the first call. The saving is
-    1 minus the median ratio of a round's time to that of the base of the same work, and null if
-    there is no base. A row that does not fit the GPU's memory has the field ``skipped`` only.
-
-    Args:
-        runs: what to time.
-        size: images per call.
-        rounds: how many rounds are counted.
-        kernels: as for :func:`accelkit.enable`.
-        kept: a JSON file that keeps the rounds; rounds that it holds are not run again.
-        on_run: called with the number of runs done and their total.
+    affects all alike; rounds that the JSON file ``kept`` holds are not run again. A first round
+    warms up and gives the seconds of the first call. The saving is 1 minus the median ratio of a
+    round's time to that of the base of the same work, and null if there is no base. A row that does
+    not fit the GPU's memory has the field ``skipped`` only.
     """
     found = _read_rounds(kept)
     resumed = len(found)
@@ -203,7 +192,7 @@ def throughput(
     work: Work,
     sizes: Sequence[int],
     kernels: str,
-    on_run: OnRun = lambda done, total: None,
+    on_run: OnRun,
 ) -> list[dict[str, Any]]:
     """Return the images per second of each variant at each batch size, variant by variant.
 
@@ -238,7 +227,7 @@ def time_depths(
     work: Work,
     size: int,
     kernels: str,
-    on_run: OnRun = lambda done, total: None,
+    on_run: OnRun,
 ) -> list[dict[str, Any]]:
     """Return the time of one network call on ``size`` samples at each depth, interleaved."""
     model, backbone, calls = subject.model, subject.backbone, subject.calls
@@ -276,7 +265,7 @@ def cost(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     The fields are null for a cache, whose cost depends on the images.
     """
     subject, schedule = variant.subject, variant.method.schedule
-    how = variant.sampling(sampling)
+    how = variant.method.sampling(sampling)
     levels = visited_levels(subject, how.sampler, how.steps)
     known = variant.method.baseline is None
     kept = (1 - ideal_saving(subject, schedule, levels)) * how.steps / sampling.steps

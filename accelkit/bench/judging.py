@@ -36,7 +36,7 @@ def judge_variant(
 
     Features are streamed into ``folder``, from where a killed run continues.
     """
-    how = replace(work, sampling=variant.sampling(work.sampling))
+    how = replace(work, sampling=variant.method.sampling(work.sampling))
     shards = RowShards(folder)
     with applied(variant.subject, variant.method, how.sampling, kernels) as subject:
         generate_shards(

@@ -78,8 +78,8 @@ class Method:
     def kind(self) -> str:
         """``full``, ``schedule``, ``baseline``, or ``combination`` of several."""
         fewer = self.steps is not None
-        beside = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
-        count = sum(map(bool, beside))
+        others = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
+        count = sum(map(bool, others))
         if self.schedule.depths[0] < self.schedule.layers:
             return "combination" if count else "schedule"
         return ("full", "baseline", "combination")[min(count, 2)]
@@ -93,10 +93,6 @@ def parse_methods(text: str, target: Any) -> list[Method]:
     """Read methods separated by commas, or by semicolons if one of them is a literal.
 
     Methods equal to an earlier one are dropped.
-
-    Args:
-        text: the methods.
-        target: a pipeline, network or subject.
 
     Raises:
         AccelkitError: a part of a method is unknown, or its options cannot be read.
@@ -117,12 +113,6 @@ def fewer_steps(
 
     Cost means multiply-accumulates. Schedules with equal numbers of steps share one method; a
     schedule that saves less than half a step adds none.
-
-    Args:
-        methods: all methods of a comparison.
-        steps: the sampler's number of steps.
-        target: a pipeline, network or subject.
-        levels: the noise levels that the sampler visits.
     """
     subject = Subject.of(target)
     found: list[Method] = []
@@ -149,12 +139,6 @@ def applied(
     torch.compile and CUDA graphs run a copy of the network on the same weights, which replaces the
     network while entered. (The copy for CUDA graphs has parameters of its own, since graphs require
     weights to stay at their addresses.) The copy and its graphs are kept until the network is gone.
-
-    Args:
-        target: a pipeline whose network runs no schedule, or its subject.
-        method: how to run the network.
-        sampling: how images are sampled (:meth:`Method.sampling`), which caches depend on.
-        kernels: as for :func:`accelkit.enable`.
 
     Yields:
         The subject to sample from, whose network may be the copy.

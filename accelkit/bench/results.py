@@ -1,4 +1,4 @@
-"""results.json: what a benchmark measured, in the form that results.schema.json describes."""
+"""results.json: the results of a benchmark, as described by results.schema.json."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _PACKAGES = (
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> Path:
-    """Write ``results.json``, whole or not at all, and return its path.
+    """Write ``results.json`` atomically and return its path.
 
-    JSON has no infinities and no NaN: a figure that is not finite is written as null.
+    A figure that is not finite is written as null, since JSON has neither infinities nor NaN.
     """
     path = directory / RESULTS
     write_record(path, _finite(results), AGAIN)
@@ -45,13 +45,10 @@ def write_results(directory: Path, results: dict[str, Any]) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return the content of a ``results.json``.
-
-    Args:
-        path: the file, or the directory that it is in.
+    """Return the content of a ``results.json``, given the file or its directory.
 
     Raises:
-        AccelkitError: it cannot be read, is damaged, is of another schema version, or does not
+        AccelkitError: the file cannot be read, is damaged, has another schema version, or does not
             follow ``results.schema.json``.
     """
     path = path / RESULTS if path.is_dir() else path
@@ -60,12 +57,12 @@ def read_results(path: Path) -> dict[str, Any]:
     if isinstance(found, int) and found != SCHEMA:
         raise AccelkitError(
             f"{path} is of schema version {found}, this accelkit reads version {SCHEMA}; "
-            "measure anew with --overwrite or another -o, or use the accelkit that wrote it"
+            "measure again with --overwrite or another -o, or use the accelkit that wrote it"
         )
     wrong = next(violations(results), None)
     if wrong is not None:
         raise AccelkitError(
-            f"{path} holds no results of accelkit bench ({wrong}); measure anew with --overwrite "
+            f"{path} holds no results of accelkit bench ({wrong}); measure again with --overwrite "
             "or another -o"
         )
     seen: set[tuple[Any, ...]] = set()
@@ -79,18 +76,18 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def identity(row: dict[str, Any]) -> tuple[str, str, str, int]:
-    """Return what a row is known by: method, weights, sampler, steps."""
+    """Return the key of a row: method, weights, sampler, steps."""
     return row["method"], row["weights"], row["sampler"], row["steps"]
 
 
 def blank_row() -> dict[str, Any]:
-    """Return a row of which nothing was measured: every field null, ``missing`` empty."""
+    """Return a row before any measurement: every field null, ``missing`` empty."""
     fields = _schema()["properties"]["rows"]["items"]["properties"]
     return {**dict.fromkeys(fields), "missing": {}}
 
 
 def machine() -> dict[str, Any]:
-    """Return what figures depend on: processor, threads, GPU and versions."""
+    """Return the machine that figures depend on: processor, threads, GPU and versions."""
     import torch
 
     return {
@@ -106,16 +103,16 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the sources, ``-dirty`` behind it if changed; None outside git."""
+    """Return the commit of the sources, with ``-dirty`` if they changed; None outside git."""
     sources = Path(__file__).parents[2]
-    if not (sources / ".git").exists():  # installed, perhaps within a repository of the user's
+    if not (sources / ".git").exists():  # an installed package may be inside a user's repository
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(describe, cwd=sources, capture_output=True, text=True)
+        done = subprocess.run(describe, cwd=sources, capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    return told.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def violations(results: Any) -> Iterator[str]:
@@ -154,7 +151,7 @@ def _finite(value: Any) -> Any:
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package that is installed, None if it is not."""
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

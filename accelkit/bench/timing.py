@@ -16,11 +16,8 @@ import torch
 class Stopwatch:
     """Seconds between marks, by CUDA events on a GPU and ``time.perf_counter`` elsewhere.
 
-    Events are taken where the work is, so that what is still queued at a mark is not counted to the
-    part behind it, and nothing has to wait for them but :meth:`parts`.
-
-    Args:
-        device: where the work is.
+    Events are recorded in the GPU's queue, so that work still queued at a mark counts towards the
+    part before it, and only :meth:`parts` waits for the GPU.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -29,11 +26,11 @@ class Stopwatch:
 
     @property
     def clock(self) -> str:
-        """What tells the time."""
+        """Name of the clock."""
         return "cuda events" if self._cuda else "perf_counter"
 
     def mark(self) -> None:
-        """Begin, or end a part and begin the next."""
+        """End the current part, if any, and begin the next."""
         if not self._cuda:
             self._marks.append(time.perf_counter())
             return
@@ -42,7 +39,7 @@ class Stopwatch:
         self._marks.append(event)
 
     def parts(self) -> list[float]:
-        """Return the seconds between marks, and forget them."""
+        """Return the seconds between the marks, and clear the marks."""
         marks, self._marks = self._marks, []
         pairs = list(pairwise(marks))
         if not self._cuda:
@@ -52,14 +49,10 @@ class Stopwatch:
 
 
 def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, list[float]]:
-    """Return the median of the ratios of runs to their neighbours, and its 95% interval.
+    """Return the median ratio of the seconds of paired runs, and its 95% interval.
 
-    The interval is of the bootstrap's percentiles (Efron 1979) over 10,000 draws of as many ratios;
-    they are the same at every call.
-
-    Args:
-        seconds: of the rounds.
-        base: of what ran beside them in the same rounds.
+    The interval is the bootstrap's percentile interval (Efron 1979) over 10,000 draws, the same at
+    every call.
     """
     ratios = np.divide(seconds, base)
     draws = np.random.default_rng(0).integers(len(ratios), size=(10_000, len(ratios)))
@@ -68,13 +61,10 @@ def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float
 
 
 class Peak:
-    """The most memory in use since it was made, where that can be told.
+    """The most memory in use since this object was made, on systems that report it.
 
-    On a GPU that is what PyTorch allocated there; elsewhere the process's resident memory, whose
-    highest mark Linux lets a process take back.
-
-    Args:
-        device: where the work is.
+    On a GPU that is the memory allocated by PyTorch. Elsewhere it is the process's resident memory,
+    whose peak Linux lets a process reset.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -89,7 +79,7 @@ class Peak:
             self._known = False
 
     def bytes(self) -> int | None:
-        """Return the most bytes in use so far; None if that is not known."""
+        """Return the most bytes in use so far, None if unknown."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._known:
@@ -99,21 +89,17 @@ class Peak:
 
 
 class Energy:
-    """The energy that a GPU took since this was made, by NVML (``pip install nvidia-ml-py``).
-
-    Args:
-        device: where the work is.
-    """
+    """The energy that a GPU used since this object was made, by NVML (``nvidia-ml-py``)."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._read: Callable[[], float] | None = None
         if torch.device(device).type == "cuda":
-            with contextlib.suppress(Exception):  # NVML's own, of a missing driver or an old GPU
+            with contextlib.suppress(Exception):  # a missing driver or an old GPU
                 self._read = _counter(torch.device(device))
         self._began = self._read() if self._read else 0.0
 
     def joules(self) -> float | None:
-        """Return the energy so far; None where it is not told."""
+        """Return the joules used so far, None if unknown."""
         return self._read() - self._began if self._read else None
 
 
@@ -121,7 +107,7 @@ def _counter(device: torch.device) -> Callable[[], float]:
     import pynvml
 
     pynvml.nvmlInit()
-    # NVML counts all GPUs, PyTorch those that are visible
+    # NVML numbers all GPUs, PyTorch the visible ones only
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
     pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)

@@ -23,7 +23,7 @@ from accelkit.bench.results import RESULTS, SCHEMA, commit, machine, read_result
 from accelkit.bench.timing import Stopwatch
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
-from accelkit.jobs.inputs import items_of, named_in, open_images, open_unscheduled, origin_of
+from accelkit.jobs.inputs import items_of, open_images, open_unscheduled, origin_of
 from accelkit.jobs.reporter import Reporter, Silent
 from accelkit.jobs.sample import parse_labels
 from accelkit.jobs.settings import Source
@@ -58,10 +58,7 @@ def bench(
     the results, and the others return an empty dict.
 
     Args:
-        source: the names of model and data.
-        plan: the settings of the comparison.
         output: the directory, made if missing.
-        reporter: receives progress.
         tuned: directories of artifacts to compare as well, by the schedules that they are tuned
             for.
         published: published figures to show next to the measured ones, as in the schema.
@@ -71,7 +68,7 @@ def bench(
         AccelkitError: an input does not fit.
     """
     world = World.launched()
-    found = named_in(source)
+    found = named(source.model, source.revision)
     recorded = _prepare(output, overwrite) if world.main else None
     subject = open_unscheduled(origin_of(source, found), None if found.config else found)
     weights: list[tuple[Schedule, Subject]] = []
@@ -113,21 +110,15 @@ def compare(
     recorded: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run the comparison on pipelines that are open, without a schedule; see :func:`bench`.
+    """Run the comparison of :func:`bench` on pipelines that are open, without a schedule.
 
-    Args:
+    Args, where they differ from those of :func:`bench`:
         subject: the pipeline with its own weights.
         tuned: schedules, each with a pipeline whose weights are tuned for it.
-        source: the names of model and data.
-        plan: the settings of the comparison.
-        output: the directory.
-        reporter: receives progress.
         images: the data of ``source``, if they are open and reported already.
         world: the processes. Default: this one alone.
-        published: published figures to show next to the measured ones.
         training: the training of the tuned weights, for the record.
         recorded: the feature extractor of earlier results in ``output``.
-        overwrite: measure everything again.
     """
     world = world or World()
     reporter = reporter if world.main else Silent()

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from accelkit.artifact import artifact
+from accelkit.artifact.names import named
 from accelkit.bench.methods import parse_methods
 from accelkit.bench.protocol import Protocol
 from accelkit.data.shards import fingerprint
@@ -18,7 +19,6 @@ from accelkit.jobs.bench import compare
 from accelkit.jobs.inputs import (
     encoded,
     items_of,
-    named_in,
     open_images,
     open_unscheduled,
     origin_of,
@@ -57,7 +57,7 @@ def finetune(
         AccelkitError: an input does not fit, or a loss is not finite.
         accelkit.errors.Stopped: a signal ended the run, which can be resumed.
     """
-    found = named_in(source)
+    found = named(source.model, source.revision)
     subject = open_unscheduled(source, found)
     backbone, scheduler = subject.backbone, subject.scheduler
     parsed = fitting(schedule, backbone)

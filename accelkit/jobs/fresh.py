@@ -17,10 +17,6 @@ from accelkit.noise.axis import reference_process
 def check_sizes(config: ModelConfig, vae: Any) -> None:
     """Check that a network can be built and trained; nothing is allocated.
 
-    Args:
-        config: the network's architecture.
-        vae: the autoencoder, an ``AutoencoderKL`` on any device, the meta device included.
-
     Raises:
         AccelkitError: the sizes do not fit each other, or the parameters do not fit the memory.
     """
@@ -60,14 +56,7 @@ def _memory() -> int:
 
 
 def fresh_pipeline(config: ModelConfig, vae: Any, classes: Mapping[int, str], seed: int) -> Any:
-    """Return a pipeline around an untrained network.
-
-    Args:
-        config: the network's architecture.
-        vae: the autoencoder, an ``AutoencoderKL``.
-        classes: names of the data's classes by label, for pipelines that record names.
-        seed: seed of the weights, which are drawn as the family's authors draw them.
-    """
+    """Return a pipeline around an untrained network, drawn as the family's authors draw it."""
     pipe = _PIPELINES[config.family](config, vae, classes)
     backbone_of(pipe.transformer).initialize(seed)  # type: ignore[attr-defined]
     pipe.set_progress_bar_config(disable=True)

@@ -21,11 +21,6 @@ from accelkit.runtime.switch import disable, enabled_on
 from accelkit.subject import Subject
 
 
-def named_in(source: Source) -> Named:
-    """Return what the name of a job's model stands for."""
-    return named(source.model, source.revision)
-
-
 def origin_of(source: Source, found: Named) -> Source:
     """Return ``source`` with the base model in place of an artifact."""
     return replace(source, **found.base)
@@ -34,11 +29,9 @@ def origin_of(source: Source, found: Named) -> Source:
 def open_model(source: Source, found: Named | None = None) -> Subject:
     """Return the model of a job, on the GPU if there is one; a tuned model has its schedule.
 
-    Args:
-        source: the names of the model and what goes with it.
-        found: what the model's name stands for, if that is known.
+    What the model's name stands for may be given, if it is known.
     """
-    found = found or named_in(source)
+    found = found or named(source.model, source.revision)
     subject = open_named(found, source.variant, source.vae, source.num_heads)
     subject.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     return subject.learn()
@@ -69,15 +62,11 @@ def open_images(source: Source, subject: Subject) -> ImageSource:
 
 
 def open_data(source: Source, known: int | None, remedy: str) -> ImageSource:
-    """Return the data of a job, checked against the number of a model's classes.
-
-    Args:
-        source: the names of the data and what goes with them.
-        known: number of the model's classes, None for any number.
-        remedy: what to do about a model with too few classes, for the error.
+    """Return the data of a job for a model of ``known`` classes, None for any number.
 
     Raises:
-        AccelkitError: the data cannot be read, or have more classes or higher labels than that.
+        AccelkitError: the data cannot be read, or have more classes or higher labels; ``remedy``
+            says what to do about the model.
     """
     images = open_source(source.data, skip_bad=source.skip_bad, class_map=source.class_map)
     if known is not None and len(images.classes) > known:

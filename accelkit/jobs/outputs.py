@@ -18,13 +18,7 @@ def save_picture(pixels: Any, path: Path, go_on: str = RESUME) -> None:
 
 
 def save_pipeline(pipe: Any, path: Path, go_on: str = RESUME) -> None:
-    """Write a pipeline or network with diffusers' ``save_pretrained`` and add checksums.
-
-    Args:
-        pipe: a pipeline, or a network alone.
-        path: the directory, which is replaced if it exists.
-        go_on: what to do if it cannot be written.
-    """
+    """Write a pipeline or network by its ``save_pretrained``, with checksums, to ``path``."""
     with writing(path, go_on) as part:
         pipe.save_pretrained(part)
         add_sums(part)

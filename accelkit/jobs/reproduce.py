@@ -67,13 +67,10 @@ def reproduce(
     in ``OUTPUT``. Finished work is not repeated.
 
     Args:
-        publication: the publication to reproduce.
         scale: ``full`` or ``digits``.
         source: model and data, "" for those of the publication; the autoencoder is that of an
             original-layout file, or of models trained from scratch.
         given: existing weights, and how images are judged.
-        output: the directory.
-        reporter: receives progress.
 
     Raises:
         AccelkitError: a required input is missing, or an input does not fit.

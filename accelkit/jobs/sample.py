@@ -46,19 +46,14 @@ def sample(
     """Write ``number`` PNG files, a grid and an index; return the files of the images.
 
     Args:
-        source: the model.
         schedule: the schedule to run. Default: the one that the model was tuned for, if any.
         labels: classes to cycle through, such as ``3,1,4`` or ``0-9``. Default: all classes that
             the model names.
         number: number of images; image i has seed ``seed + i``.
         seed: seed of the first image.
-        batch_size: images per batch.
-        how: sampler, steps and guidance.
-        output: the directory.
         overwrite: remove the files of an earlier run, and nothing else.
         kernels: as for :func:`accelkit.enable`.
         mode: as for :func:`accelkit.compile`, None for no graphs.
-        reporter: receives progress.
 
     Raises:
         AccelkitError: an input does not fit.

@@ -83,12 +83,6 @@ def checked_schedule(
 ) -> Schedule:
     """Return the schedule if the settings of a training fit each other; nothing is allocated.
 
-    Args:
-        schedule: text for :meth:`accelkit.schedule.Schedule.parse`.
-        model: the network's architecture.
-        autoencoder: a trained autoencoder, or the settings to train one with.
-        config: the settings to train the network with.
-
     Raises:
         AccelkitError: the settings do not fit each other.
     """
@@ -127,12 +121,7 @@ def _autoencoder(
 
 
 def _open(place: str, what_to_do: str) -> Any:
-    """Return the autoencoder of a directory or hub id.
-
-    Args:
-        place: the directory or hub id.
-        what_to_do: what to do about a damaged file, as the end of a sentence.
-    """
+    """Return the autoencoder of a directory or hub id."""
     from diffusers import AutoencoderKL
 
     with reading(place):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.tracking import get_available_trackers
+
 from accelkit.backbones.conditioning import Item
 from accelkit.data.sources import ImageSource
 from accelkit.errors import AccelkitError
@@ -29,7 +31,8 @@ def claimed(
     settings: dict[str, Any], config: TrainConfig, where: Run
 ) -> Iterator[tuple[RunDirectory, Any]]:
     """Open a run's directory and its accelerator, and close both at the end."""
-    if where.report_to and where.report_to not in (known := _trackers()):
+    known = sorted(str(getattr(t, "value", t)) for t in get_available_trackers())
+    if where.report_to and where.report_to not in known:
         raise AccelkitError(
             f"--report-to {where.report_to} is not installed or unknown; "
             f"installed: {', '.join(known) or 'none'}"
@@ -56,13 +59,7 @@ def claimed(
 
 
 def identify(run: RunDirectory, accelerator: Any, images: ImageSource, **others: str) -> None:
-    """Record on the main process what a run is made of, or compare it with the record.
-
-    Args:
-        run: the open directory.
-        accelerator: the accelerator.
-        images: the data.
-        others: fingerprints of other inputs, by name.
+    """Record the data and the fingerprints of other inputs, or compare them with the record.
 
     Raises:
         AccelkitError: the run began with other images, labels or other inputs.
@@ -104,9 +101,3 @@ def watch(
         save_picture(grid(generate(subject, chosen, list(range(16)), how)), path)
 
     return Watch(where.checkpoint_every, where.keep, on_step, preview, where.preview_every)
-
-
-def _trackers() -> list[str]:
-    from accelerate.tracking import get_available_trackers
-
-    return sorted(str(getattr(t, "value", t)) for t in get_available_trackers())

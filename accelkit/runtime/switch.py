@@ -158,7 +158,12 @@ def disable(target: Any) -> None:
 
 
 def _switch_off(state: Enabled) -> None:
-    _uninstall(state.backbone.model)
+    model = state.backbone.model
+    patching.detach(model)
+    if state.fused is not None:
+        state.fused.close()
+    for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
+        del model.__dict__[name]
     if state.handle is not None:
         state.handle.remove()
 
@@ -184,14 +189,6 @@ def _install(state: Enabled) -> None:
     copier = _Copier(state)
     model.__deepcopy__ = copier  # type: ignore[assignment]
     model.__reduce_ex__ = copier.reduce  # type: ignore[method-assign]
-
-
-def _uninstall(model: nn.Module) -> None:
-    patching.detach(model)
-    if (fused := model.__dict__[_STATE].fused) is not None:
-        fused.close()
-    for name in (_STATE, "__deepcopy__", "__reduce_ex__"):
-        del model.__dict__[name]
 
 
 class _Copier:

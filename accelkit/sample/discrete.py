@@ -1,8 +1,8 @@
-"""DDIM and ancestral sampling on whichever timesteps are visited.
+"""DDIM and ancestral sampling on any sequence of timesteps.
 
-diffusers' DDIM steps back by T // steps, whatever its timesteps are, which is right for the spacing
-"leading" alone: with "linspace" or "trailing" a sample has other noise than its timestep says. Its
-ancestral sampling adds noise of a learned variance after the last timestep unless that is 0.
+diffusers' DDIM always steps back by T // steps, which is right for the spacing "leading" only: with
+"linspace" or "trailing" a sample's noise does not match its timestep. diffusers' ancestral sampling
+with a learned variance adds noise after the last timestep unless that timestep is 0.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 class DDIMScheduler(diffusers.DDIMScheduler):
     """DDIM from each visited timestep to the next (Song et al. 2021, eq. 12).
 
-    Takes the arguments of diffusers' own, whose results it has wherever that steps to the next
-    visited timestep too. The step after the last timestep ends without noise, or at the noise of
-    timestep 0 with ``set_alpha_to_one=False``.
+    Arguments are those of diffusers' class, and so are the results wherever diffusers also steps to
+    the next visited timestep. The last step ends without noise, or at the noise of timestep 0 with
+    ``set_alpha_to_one=False``.
     """
 
     num_inference_steps: Any
@@ -34,7 +34,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Set the timesteps of a run: a number of them, or ``timesteps``, which fall."""
+        """Set the timesteps of a run: their number, or ``timesteps`` in decreasing order."""
         super().set_timesteps(num_inference_steps or len(timesteps or ()), device)
         if timesteps is not None:
             self.timesteps = torch.tensor(timesteps, device=device)
@@ -42,12 +42,12 @@ class DDIMScheduler(diffusers.DDIMScheduler):
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, **options: Any
     ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
-        """Take the step to the next visited timestep; arguments as of diffusers' own."""
+        """Take the step to the next visited timestep; arguments as in diffusers."""
         here = int(timestep)
         below = self.timesteps[self.timesteps < here]
         stride = here - (int(below[0]) if len(below) else -1)
         count = self.num_inference_steps
-        # the base steps back by T // count, which is the stride of exactly this many
+        # The base class steps back by T // count, which is the stride for exactly this count.
         self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)
         try:
             return super().step(model_output, timestep, sample, **options)
@@ -58,7 +58,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
 class DDPMScheduler(diffusers.DDPMScheduler):
     """Ancestral sampling whose last step adds no noise (Ho et al. 2020, algorithm 2).
 
-    Takes the arguments of diffusers' own.
+    Arguments are those of diffusers' class.
     """
 
     def step(
@@ -69,7 +69,7 @@ class DDPMScheduler(diffusers.DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Take the step to the next visited timestep; arguments as of diffusers' own."""
+        """Take the step to the next visited timestep; arguments as in diffusers."""
         made = super().step(model_output, timestep, sample, generator)
         if self.previous_timestep(timestep) < 0:
             made.prev_sample = made.pred_original_sample

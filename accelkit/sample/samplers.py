@@ -74,44 +74,28 @@ def sampler_for(pipe: Any, name: str, steps: int) -> Any:
 
 def visited_levels(subject: Subject, name: str, steps: int) -> list[float]:
     """Return the noise levels that a sampler visits; arguments and errors as of ``sampler_for``."""
-    name = sampler_name(subject, name)
     timesteps = sampler_for(subject, name, steps).timesteps
-    return _samplers(subject).axis_of(name).levels(timesteps)
-
-
-def sampler_name(subject: Subject, name: str) -> str:
-    """Return the name of a sampler, which for ``auto`` is that of one that follows the process.
-
-    Raises:
-        AccelkitError: the name is unknown, or no sampler follows the process.
-    """
-    return name if name in SAMPLERS else _samplers(subject).named(name)
+    samplers = samplers_of(subject)
+    return samplers.axis_of(samplers.named(name)).levels(timesteps)
 
 
 def make_sampler(name: str, scheduler: Any, steps: int, learned_variance: bool = False) -> Any:
     """Return a sampler of the process of ``scheduler``, where there is no pipeline.
 
-    Shifting by resolution, which only a pipeline knows, is left out.
-
-    Args:
-        name: a key of :data:`SAMPLERS`, or ``auto``.
-        scheduler: a pipeline's scheduler, which is not changed.
-        steps: network calls per image without guidance.
-        learned_variance: whether the network predicts a variance, which ``ddpm`` then uses.
-
-    Raises:
-        AccelkitError: as of :func:`sampler_for`.
+    Shifting by resolution, which only a pipeline knows, is left out. With ``learned_variance`` the
+    network predicts a variance, which ``ddpm`` uses. The rest is as for :func:`sampler_for`.
     """
-    samplers = _Samplers(scheduler, NoiseAxis.of(scheduler))
+    samplers = Samplers(scheduler, NoiseAxis.of(scheduler))
     return samplers.made(samplers.checked(name, steps), steps, learned_variance, {})
 
 
-def _samplers(subject: Subject) -> _Samplers:
-    return subject.once("samplers", lambda: _Samplers(subject.scheduler, subject.axis))
+def samplers_of(subject: Subject) -> Samplers:
+    """Return the samplers that follow the process of a subject's scheduler."""
+    return subject.once("samplers", lambda: Samplers(subject.scheduler, subject.axis))
 
 
 def _sampler_for(subject: Subject, name: str, steps: int) -> Any:
-    scheduler, samplers = subject.scheduler, _samplers(subject)
+    scheduler, samplers = subject.scheduler, samplers_of(subject)
     name = samplers.checked(name, steps)
     config = scheduler.config
     flow = name == "flow" or config.get("use_flow_sigmas")
@@ -132,13 +116,8 @@ def _sampler_for(subject: Subject, name: str, steps: int) -> Any:
     return samplers.made(name, steps, learned, spacing)
 
 
-class _Samplers:
-    """The samplers that follow the process of one scheduler.
-
-    Args:
-        scheduler: a pipeline's scheduler.
-        axis: its noise axis.
-    """
+class Samplers:
+    """The samplers that follow the process of one scheduler, given with its noise axis."""
 
     def __init__(self, scheduler: Any, axis: NoiseAxis) -> None:
         self._scheduler, self._axis = scheduler, axis
@@ -149,7 +128,11 @@ class _Samplers:
         return self._plain(name)[1]
 
     def named(self, name: str) -> str:
-        """Return the name of a sampler; see :func:`sampler_name`."""
+        """Return the name of a sampler, which for ``auto`` is one that follows the process.
+
+        Raises:
+            AccelkitError: the name is unknown, or no sampler follows the process.
+        """
         if name in SAMPLERS:
             return name
         if name != AUTO:
@@ -161,11 +144,7 @@ class _Samplers:
         )
 
     def checked(self, name: str, steps: int) -> str:
-        """Return the name of a sampler that follows the process and can take so many steps.
-
-        Raises:
-            AccelkitError: as of :func:`sampler_for`.
-        """
+        """Return the name of a sampler; raises as :func:`sampler_for` if it is not allowed."""
         name = self.named(name)
         if not self._follows(name):
             others = (other for other in (*_AUTO, *SAMPLERS) if self._follows(other))

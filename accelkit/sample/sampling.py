@@ -15,7 +15,7 @@ class Sampling:
     """How images are sampled.
 
     ``sampler`` is a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``
-    (:func:`accelkit.sample.samplers.sampler_name`). A guidance scale of 1 runs no second half of a
+    (:meth:`accelkit.sample.samplers.Samplers.named`). A guidance scale of 1 runs no second half of a
     batch. ``guidance_channels`` is None for all latent channels, as in diffusers; the original DiT
     guides the first 3.
 
@@ -54,7 +54,7 @@ class Sampling:
             AccelkitError: the sampler does not follow the pipeline's process, accelkit does not
                 know how the pipeline calls its network, or fewer channels exist than are guided.
         """
-        from accelkit.sample.samplers import sampler_for, sampler_name
+        from accelkit.sample.samplers import sampler_for, samplers_of
         from accelkit.subject import Subject
 
         subject = Subject.of(pipe)
@@ -65,7 +65,7 @@ class Sampling:
             raise AccelkitError(
                 f"{self.guidance_channels} channels cannot be guided, the model has {channels}"
             )
-        return replace(self, sampler=sampler_name(subject, self.sampler))
+        return replace(self, sampler=samplers_of(subject).named(self.sampler))
 
     def calls(self, pipe: Any) -> int:
         """Return how many timesteps a run on ``pipe`` visits."""

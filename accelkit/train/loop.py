@@ -98,11 +98,8 @@ def train(
         subject: the denoiser, without a schedule, in float32; its scheduler defines the forward
             process and the noise axis.
         schedule: the depth at each noise level.
-        samples: the data.
-        config: the settings.
         run: the run's open directory.
         accelerator: from :func:`make_accelerator`.
-        watch: progress, checkpoints and previews.
         conditions: the conditions of the samples. Default: their labels.
 
     Returns:

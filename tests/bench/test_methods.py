@@ -1,4 +1,4 @@
-"""What a comparison runs: how it is spelled, what it does to a pipeline, and that it is undone."""
+"""Methods of a comparison: how they are written, what they do to a pipeline, and undoing them."""
 
 import gc
 import weakref

@@ -69,7 +69,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 def test_another_version_of_the_schema_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "protocol": {}, "rows": []}))
-    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure anew"):
+    with pytest.raises(AccelkitError, match=r"schema version 1.*reads version 2.*measure again"):
         read_results(tmp_path)
 
 

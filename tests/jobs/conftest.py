@@ -16,9 +16,17 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Leaves out the report, which takes longer than a small comparison, and repetitions."""
+    """Leaves out the report, which takes longer than a small comparison, and most repetitions."""
+    real = harness.time_runs
+
+    def time_runs(runs, size, rounds, *rest, **named):
+        return real(
+            runs, size, rounds if rounds < 7 else 1, *rest, **named
+        )  # 7 unless a test says so
+
     monkeypatch.setattr(bench, "write_report", lambda *args: None)
     monkeypatch.setattr(harness, "DEPTH_ROUNDS", 1)
+    monkeypatch.setattr(harness, "time_runs", time_runs)
 
 
 @pytest.fixture(scope="session")

@@ -383,13 +383,13 @@ def test_a_killed_bench_goes_on(digits, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     for _ in range(3000):
-        if list(tmp_path.rglob("*-*.safetensors")):
+        if list(tmp_path.rglob("features/*.safetensors")):
             break
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    left = list(tmp_path.rglob("*-*.safetensors"))
+    left = list(tmp_path.rglob("features/*.safetensors"))
     assert left
     assert not (tmp_path / "results.json").exists()
 

@@ -1,4 +1,4 @@
-"""``accelkit finetune`` from the command line to the files it leaves, on a tiny pipeline."""
+"""``accelkit finetune`` from the command line to its files, on a tiny pipeline."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What ``accelkit finetune`` compares with at its end, and what a run that is resumed does."""
+"""The comparison at the end of ``accelkit finetune``, also of a resumed run."""
 
 import pytest
 from PIL import Image

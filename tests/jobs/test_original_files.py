@@ -1,4 +1,4 @@
-"""Commands on an original-layout file: the autoencoder and the heads that it does not name."""
+"""Commands on an original-layout file, which records neither autoencoder nor heads."""
 
 import json
 
@@ -27,7 +27,6 @@ def place(original, pipe, tmp_path, monkeypatch):
     for name in ("ant", "bee"):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.effect_noise((8, 8), 50).save(tmp_path / "data" / name / "0.png")
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
 

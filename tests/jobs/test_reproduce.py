@@ -1,4 +1,4 @@
-"""Reproductions of published tables, on tiny networks; what is compared is told to a stand-in."""
+"""Reproductions of published tables on tiny networks, with a stand-in for the comparison."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ NETWORK = {"layers": 4, "heads": 2, "head_dim": 8, "num_classes": 2}
 
 
 class Said:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps its messages."""
 
     def __init__(self):
         self.lines = []
@@ -40,7 +40,7 @@ class Said:
 
 @pytest.fixture
 def benched(monkeypatch):
-    """Stands in for the comparison; keeps what it is asked for."""
+    """A stand-in for the comparison, which keeps its arguments."""
     calls = []
 
     def bench(source, plan, output, reporter, *, tuned, published):
@@ -52,9 +52,8 @@ def benched(monkeypatch):
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """Images of two classes, and a cache of our own."""
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
+def data(tmp_path):
+    """Images of two classes."""
     draw = np.random.default_rng(0)
     for place in range(6):
         folder = tmp_path / "data" / str(place % 2)
@@ -64,14 +63,8 @@ def data(tmp_path, monkeypatch):
     return str(tmp_path / "data")
 
 
-@pytest.fixture
-def model(make_pipe, tmp_path):
-    make_pipe().save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
 def small(name: str, **changes) -> Publication:
-    """A publication whose miniature is smaller still."""
+    """A publication with an even smaller miniature."""
     read = publication(name)
     return replace(read, digits=replace(read.digits, **changes))
 
@@ -86,7 +79,7 @@ def run(read, source, output, given=None, said=None):
 
 
 def test_it_fine_tunes_each_schedule_and_compares_all(table3, model, data, benched, tmp_path):
-    out, source = tmp_path / "out", Source(model, data)
+    out, source = tmp_path / "out", Source(str(model), data)
     given = Given({}, "off", "digits", "abc", "statistics.npz")
     assert run(table3, source, out, given) == {"": {"rows": [], "output": str(out)}}
     ((compared, plan, place, tuned, published),) = benched
@@ -109,7 +102,7 @@ def test_it_fine_tunes_each_schedule_and_compares_all(table3, model, data, bench
 
 
 def test_the_same_again_trains_nothing(table3, model, data, benched, tmp_path, monkeypatch):
-    source, out = Source(model, data), tmp_path / "out"
+    source, out = Source(str(model), data), tmp_path / "out"
     run(table3, source, out)
     with monkeypatch.context() as patch:
         patch.setattr(job, "finetune", None)
@@ -133,12 +126,12 @@ def test_an_interrupted_training_goes_on(table3, model, data, benched, tmp_path,
 
     monkeypatch.setattr(job, "finetune", stops)
     with pytest.raises(Stopped):
-        run(table3, Source(model, data), tmp_path / "out", said=said)
+        run(table3, Source(str(model), data), tmp_path / "out", said=said)
     assert said.lines[-1] == "give the same accelkit reproduce again to go on"
     assert benched == []
     (tmp_path / "out" / "D4").mkdir()
     (tmp_path / "out" / "D1" / "accelkit.json").unlink()  # killed before it was written
-    run(table3, Source(model, data), tmp_path / "out")
+    run(table3, Source(str(model), data), tmp_path / "out")
     assert resumed == [("D1", False), ("D4", False), ("D1", True), ("D4", False)]
     assert len(benched) == 1
 
@@ -146,7 +139,7 @@ def test_an_interrupted_training_goes_on(table3, model, data, benched, tmp_path,
 def test_weights_that_there_are_are_taken(table3, model, data, benched, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(job, "finetune", lambda *given: trained.append(given[1]))
-    run(table3, Source(model, data), tmp_path / "out", Given({"D4": "elsewhere/d4"}))
+    run(table3, Source(str(model), data), tmp_path / "out", Given({"D4": "elsewhere/d4"}))
     assert trained == ["D1"]
     assert benched[0][3] == {"D4": "elsewhere/d4", "D1": str(tmp_path / "out" / "D1")}
 
@@ -155,7 +148,7 @@ def test_another_seed_is_another_repetition(table3, model, data, benched, tmp_pa
     seeds = {}
     for seed in (0, 3):
         out = tmp_path / str(seed)
-        run(table3, Source(model, data), out, Given(seed=seed))
+        run(table3, Source(str(model), data), out, Given(seed=seed))
         seeds[seed] = json.loads((out / "D1" / "run.json").read_text())["train"]["seed"]
     assert seeds == {0: 0, 3: 3}
     (_, first, *_), (_, other, *_) = benched

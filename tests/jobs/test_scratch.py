@@ -1,4 +1,4 @@
-"""Training from scratch, by the command, of every family that can be."""
+"""``accelkit train`` for every family that it can train."""
 
 import itertools
 import json
@@ -96,7 +96,7 @@ def test_what_is_damaged_is_refused(tmp_path, monkeypatch):
 
 @contextmanager
 def spoilt(path):
-    """Flip a bit of a file, for as long as it is entered."""
+    """Flip a bit of a file while entered."""
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     yield
@@ -145,7 +145,6 @@ def drawn(folder, classes, each=4):
 @pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]], ids=["", "lora"])
 def test_a_u_vit_is_fine_tuned(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELKIT_CACHE", str(tmp_path / "cache"))
     config = ModelConfig(family="uvit", layers=4, heads=2, head_dim=8, num_classes=2)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **BLOCKS)
     fresh_pipeline(config, vae, (), 0).save_pretrained("model")

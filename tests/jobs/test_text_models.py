@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import accelkit
 from accelkit.artifact.names import named
 from accelkit.backbones import denoiser_of, flux, wan
+from accelkit.bench import comparison
 from accelkit.cli import app
 from accelkit.errors import AccelkitError
 from accelkit.jobs.finetune import finetune
@@ -73,7 +74,8 @@ def schedule_of(family):
 
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
-    """Small pictures of networks that do not record a size, which would be 1024 or 512 pixels."""
+    """Small pictures of networks that do not record a size, and few of them in a comparison."""
+    monkeypatch.setattr(comparison, "_IN_A_PICTURE", 2)
     monkeypatch.setattr(flux._FluxCaptions, "shape", (4, 8, 8))
     monkeypatch.setattr(wan._WanCaptions, "shape", (4, 4, 4))
 
@@ -148,13 +150,13 @@ def test_a_finished_run_is_measured_again_without_encoding(models, data, tmp_pat
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_captions_are_missing(models, data, tmp_path):
+def test_captions_are_missing(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelkit.jobs.inputs.encode_latents", None)
     (data / "metadata.jsonl").unlink()
     with pytest.raises(AccelkitError, match=r"prompted by text and .* has no captions") as caught:
         cli(*command(models("pixart"), data, tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_schedule_that_drops_every_adapter_is_refused(data, tmp_path):

@@ -96,12 +96,6 @@ def cached(
     Make images with :func:`accelkit.sample.generate.generate`, which resets the cache for every
     batch.
 
-    Args:
-        subject: the pipeline and its network.
-        sampling: how images are sampled.
-        name: a key of :data:`BASELINES`.
-        options: all parameters of the cache.
-
     Raises:
         Unavailable: the cache is not installed, or cannot run on the model.
     """
