@@ -15,9 +15,9 @@ class Sampling:
     """How images are sampled.
 
     ``sampler`` is a key of :data:`accelkit.sample.samplers.SAMPLERS`, or ``auto``
-    (:meth:`accelkit.sample.samplers.Samplers.named`). A guidance scale of 1 runs no second half of a
-    batch. ``guidance_channels`` is None for all latent channels, as in diffusers; the original DiT
-    guides the first 3.
+    (:meth:`accelkit.sample.samplers.Samplers.named`). A guidance scale of 1 runs no second half of
+    a batch. ``guidance_channels`` is None for all latent channels, as in diffusers; the original
+    DiT guides the first 3.
 
     Raises:
         AccelkitError: a scale that is not finite, or fewer than one guided channel.
