@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -277,9 +276,3 @@ def _ready(pipe: Any, name: str, folder: Path | None) -> Any:
             check_model(module, f"the {part} of {name}", place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def quiet() -> None:
-    """Silence notices of diffusers and transformers, if they are not imported yet."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

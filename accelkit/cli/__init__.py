@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from accelkit.artifact.loading import quiet
 from accelkit.cli.benching import bench, report
 from accelkit.cli.help import Command
 from accelkit.cli.reproducing import reproduce
-from accelkit.cli.terminal import say, show_anywhere, show_warnings_as_lines, worded
+from accelkit.cli.terminal import quiet, say, show_anywhere, show_warnings_as_lines, worded
 from accelkit.cli.training import finetune, train
 from accelkit.cli.using import convert, inspect, sample, schedules
 from accelkit.errors import Stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import warnings
 from typing import Any
@@ -61,3 +62,9 @@ def show_warnings_as_lines() -> None:
             shown(message, category, *rest, **more)
 
     warnings.showwarning = show
+
+
+def quiet() -> None:
+    """Silence notices of diffusers and transformers, if they are not imported yet."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

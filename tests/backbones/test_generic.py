@@ -413,7 +413,7 @@ def test_a_timestep_that_is_read_in_another_way_than_it_is_meant_is_noticed(gues
             states = torch.zeros(1, 5, 16)
             pipe.transformer(torch.zeros(1, 4, 8, 8), states, mirrored)
             return
-        with pytest.raises(AccelkitError, match=r"the timestep 1, .* is t / 1000 for one that it"):
+        with pytest.raises(AccelkitError, match=r"the timestep 1, .* read as t / 1000 it would be"):
             run()
 
 

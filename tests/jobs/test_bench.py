@@ -33,7 +33,7 @@ SMALL = (
     *("--timing-batch-size", "2", "--throughput", "", "--baselines", ""),
 )
 DIGITS = (
-    *("bench", "--schedules", "full", "--baselines", "", "--samplers", "ddim:2", "-n", "256"),
+    *("bench", "--schedules", "full", "--baselines", "", "--samplers", "ddim:2", "-n", "320"),
     *("--rounds", "1", "--timing-batch-size", "1", "--throughput", ""),
 )
 """A comparison of the built-in model, which has figures of quality."""
@@ -338,7 +338,7 @@ def test_the_digits_are_judged(digits):
     results = read_results(digits / "results.json")
     [row] = results["rows"]
     assert row["fid"] > 0
-    assert row["images"] == 256
+    assert row["images"] == 320
     assert row["inception_score"] >= 1
     assert results["protocol"]["extractor"]["name"] == "digit-cnn-v1"
     assert results["protocol"]["reference"]["n"] == 1797
@@ -402,7 +402,7 @@ def test_a_killed_bench_goes_on(digits, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "generate_shards", counted)
         cli(*options)
-    assert made[0] <= 256 - 64 * len(left)
+    assert made[0] <= 320 - 64 * len(left)
     [killed], [whole] = (read_results(folder)["rows"] for folder in (tmp_path, digits))
     assert killed["fid"] == whole["fid"]
 

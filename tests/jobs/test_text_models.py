@@ -199,7 +199,7 @@ def test_merging_that_a_family_cannot_do_is_refused_before_anything_is_encoded(
     ("family", "options", "match"),
     [
         ("sd3", ["--sampler", "ddim"], "sampler ddim does not follow"),
-        ("pixart", ["--timestep-density", "logit-normal"], "is one of flow matching"),
+        ("pixart", ["--timestep-density", "logit-normal"], "needs flow matching"),
     ],
 )
 def test_what_does_not_suit_the_process_is_refused_at_once(

@@ -8,7 +8,7 @@ from diffusers import PixArtTransformer2DModel
 from plain import enable
 from torch import nn
 
-from accelkit.backbones import Backbone, DiT
+from accelkit.backbones import DiT
 from accelkit.errors import AccelkitError
 from accelkit.models.uvit import UViTTransformer2DModel
 from accelkit.runtime.merging import match, merge, unmerge
@@ -386,7 +386,7 @@ def test_a_uvit_compiles_whole():
 
 
 def test_a_family_without_attentions_is_refused(dit, monkeypatch):
-    monkeypatch.setattr(DiT, "attentions", Backbone.attentions)
+    monkeypatch.setattr(DiT, "self_attention", None)
     before = traces(dit)
     with pytest.raises(AccelkitError, match=r"cannot be merged in a dit: .*leave tome:0\.3 out"):
         enable(dit, "D4+tome:0.3")
