@@ -15,9 +15,7 @@ from accelkit.files.writing import read_record
 from accelkit.schedule import Schedule
 
 CONFIG, WEIGHTS, CARD = "accelkit.json", "accelkit.safetensors", "README.md"
-"""The files of an artifact."""
 FORMAT = 1
-"""The format of ``accelkit.json``."""
 FETCH_AGAIN = "download, copy or save it again"
 """What to do about a damaged file of weights."""
 ORIGINAL_SUFFIXES = {".pt", ".pth", ".ckpt", ".safetensors"}

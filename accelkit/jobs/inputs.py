@@ -27,10 +27,7 @@ def origin_of(source: Source, found: Named) -> Source:
 
 
 def open_model(source: Source, found: Named | None = None) -> Subject:
-    """Return the model of a job, on the GPU if there is one; a tuned model has its schedule.
-
-    What the model's name stands for may be given, if it is known.
-    """
+    """Return the model of a job, on the GPU if there is one; a tuned model has its schedule."""
     found = found or named(source.model, source.revision)
     subject = open_named(found, source.variant, source.vae, source.num_heads)
     subject.pipe.to("cuda" if torch.cuda.is_available() else "cpu")

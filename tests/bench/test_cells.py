@@ -96,7 +96,7 @@ def test_a_damaged_cell_is_made_again(cells):
 def test_a_cell_under_another_name_is_made_again(cells):
     cells.put({"a": 1}, "one")
     cells.path({"a": 1}).rename(cells.path({"a": 2}))
-    with pytest.warns(AccelkitWarning, match=r"cell\.json \(it is of other settings\); measuring"):
+    with pytest.warns(AccelkitWarning, match=r"cell\.json \(it has other settings\); measuring"):
         assert cells.made({"a": 2}, lambda: "two") == "two"
 
 
