@@ -32,7 +32,9 @@ from torch import nn
 from accelkit.backbones import Backbone
 from accelkit.bench.baselines.registry import BASELINES, Value, cached
 from accelkit.bench.baselines.trials import Unavailable, cannot_run, some_items
+from accelkit.bench.protocol import listed
 from accelkit.bench.twins import in_place_of_its_own, twin_of
+from accelkit.compute import KNOBS
 from accelkit.cost import cost_of, ideal_saving
 from accelkit.errors import AccelkitError
 from accelkit.preset_names import common_presets, preset_names
@@ -97,10 +99,8 @@ def parse_methods(text: str, target: Any) -> list[Method]:
     Raises:
         AccelkitError: a part of a method is unknown, or its options cannot be read.
     """
-    between = ";" if "@" in text or ";" in text else r",(?!\s*\w+=)"
-    names = [name.strip() for name in re.split(between, text) if name.strip()]
     backbone, methods = Subject.of(target).backbone, list[Method]()
-    for name in names:
+    for name in listed(text):
         if (method := _read(name, backbone)) not in methods:
             methods.append(method)
     return methods
@@ -269,19 +269,25 @@ def _read(name: str, backbone: Backbone) -> Method:
 
 
 def _schedule(parts: list[str], name: str, backbone: Backbone) -> Schedule:
-    """Read the schedule of a method, with merging last as Schedule.parse expects."""
-    merging = [part for part in parts if re.fullmatch(r"tome:[^@]*", part, re.IGNORECASE)]
-    whole = [part for part in parts if part not in merging]
+    """Read the schedule of a method, with its knobs last as Schedule.parse expects."""
+    knobs = {
+        word: [p for p in parts if p.lower().startswith(f"{word}:") and "@" not in p]
+        for word in KNOBS
+    }
+    last = [part for given in knobs.values() for part in given]
+    whole = [part for part in parts if part not in last]
     plain = [part for part in whole if re.fullmatch(r"[\w-]+(:[^@.]*)?", part)]
     if "@" in name:  # a + may be part of a literal's intervals
         plain = []
     for part in plain:
         _check_name(part, backbone)
-    if len(merging) > 1 or len(plain) > 1:
-        twice = merging if len(merging) > 1 else plain
-        raise AccelkitError(f"{name!r} has both {' and '.join(twice)}; a method has one of a kind")
+    for given in (plain, *knobs.values()):
+        if len(given) > 1:
+            raise AccelkitError(
+                f"{name!r} has both {' and '.join(given)}; a method has one of a kind"
+            )
     return Schedule.parse(
-        "+".join(["+".join(whole) or "full", *merging]), backbone.depth, backbone.family
+        "+".join(["+".join(whole) or "full", *last]), backbone.depth, backbone.family
     )
 
 
