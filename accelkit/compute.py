@@ -130,16 +130,16 @@ class Compute:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, without the knobs that are not set."""
-        return {"depth": self.depth, **{name: asdict(knob) for name, knob in self._knobs.items()}}
+        return {"depth": self.depth, **{name: asdict(knob) for name, knob in self.knobs.items()}}
 
     @property
-    def _knobs(self) -> dict[str, Any]:
+    def knobs(self) -> dict[str, Any]:
         """The knobs that are set, by field."""
         values = {field: getattr(self, field) for field, _ in KNOBS.values()}
         return {field: value for field, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return "+".join(map(str, (self.depth, *self._knobs.values())))
+        return "+".join(map(str, (self.depth, *self.knobs.values())))
 
 
 def split_knobs(text: str) -> tuple[str, dict[str, Any]]:

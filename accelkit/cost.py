@@ -55,7 +55,7 @@ def ideal_saving(
 ) -> float:
     """Return the share of a full call's cost that ``schedule`` saves on ``model``, from 0 to 1.
 
-    If every block is counted, all are alike and none merges tokens, it is the share of blocks left
+    If every block is counted, all are alike and no knob is set, it is the share of blocks left
     out, as in published figures. Otherwise it is the share of multiply-accumulates. If these cannot
     be counted, it is the share of counted blocks, and AccelkitWarning says so.
 
@@ -65,7 +65,7 @@ def ideal_saving(
         timesteps: as for :meth:`Schedule.mean`.
     """
     subject = Subject.of(model)
-    if schedule.full or (_alike(subject.backbone) and not schedule.merges):
+    if schedule.full or (_alike(subject.backbone) and schedule.plain):
         return schedule.ideal_saving(timesteps)
     try:
         return schedule.ideal_saving(timesteps, cost_of(subject))
@@ -83,7 +83,7 @@ def cost_of(model: nn.Module | Subject) -> Callable[[Compute], int]:
     subject = Subject.of(model)
     costs, full = macs_by_depth(subject.model), subject.backbone.depth
     return lambda spent: (
-        macs(subject.model, spent) if spent.merge else costs[spent.depth - full - 1]
+        macs(subject.model, spent) if spent.knobs else costs[spent.depth - full - 1]
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     OptionedPreset = Callable[[int, str], Schedule]
 
 SEQUENTIAL = "dit"
-"""The family whose presets every model uses whose blocks simply follow one another."""
+"""The family whose presets all models use whose blocks run one after another."""
 
 
 @dataclass
@@ -42,7 +42,9 @@ def register_presets(family: str, presets: dict[str, Preset], least: int = 1) ->
         presets: a function per name, called with the model's number of counted blocks.
         least: the least depth that the family can run.
     """
-    _families.setdefault(family, _Family({}, least)).presets.update(presets)
+    known = _families.setdefault(family, _Family({}, least))
+    known.presets.update(presets)
+    known.least = least
 
 
 def register_for_all(presets: dict[str, OptionedPreset]) -> None:
@@ -50,9 +52,9 @@ def register_for_all(presets: dict[str, OptionedPreset]) -> None:
 
     Args:
         presets: a function per name, called with the model's number of counted blocks and the
-            options after a colon, "" if there are none.
+            options after a colon, "" if there are none. Names are read in any case.
     """
-    _everywhere.update(presets)
+    _everywhere.update({name.lower(): make for name, make in presets.items()})
 
 
 def is_preset(text: str) -> bool:

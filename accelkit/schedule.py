@@ -224,6 +224,11 @@ class Schedule:
         return self.computes == (Compute(self.layers),)
 
     @property
+    def plain(self) -> bool:
+        """Whether only the depth varies, with no knob set at any noise level."""
+        return not any(compute.knobs for compute in self.computes)
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """The distinct depths, rising."""
         return tuple(sorted({c.depth for c in self.computes}))

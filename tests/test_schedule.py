@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accelkit import preset_names
 from accelkit.errors import AccelkitError
 from accelkit.preset_names import register_presets
 from accelkit.schedule import Compute, Schedule
@@ -175,6 +176,15 @@ def test_presets_are_found_by_family_whatever_the_case():
     with pytest.raises(AccelkitError, match="test-family family; known, nearest first: Halves"):
         Schedule.parse("halve", 4, "test-family")
     assert Schedule.parse("D4", 28, "no-family") == Schedule.parse("D4", 28)
+
+
+def test_presets_for_all_families_are_found_whatever_the_case(monkeypatch):
+    monkeypatch.setattr(preset_names, "_everywhere", {})
+    preset_names.register_for_all(
+        {"Ends": lambda depth, options: Schedule.parse(f"{depth}@0.5,{options}@1", depth)}
+    )
+    for family in ("dit", "uvit"):
+        assert Schedule.parse("eNDS:2", 4, family).depths == (2, 4)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, "28", True, None])

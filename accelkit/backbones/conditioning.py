@@ -262,7 +262,7 @@ def conditioning_of(backbone: Backbone, pipe: Any | None = None) -> Conditioning
 
     Args:
         backbone: the network's family.
-        pipe: its pipeline, to read the pixels per latent from, which encoding items does too.
+        pipe: its pipeline, from which the pixels per latent are read; ``encode`` reads them too.
 
     Raises:
         AccelkitError: its call needs more than class labels, and the rest is not known.

@@ -96,8 +96,9 @@ class FoldedSkips:
         Since fused optimisers and averages of weights write through ``.data``, the sums of rows are
         compared, too. On the CPU that is done at every call and takes 0.2 to 0.5 ms of a fold's
         13 ms (a run of 5, D = 512, two cores). On other devices, where the host would wait at each
-        step, it is done once a sampling run. A run begins where a smaller depth is asked for than
-        before; one of constant depth is not noticed, and needs :meth:`clear` after such a write.
+        step, it is done once a sampling run. A smaller depth than
+        before marks a new run. A run of constant depth has no such mark: call :meth:`clear` after
+        writing through ``.data``.
 
         Returns:
             None if the chain of projections has to run: the run is shorter than ``LEAST_RUN``, a

@@ -24,7 +24,7 @@ _WATCHED = ("forward", "processor", "training", "_compiled_call_impl")
 
 
 class Seen:
-    """The result of a read for each of some objects, to ask later whether it is still the same.
+    """What was read from some objects, kept so that a later read can be compared with it.
 
     Args:
         read: takes one element of each of ``objects``.

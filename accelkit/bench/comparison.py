@@ -131,7 +131,7 @@ class Comparison:
         methods = fewer_steps(self._methods, how.steps, self.subject, levels)
         variants = [Variant(self.subject, method) for method in methods]
         for schedule, subject in self.tuned:
-            of_it = [m for m in methods if schedule in (m.schedule, _unmerged(m.schedule))]
+            of_it = [m for m in methods if schedule in (m.schedule, _depths_of(m.schedule))]
             variants += [Variant(subject, method, tuned=True) for method in of_it]
         return variants
 
@@ -139,7 +139,8 @@ class Comparison:
         """Return a sampler's runs, each with the reason why it cannot run, "" if it can.
 
         The main process decides by what it has installed, so that all processes run the same.
-        Runs that are ``known`` already are left out: ``steps`` of one sampler may be another one.
+        Runs that are ``known`` already are left out: ``steps`` of one sampler can be a run that is
+        listed under another.
         """
         runs = [(variant, work) for variant in self._variants(work)]
         runs = [run for run in runs if _key(run) not in known]
@@ -269,8 +270,8 @@ class Comparison:
         return {**named, "file": file}
 
 
-def _unmerged(schedule: Schedule) -> Schedule:
-    """Return the same depths without merging."""
+def _depths_of(schedule: Schedule) -> Schedule:
+    """Return the same depths without knobs."""
     computes = tuple(Compute(compute.depth) for compute in schedule.computes)
     return Schedule(schedule.edges, computes, schedule.layers)
 

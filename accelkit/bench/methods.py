@@ -8,7 +8,7 @@ A method is written as parts joined by ``+``, in any order::
     compile               torch.compile; compile:BACKEND, or compile:graphs for CUDA graphs
     eager                 the model's own modules, where full depth runs fused kernels
     steps:20              full depth in another number of steps
-    steps                 full depth in as many steps as cost what each of the schedules does
+    steps                 full depth, once per schedule, with steps reduced to its cost
     D4+pab:3+compile      a combination
 
 Full depth and schedules run as :func:`accelkit.enable` runs them, by fused kernels where a model
@@ -80,7 +80,7 @@ class Method:
     def kind(self) -> str:
         """``full``, ``schedule``, ``baseline``, or ``combination`` of several."""
         fewer = self.steps is not None
-        others = [self.schedule.merges, self.baseline, self.compile, self.eager, fewer]
+        others = [not self.schedule.plain, self.baseline, self.compile, self.eager, fewer]
         count = sum(map(bool, others))
         if self.schedule.depths[0] < self.schedule.layers:
             return "combination" if count else "schedule"

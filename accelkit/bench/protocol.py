@@ -39,7 +39,7 @@ class Protocol:
     )
     batch_size: int = setting(
         32,
-        "Images generated at once, without effect on the figures",
+        "Images generated at once",
         EVALUATION,
         rule=COUNT,
     )

@@ -17,7 +17,13 @@ from accelkit.cli.show import intervals, out, overview, saved, worded
 from accelkit.errors import AccelkitError
 from accelkit.fields import ESSENTIAL, EVALUATION
 from accelkit.jobs.settings import Source
-from accelkit.preset_names import common_presets, families, preset_family, preset_names
+from accelkit.preset_names import (
+    SEQUENTIAL,
+    common_presets,
+    families,
+    preset_family,
+    preset_names,
+)
 from accelkit.presets import published_depth
 from accelkit.sample.sampling import Sampling
 from accelkit.schedule import Schedule
@@ -127,8 +133,8 @@ def schedules(
     """
     if preset_family(family) != family:
         raise AccelkitError(
-            f"no presets are named for the family {family!r}; those with presets of their own are "
-            f"{', '.join(families())}, all others use the first one's"
+            f"the family {family!r} has no presets of its own; leave --family out for those of "
+            f"{SEQUENTIAL}, or give one of {', '.join(families())}"
         )
     depth = published_depth(family) if depth is None else depth
     if name:

@@ -111,8 +111,8 @@ def open_source(
     Raises:
         AccelkitError: the path does not exist or holds no images; the zip is broken or hostile;
             images are next to class folders, or a class folder holds none, or folders instead;
-            labels or captions have another form, are missing for an image or there twice; the
-            class map does not suit the classes.
+            labels or captions are malformed, missing for an image, or given twice; the class
+            map does not suit the classes.
     """
     given = None if class_map is None else read_class_map(class_map)
     if str(spec) == "digits":

@@ -135,8 +135,8 @@ def _named(
     untrained = set(experiment.tuned) - set(given.tuned)
     if source.model and experiment.from_scratch and untrained:
         raise AccelkitError(
-            f"{publication.name} trains all its networks from scratch, alike; leave --model out, "
-            f"or give --tuned for {', '.join(sorted(untrained))} too"
+            f"{publication.name} trains every network from scratch with the same settings; leave "
+            f"--model out, or also give --tuned for {', '.join(sorted(untrained))}"
         )
     return source
 

@@ -42,7 +42,13 @@ def claimed(
     try:
         with explain_lost_process(accelerator.num_processes):
             if accelerator.is_main_process:
-                run.open(settings, resume=where.resume, overwrite=where.overwrite, free=MAY_DIFFER)
+                run.open(
+                    settings,
+                    resume=where.resume,
+                    overwrite=where.overwrite,
+                    free=MAY_DIFFER,
+                    defaults={"train": TrainConfig().to_dict()},
+                )
             accelerator.wait_for_everyone()
             if where.report_to:
                 accelerator.init_trackers("tracking", config=config.to_dict())

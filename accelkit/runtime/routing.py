@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class RunningPass:
         plan: what the pass runs.
         recomputed: whether gradient checkpointing runs one of its blocks again, rather than the
             model its forward.
-        exited: hidden states of the rows that left the batch, by the block that they left before.
+        exited: hidden states of the rows that left the batch, by the index of the first block
+            that they skip.
         shortcut: computes the effect of all skipped blocks at once; None where each of them
             computes its own (:meth:`accelkit.backbones.Backbone.shortcut`).
         skipped: arguments of the blocks that the shortcut stands for.
@@ -194,7 +195,7 @@ class Router:
             raise AccelkitError(
                 f"got {len(spent)} timesteps for a batch of {batch}; give one, or one per sample"
             )
-        if not narrows or len({c.merge for c in kinds}) > 1:
+        if not narrows or len({replace(c, depth=0) for c in kinds}) > 1:
             return [
                 PlannedPass(plan(kind), torch.tensor([i for i, c in enumerate(spent) if c == kind]))
                 for kind in kinds

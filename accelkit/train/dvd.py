@@ -86,7 +86,7 @@ class Supervision:
         schedule: the schedule, whose intervals are the parts.
         axis: the noise axis of the process.
         process: the forward process.
-        match: one of :data:`accelkit.train.config.MATCHES`.
+        match: ``intermediate_match`` of :class:`accelkit.train.config.TrainConfig`.
 
     Attributes:
         bounds: timesteps where the n intervals begin and the last one ends, float64 (n + 1,).

@@ -49,7 +49,13 @@ class RunDirectory:
         self._lock: int | None = None
 
     def open(
-        self, settings: dict[str, Any], *, resume: bool, overwrite: bool, free: frozenset[str]
+        self,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        free: frozenset[str],
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         """Claim the directory for a run with ``settings``.
 
@@ -58,6 +64,7 @@ class RunDirectory:
             resume: whether to continue the run in the directory.
             overwrite: whether to remove the run in the directory.
             free: settings that may change when a run is resumed.
+            defaults: values of settings that did not exist when a resumed run began.
 
         Raises:
             AccelkitError: the directory is not empty and neither is given, holds no run to resume
@@ -76,7 +83,7 @@ class RunDirectory:
         known: dict[str, Any] = {}
         if resume:
             known = {k: v for k, v in self._read().items() if k == _FINGERPRINTS}
-            self._compare(settings, free)
+            self._compare(settings, free, defaults or {})
         elif content:
             self._clear()
         write_record(self.path / SETTINGS, settings | known)
@@ -243,8 +250,13 @@ class RunDirectory:
         except FileNotFoundError:
             return []
 
-    def _compare(self, settings: dict[str, Any], free: frozenset[str]) -> None:
-        old, new = _flat(self.stored(), free), _flat(json.loads(json.dumps(settings)), free)
+    def _compare(
+        self, settings: dict[str, Any], free: frozenset[str], defaults: dict[str, Any]
+    ) -> None:
+        new = _flat(json.loads(json.dumps(settings)), free)
+        stored = self.stored()
+        old = {k: v for k, v in _flat(defaults, free).items() if not _holds(stored, k)}
+        old |= _flat(stored, free)
         changed = [name for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
         if changed:
             shown = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in changed)
@@ -265,10 +277,7 @@ class RunDirectory:
 
 
 def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
-    """Return settings by dotted name, without the free ones and those that are None.
-
-    A setting that did not exist yet when a run began counts as None.
-    """
+    """Return settings by dotted name, without the free ones and those that are None."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name not in free:
@@ -276,6 +285,15 @@ def _flat(settings: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
         elif value is not None and name not in free:
             flat[name] = value
     return flat
+
+
+def _holds(settings: Any, name: str) -> bool:
+    """Return whether nested settings have a value, None included, at a dotted name."""
+    for key in name.split("."):
+        if not isinstance(settings, dict) or key not in settings:
+            return False
+        settings = settings[key]
+    return True
 
 
 def _sums(folder: Path) -> dict[str, str]:

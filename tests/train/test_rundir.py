@@ -30,10 +30,11 @@ time.sleep(60)
 """
 
 
-def opened(path, settings=SETTINGS, *, resume=False, overwrite=False, free=()):
+def opened(path, settings=SETTINGS, *, resume=False, free=(), **options):
     run = RunDirectory(path)
+    options = {"overwrite": False, **options}
     try:
-        run.open(settings, resume=resume, overwrite=overwrite, free=frozenset(free))
+        run.open(settings, resume=resume, free=frozenset(free), **options)
     except BaseException:
         run.close()
         raise
@@ -653,3 +654,11 @@ def killed_before_file_operation(number, act):
     except BaseException:
         traceback.print_exc()
         os._exit(9)
+
+
+def test_a_run_from_before_a_setting_existed_resumes_with_its_default(path):
+    opened(path, {"train": {"steps": 2}}).close()
+    defaults = {"train": {"steps": 200, "restarts": 1}}
+    with pytest.raises(AccelkitError, match="restarts: 1 then, 3 now"):
+        opened(path, {"train": {"steps": 2, "restarts": 3}}, resume=True, defaults=defaults)
+    opened(path, {"train": {"steps": 2, "restarts": 1}}, resume=True, defaults=defaults).close()

@@ -14,9 +14,8 @@ class Gate:
     """Any number of calls pass together; a change waits until they have finished.
 
     A thread may make a change within its own call, as a hook that saves the model does. Such a
-    change is made at once, even if other threads are in a call: two that waited for each other
-    would never end. A call that joins another thread, which waits to make a change, never ends
-    either.
+    change is made at once, even if other threads are in a call: two calls that wait for each other
+    would deadlock. So does a call that joins a thread which is waiting to make a change.
     """
 
     def __init__(self) -> None:

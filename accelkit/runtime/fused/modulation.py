@@ -112,9 +112,10 @@ class StepTable:
 
     Calls belong to one run while timesteps and labels are the same tensors and the steps advance.
     The first two calls of a run do without a table, so that calls with new labels each time never
-    pay for one. It is always the third that makes it, since a row may differ by rounding from
-    vectors computed alone: so a run does not depend on those before it. Weights written to through
-    ``.data`` take effect with the next run, or with a repeated step, which is computed alone, too.
+    pay for one. The third call always makes the table. Its rows may differ by rounding from
+    vectors computed alone, so a fixed rule keeps a run independent of earlier runs. Weights written
+    to through ``.data`` take effect with the next run, or with a repeated step, which is also
+    computed alone.
 
     Attributes:
         bytes: size of the table, 0 without one.
