@@ -122,6 +122,7 @@ def _diffusers_pipeline(found: Named, variant: str | None) -> tuple[Any, Path]:
         kind = getattr(models, name, None) or getattr(diffusers, name, None)
         if kind is not None:
             given[part] = open_whole(kind, folder, variant=variant, subfolder=part)
+            _warn_of_another_class(Path(folder, part), name)
     name = str(index.get("_class_name"))
     if name == "DiTPipeline" and "transformer" in given:
         load = models.dit_pipeline_for(given["transformer"], (index.get("vae") or [None])[-1])
@@ -133,6 +134,22 @@ def _diffusers_pipeline(found: Named, variant: str | None) -> tuple[Any, Path]:
     pipe = load.from_pretrained(folder, variant=variant, **given)
     pipe.register_to_config(_name_or_path=place)
     return pipe, Path(folder)
+
+
+def _warn_of_another_class(folder: Path, name: str) -> None:
+    """Warn if the config in ``folder`` is of a class that is neither ``name`` nor known at all."""
+    import diffusers
+
+    from accelkit import models
+
+    own = read_object(folder / "config.json").get("_class_name", name)
+    if own != name and not (hasattr(diffusers, str(own)) or hasattr(models, str(own))):
+        warnings.warn(
+            f"{folder / 'config.json'} is of a class {own!r}, opened as the {name} that "
+            "model_index.json names; correct the one that is wrong",
+            AccelkitWarning,
+            stacklevel=2,
+        )
 
 
 def open_whole(kind: Any, place: str | Path, *, variant: str | None = None, **options: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from typer.main import get_command
 
@@ -55,11 +55,10 @@ def trials(world: Path, work: Path, count: int, draw: random.Random) -> Trials:
 def _cases() -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Yield a name, a command line, and whether the command may accept the value."""
     parsers: Any = get_command(app)
-    for registered in app.registered_commands:
-        name = registered.callback.__name__
-        types = get_type_hints(registered.callback)
-        for parameter in parsers.commands[name].params:
-            kinds = {types.get(parameter.name), *get_args(types.get(parameter.name))}
+    for name, command in parsers.commands.items():
+        for parameter in command.params:
+            kind = parameter.type_descriptor.annotation
+            kinds = {kind, *get_args(kind)}
             argument = parameter.param_type_name == "argument"
             for value, may_pass in _values(parameter.name, kinds):
                 spelled = (value,) if argument else (parameter.opts[-1], value)

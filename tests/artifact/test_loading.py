@@ -22,7 +22,7 @@ import accelkit
 from accelkit.artifact.loading import open_pipeline
 from accelkit.artifact.names import named_base, reading
 from accelkit.cli import app
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, AccelkitWarning
 from accelkit.layouts.original import numerics, save_original
 
 
@@ -346,3 +346,17 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     refused("me/model", "cannot read the model me/model here or from the hub")
     with pytest.raises(AccelkitError, match="me/model here or from the hub"):
         accelkit.from_pretrained("me/model")
+
+
+def test_a_config_of_an_unknown_class_is_noticed(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    for known in ("DiTTransformer2DModel", "Transformer2DModel"):  # the latter by older diffusers
+        path.write_text(json.dumps(config | {"_class_name": known}))
+        accelkit.from_pretrained(tmp_path)
+    path.write_text(json.dumps(config | {"_class_name": "os.system"}))
+    with pytest.warns(
+        AccelkitWarning, match=r"of a class 'os\.system', opened as"
+    ):
+        accelkit.from_pretrained(tmp_path)
