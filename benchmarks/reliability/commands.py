@@ -40,7 +40,8 @@ _FRACTIONS = ("x", "", "nan", "inf", "-inf", "1e400", "-1")
 _ANY = {"output", "target"}
 """Parameters that name a new file, so that nearly any value is valid."""
 _UNREAD = {
-    *("data", "features", "features_sha256", "kernels", "model", "reference", "revision", "vae"),
+    *("class_map", "data", "features", "features_sha256", "kernels", "model", "reference"),
+    *("revision", "vae"),
 }
 """Parameters that ``reproduce --dry-run`` does not check, because it opens no file."""
 
