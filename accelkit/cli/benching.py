@@ -16,7 +16,7 @@ from accelkit.cli.show import out, print_results
 from accelkit.cli.training import Baselines
 from accelkit.errors import AccelkitError
 from accelkit.fields import ESSENTIAL, MODEL
-from accelkit.jobs.defaults import bench_defaults, check_data, data_of
+from accelkit.jobs.defaults import bench_defaults, data_of, with_data
 from accelkit.jobs.settings import Run, Source
 from accelkit.sample.sampling import Sampling
 
@@ -66,7 +66,7 @@ def bench(
 
       accelerate launch -m accelkit bench --model facebook/DiT-XL-2-256 --data imagenet/train …
     """
-    check_data(source)
+    source = with_data(source)
     protocol = replace(
         protocol,
         methods=";".join([*listed(schedules), *listed(baselines)]),

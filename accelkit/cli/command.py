@@ -19,6 +19,7 @@ import typer
 from accelkit.cli.options import Option, Options, name_value, options_of, single
 from accelkit.cli.settings import read_recipe, resolve
 from accelkit.cli.show import show_settings
+from accelkit.errors import AccelkitError
 from accelkit.fields import ESSENTIAL, OUTPUT, PANELS, RARE, from_table, setting
 
 
@@ -139,8 +140,21 @@ class _Command:
             changes = {option.about.name: option.read(settings[option.name]) for option in own}
             if isinstance(default, Call):
                 changes["settings"] = settings
-            built[part] = replace(default, **changes)
+            try:
+                built[part] = replace(default, **changes)
+            except AccelkitError as error:
+                raise AccelkitError(_by_flag(str(error), own)) from error
         return built
+
+
+def _by_flag(message: str, options: list[Option]) -> str:
+    """Return a field's refusal with the option in place of the field, where the names differ."""
+    for option in options:
+        field_name, rest = option.about.name, " must be "
+        if option.name != field_name and message.startswith(field_name + rest):
+            flag = max(option.flags, key=len)
+            return flag + message.removeprefix(field_name)
+    return message
 
 
 def _split(annotation: Any) -> tuple[Any, Any]:

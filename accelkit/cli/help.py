@@ -78,6 +78,6 @@ def _help(text: str | None, default: Any, envvar: str | None = None) -> str:
         default = f"{default:.4g}"
     if isinstance(default, tuple):
         default = list(default)
-    if default not in (None, "", False):
+    if not (default is None or default is False or default == ""):
         notes.append(f"[default: {'on' if default is True else default}]")
     return " ".join([text or "", *notes])

@@ -16,12 +16,12 @@ from accelkit.cli.show import out, print_results
 from accelkit.errors import AccelkitError
 from accelkit.fields import ESSENTIAL, EVALUATION
 from accelkit.jobs.defaults import (
-    check_data,
     data_of,
     finetune_defaults,
     finetune_output,
     is_builtin,
     train_defaults,
+    with_data,
 )
 from accelkit.jobs.settings import ModelConfig, Run, Source
 from accelkit.sample.sampling import Sampling
@@ -107,7 +107,7 @@ def finetune(
 
       accelerate launch -m accelkit finetune --schedule D4 --mixed-precision bf16 …
     """
-    check_data(source)
+    source = with_data(source)
     run = _resumed(run, resume)
     check_readable(schedule)  # before a model is fetched, which its depths are checked against
     if is_builtin(source.model):

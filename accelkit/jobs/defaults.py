@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ def data_of(model: str) -> dict[str, Any]:
     return {"data": "digits"} if is_builtin(model) else {}
 
 
-def check_data(source: Source) -> None:
-    """Raise AccelkitError if nobody has named the data."""
+def with_data(source: Source) -> Source:
+    """Return the source with the built-in model's data if none is named.
+
+    Raises:
+        AccelkitError: the model is another, and no data is named.
+    """
+    source = replace(source, data=source.data or data_of(source.model).get("data", ""))
     if not source.data:
         raise AccelkitError(
             f"give --data with {source.model}: a folder of images, by class or with captions, or a "
             "zip of one; only the built-in model has data of its own"
         )
+    return source
 
 
 def finetune_output(schedule: str) -> Path:

@@ -39,8 +39,8 @@ class Source:
     )
     data: str = setting(
         "digits",
-        "Images: digits, a folder (by class or with captions) or a zip of one; digits by default "
-        "for the built-in model",
+        "Images: digits (of the built-in model), a folder (by class or with captions), or a zip of "
+        "one",
         ESSENTIAL,
     )
     revision: str | None = setting(None, "Branch, tag or commit of a hub id", MODEL)

@@ -59,7 +59,8 @@ def sampler_for(pipe: Any, name: str, steps: int) -> Any:
     """Return a sampler set to the timesteps that ``pipe`` itself visits with it, ready for one run.
 
     Args:
-        pipe: a pipeline, which is not changed, or its subject, which keeps what is built.
+        pipe: a pipeline, which is not changed, or its subject, which keeps what is built. Of an
+            object without a network only the scheduler is read.
         name: a key of :data:`SAMPLERS`, or ``auto``.
         steps: network calls per image without guidance.
 
@@ -67,6 +68,8 @@ def sampler_for(pipe: Any, name: str, steps: int) -> Any:
         AccelkitError: the sampler is unknown or does not follow the process, or the process does
             not have this number of steps.
     """
+    if not (isinstance(pipe, Subject) or hasattr(pipe, "transformer") or hasattr(pipe, "unet")):
+        return make_sampler(name, pipe.scheduler, steps)  # a mere holder of a scheduler
     subject = Subject.of(pipe)
     made = subject.once(("sampler", name, steps), lambda: _sampler_for(subject, name, steps))
     return copy.deepcopy(made)  # a run leaves its state on a sampler

@@ -88,8 +88,7 @@ class TrainConfig:
     logit_std: float = setting(1.0, "Deviation of logit-normal timesteps", rule=POSITIVE)
     intermediate_weight: float = setting(
         0.0,
-        "Weight of the losses at intermediate exits, before a sample's own; 1 by default with a "
-        "dvd schedule, 0 for none",
+        "Weight of the losses at intermediate exits, before a sample's own; dvd schedules set 1",
         rule=NOT_NEGATIVE,
     )
     intermediate_match: str = setting(

@@ -356,7 +356,5 @@ def test_a_config_of_an_unknown_class_is_noticed(make_pipe, tmp_path):
         path.write_text(json.dumps(config | {"_class_name": known}))
         accelkit.from_pretrained(tmp_path)
     path.write_text(json.dumps(config | {"_class_name": "os.system"}))
-    with pytest.warns(
-        AccelkitWarning, match=r"of a class 'os\.system', opened as"
-    ):
+    with pytest.warns(AccelkitWarning, match=r"of a class 'os\.system', opened as"):
         accelkit.from_pretrained(tmp_path)

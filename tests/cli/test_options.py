@@ -16,6 +16,7 @@ from accelkit.cli.help import Command
 from accelkit.cli.options import Options
 from accelkit.errors import AccelkitError
 from accelkit.fields import COUNT, PANELS, TRAINING, setting
+from accelkit.jobs.defaults import with_data
 from accelkit.jobs.settings import ModelConfig, Run, Source
 from accelkit.sample.sampling import Sampling
 from accelkit.train.config import AutoencoderConfig, TrainConfig
@@ -130,3 +131,9 @@ def test_defaults_are_those_of_the_classes():
     wanted = {"seed": 0, "rounds": 7, "samplers": "auto:50,auto:10", "throughput": "1,8"}
     wanted |= {"num_images": 500, "batch_size": 250, "data": "digits"}  # the built-in model's
     assert {name: settings[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", ["finetune", "bench"])
+def test_empty_data_is_the_built_in_models(name):
+    assert CliRunner().invoke(app, [name, "--data", "", "--dry-run"]).exit_code == 0
+    assert with_data(Source(data="")) == Source(data="digits")

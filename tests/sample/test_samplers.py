@@ -1,5 +1,7 @@
 """Samplers by name: the process they keep, and what they refuse."""
 
+from types import SimpleNamespace
+
 import diffusers
 import numpy as np
 import pytest
@@ -350,3 +352,10 @@ def test_a_solvers_shift_of_flow_matching_is_kept():
     own = FlowMatchEulerDiscreteScheduler(shift=5.0)
     own.set_timesteps(4)
     assert torch.equal(sampler.timesteps, own.timesteps)
+
+
+def test_an_object_without_a_network_is_read_for_its_scheduler():
+    scheduler = DDIMScheduler(steps_offset=1)
+    made = sampler_for(SimpleNamespace(scheduler=scheduler), "ddim", 4)
+    scheduler.set_timesteps(4)
+    assert torch.equal(made.timesteps, scheduler.timesteps)
