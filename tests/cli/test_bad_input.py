@@ -109,7 +109,7 @@ def test_schedule_files(refused, content, words, tmp_path):
         (["finetune", "--guidance-channels", "9", "-o", "run"], "9 channels cannot be guided"),
         (["finetune", "--revision", "x", "-o", "run"], "builtin has no revisions"),
         (["finetune", "--schedule", "30@1", "--dry-run"], "above the model's 28 blocks"),
-        (["schedules", "--family", "uvitt"], "no presets are named for the family 'uvitt'"),
+        (["schedules", "--family", "uvitt"], "the family 'uvitt' has no presets of its own"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
