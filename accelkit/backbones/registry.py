@@ -41,7 +41,7 @@ def register_backbone(model: str | type[nn.Module], backbone: type[Backbone]) ->
     set ``sequential = False`` and do it in ``skipped``. Without ``block_batched``, samples of
     different depths are run in one pass per depth.
 
-    A diffusers model of a class that nobody registered is examined in a trial call without weights
+    A diffusers model of an unregistered class is examined in a trial call without weights
     (:class:`accelkit.backbones.generic.Generic`). Register it if that fails, if it counts other
     blocks than it should, or to run a batch of mixed depths in one pass.
 

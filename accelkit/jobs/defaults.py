@@ -1,4 +1,4 @@
-"""Settings of a job that depend on its model and schedule, where nobody has set them."""
+"""Default settings of a job that depend on its model and schedule."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_data(source: Source) -> Source:
 
 
 def finetune_output(schedule: str) -> Path:
-    """Return the directory of a fine-tuning whose output nobody has named."""
+    """Return the default directory of a fine-tuning."""
     return Path("runs") / re.sub(r"[^A-Za-z0-9.-]+", "-", f"finetune-{schedule}")
 
 

@@ -29,7 +29,7 @@ FAMILIES = ("dit", "uvit")
 class Source:
     """The model and the data of a job.
 
-    An empty ``data`` stands for data that nobody has named; a job opens none.
+    An empty ``data`` means that no data is named; a job opens none.
     """
 
     model: str = setting(

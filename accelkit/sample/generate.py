@@ -26,7 +26,7 @@ from accelkit.subject import Subject
 def check_seed(seed: int) -> None:
     """Raise AccelkitError for a seed outside [0, 2^32)."""
     if not 0 <= seed < 2**32:
-        raise AccelkitError(f"a seed lies in [0, 2^32), got {seed}")
+        raise AccelkitError(f"a seed is in [0, 2^32), got {seed}")
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:

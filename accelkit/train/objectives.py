@@ -56,7 +56,7 @@ def variational_term(
     """Return one term of the variational bound in bits per element, shape (B,).
 
     For t > 0 the KL divergence of the model's step from the true posterior; at t = 0 the negative
-    log-likelihood of x_0 in bins of 1/127.5 under the model's Gaussian. The log-variance lies
+    log-likelihood of x_0 in bins of 1/127.5 under the model's Gaussian. The log-variance is
     between those of the posterior (v = -1) and of the forward step (v = 1), interpolated
     (Nichol and Dhariwal 2021, eq. 15).
     """

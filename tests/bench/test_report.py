@@ -135,7 +135,7 @@ def words(whole):
 
 
 def report(results):
-    """The Markdown of a report whose plots nobody draws."""
+    """The Markdown of a report, written without its plots."""
     return markdown(compose(Path("nowhere"), results))
 
 

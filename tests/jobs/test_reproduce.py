@@ -158,7 +158,7 @@ def test_another_seed_is_another_repetition(table3, model, data, benched, tmp_pa
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**31])
 def test_a_seed_without_numbers_for_all_images_is_refused(seed, benched, tmp_path):
-    with pytest.raises(AccelkitError, match="a seed lies in"):
+    with pytest.raises(AccelkitError, match="a seed is in"):
         reproduce(
             publication("ase-table3"),
             "digits",
